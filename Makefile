@@ -1,0 +1,41 @@
+# make train: set up what is missing and train a real model.  make test: set up and run the tests.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+CACHE := $(or $(LORELEI_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lorelei)
+MODEL := $(CACHE)/models/HuggingFaceTB--SmolLM2-135M-Instruct/config.json
+
+.PHONY: train test unit lint setup model clean
+
+train: setup model
+	$(BIN)/lorelei train recipes/chain_sum/run.yaml $(ARGS)
+
+test: lint setup model
+	$(BIN)/python -m pytest $(ARGS)
+
+unit: setup
+	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+setup: .venv/installed
+
+# torch first and by its version: any other way may bring gigabytes of CUDA to a machine without a GPU
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -qq --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+model: setup $(MODEL)
+
+$(MODEL):
+	$(BIN)/python scripts/fetch_model.py $(CACHE)/models
+
+clean:
+	rm -rf .venv dist build .pytest_cache .ruff_cache

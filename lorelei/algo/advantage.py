@@ -1,0 +1,43 @@
+"""From rewards to advantages, one number a rollout.
+
+Shapes: S rollouts of one adapter's batch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from lorelei.types import Floats, Longs
+
+Level = Literal["group", "batch", "none"]
+
+EPSILON = 1e-6  # keeps a group of equal rewards at 0 / epsilon = 0
+
+
+def normalise(values_S: Floats, groups_S: Longs, mean_level: Level, std_level: Level) -> Floats:
+    """(value - mean) / (std + 1e-6), mean and std over the rollout's group, the batch, or not at all.
+
+    The standard deviation is the population's (ddof 0), taken around the mean of its own level.
+    """
+    values = values_S.astype(np.float64)
+    centred = values - _at_level(values, groups_S, mean_level, np.mean, 0.0)
+    scale = _at_level(values, groups_S, std_level, np.std, 1.0)
+    if std_level == "none":
+        return centred.astype(np.float32)
+    return (centred / (scale + EPSILON)).astype(np.float32)
+
+
+def _at_level(
+    values_S: np.ndarray, groups_S: Longs, level: Level, statistic: np.ufunc, default: float
+) -> np.ndarray:
+    if level == "none":
+        return np.full_like(values_S, default)
+    if level == "batch":
+        return np.full_like(values_S, statistic(values_S))
+    out = np.empty_like(values_S)
+    for group in np.unique(groups_S):
+        members = groups_S == group
+        out[members] = statistic(values_S[members])
+    return out

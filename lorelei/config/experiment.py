@@ -1,0 +1,180 @@
+"""One adapter's experiment: the run's defaults with that adapter's overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field, ValidationError, model_validator
+
+from lorelei.config.algo import AlgoConfig
+from lorelei.config.errors import ConfigError, FieldError, describe
+from lorelei.config.evaluation import EvalConfig
+from lorelei.config.lora import LoraConfig
+from lorelei.config.reward import ReasoningGymReward, RewardConfig
+from lorelei.config.rollout import RolloutConfig
+from lorelei.config.section import Section, is_mapping
+from lorelei.config.task import ReasoningGymTask, TaskConfig
+
+_FOR_THE_RUN = "belongs to the whole run, not to one adapter; move it to the top level"
+
+Raw = dict[str, Any]
+
+
+class ExperimentDefaults(Section):
+    """What every adapter of a run has unless it says otherwise."""
+
+    seed: int = Field(default=0, ge=0, description="Seed of data order, sampling and adapters.")
+    steps: int = Field(default=30, ge=1, description="Training steps.")
+    lora: LoraConfig = Field(default_factory=LoraConfig, description="The adapter.")
+    task: TaskConfig | None = Field(default=None, description="Where the problems come from.")
+    reward: RewardConfig | None = Field(
+        default=None, description="What scores a rollout. Default: the task's own scorer."
+    )
+    algo: AlgoConfig = Field(default_factory=AlgoConfig, description="How it learns.")
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="How it samples.")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="How it is evaluated.")
+
+
+class AdapterOverrides(Section):
+    """An entry of `adapters`: any part of a section replaces that part of the defaults."""
+
+    refused: ClassVar[Mapping[str, str]] = {
+        key: _FOR_THE_RUN
+        for key in ("model", "dtype", "train", "publish", "checkpoint", "threads", "runs_dir")
+    }
+
+    seed: int | None = Field(default=None, description="See the run's.")
+    steps: int | None = Field(default=None, description="See the run's.")
+    lora: Raw = Field(default_factory=Raw, description="Overrides of `lora`.")
+    task: Raw = Field(default_factory=Raw, description="Overrides of `task`.")
+    reward: Raw = Field(default_factory=Raw, description="Overrides of `reward`.")
+    algo: Raw = Field(default_factory=Raw, description="Overrides of `algo`.")
+    rollout: Raw = Field(
+        default_factory=Raw,
+        description=f"Overrides of `rollout`: {', '.join(sorted(RolloutConfig.per_adapter))}.",
+    )
+    eval: Raw = Field(default_factory=Raw, description="Overrides of `eval`.")
+
+    @model_validator(mode="after")
+    def _only_sampling(self) -> AdapterOverrides:
+        for key in self.rollout:
+            if key in RolloutConfig.model_fields and key not in RolloutConfig.per_adapter:
+                raise FieldError(f"rollout.{key}", _FOR_THE_RUN)
+        return self
+
+
+class Experiment(Section):
+    """Everything that one adapter's training is made of; checked as a whole."""
+
+    name: str
+    seed: int
+    steps: int
+    lora: LoraConfig
+    task: TaskConfig
+    reward: RewardConfig
+    algo: AlgoConfig
+    rollout: RolloutConfig
+    eval: EvalConfig
+
+    @property
+    def max_concurrent(self) -> int:
+        """Most groups in flight."""
+        limit = self.rollout.max_concurrent
+        return limit or (self.rollout.max_head_offpolicyness + 1) * self.algo.batch_size
+
+    @property
+    def eval_size(self) -> int:
+        """Problems held out for evaluation; none when it is off."""
+        if self.task.eval_size is not None:
+            return self.task.eval_size
+        return self.eval.n_prompts if self.eval.every else 0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Experiment:
+        _check_statistics(self.algo, self.rollout)
+        if isinstance(self.reward, ReasoningGymReward) and self.task.kind != "reasoning_gym":
+            raise FieldError(
+                "reward.kind",
+                f"'reasoning_gym' cannot score task.kind {self.task.kind!r}; "
+                "use math_verify or python",
+            )
+        if self.eval.every and self.eval_size < self.eval.n_prompts:
+            raise FieldError(
+                "eval.n_prompts",
+                f"{self.eval.n_prompts} is more than task.eval_size: {self.eval_size}; "
+                "lower it or raise task.eval_size",
+            )
+        return self
+
+
+def resolve(name: str, defaults: ExperimentDefaults, overrides: AdapterOverrides) -> Experiment:
+    """The experiment of one adapter. Raises ConfigError with the whole line."""
+    # unset fields stay out: their defaults may follow from what is overridden
+    fields = set(ExperimentDefaults.model_fields)
+    data = _merge_sections(
+        defaults.model_dump(include=fields, exclude_unset=True),
+        overrides.model_dump(exclude_unset=True),
+    )
+    prefix = f"adapters.{name}" if overrides.model_fields_set else ""
+    try:
+        merged = ExperimentDefaults.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(describe(error, data, prefix)) from error
+    dotted = f"{prefix}." if prefix else ""
+    if merged.task is None:
+        raise ConfigError(f"{dotted}task: is required, such as {{kind: reasoning_gym, name: ...}}")
+    reward = merged.reward
+    if reward is None:
+        if not isinstance(merged.task, ReasoningGymTask):
+            raise ConfigError(
+                f"{dotted}reward: is required for task.kind {merged.task.kind!r}; "
+                "use {kind: math_verify} or {kind: python, path: rewards.py:my_reward}"
+            )
+        reward = ReasoningGymReward(kind="reasoning_gym")
+    parts = {field: getattr(merged, field) for field in fields}
+    try:
+        return Experiment.model_validate({**parts, "name": name, "reward": reward})
+    except ValidationError as error:
+        raise ConfigError(describe(error, {}, prefix)) from error
+
+
+def _merge_sections(base: Raw, over: Raw) -> Raw:
+    """`over` on top of `base`, without what means nothing to another task or reward."""
+    base = dict(base)
+    for section in ("task", "reward"):
+        below, above = base.get(section), over.get(section)
+        if below is None or above is None:
+            continue
+        if above.get("kind", below["kind"]) != below["kind"]:
+            del base[section]
+        elif section == "task" and ("name" in above or "mixture" in above):
+            stale = ("name", "mixture", "config")
+            base[section] = {k: v for k, v in below.items() if k not in stale}
+    return _merge(base, over)
+
+
+def _merge(base: Raw, over: Raw) -> Raw:
+    """`over` on top of `base`, deep."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if is_mapping(below) and is_mapping(value):
+            value = _merge(below, value)
+        merged[key] = value
+    return merged
+
+
+def _check_statistics(algo: AlgoConfig, rollout: RolloutConfig) -> None:
+    if "group" in algo.statistics and rollout.n_samples < 2:
+        raise FieldError(
+            "rollout.n_samples",
+            f"{rollout.n_samples} gives algo.kind {algo.kind!r} no statistics of a group; "
+            "use 2 or more",
+        )
+    if "batch" in algo.statistics and rollout.n_samples * algo.batch_size < 2:
+        raise FieldError(
+            "algo.batch_size",
+            f"{algo.batch_size} with rollout.n_samples: {rollout.n_samples} gives no statistics "
+            "of a batch; use 2 or more of one of them",
+        )

@@ -1,0 +1,62 @@
+"""The shape of an adapter. The names are those of AReaL and PEFT."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from lorelei.config.section import Section
+from lorelei.types import AdapterSpec
+
+
+class LoraConfig(Section):
+    """LoRA matrices on the base model's linear layers."""
+
+    use_lora: bool = Field(
+        default=True, description="Train an adapter; false (full fine-tuning) is not available yet."
+    )
+    lora_rank: int = Field(default=16, ge=1, le=512, description="Rank r of A [r, in], B [out, r].")
+    lora_alpha: float = Field(default=32.0, gt=0, description="The adapter acts with alpha / r.")
+    target_modules: tuple[str, ...] = Field(
+        default=("all-linear",),
+        min_length=1,
+        description="Linear layers that get an adapter: all-linear (never lm_head or a router), "
+        "or names, name endings or full-match regular expressions.",
+    )
+    exclude_modules: tuple[str, ...] = Field(
+        default=(), description="Linear layers left out, written like target_modules."
+    )
+    peft_type: Literal["lora"] = Field(default="lora", description="The kind of adapter.")
+    use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(r) instead.")
+    lora_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Dropout on the adapter's input while training."
+    )
+    init_from: str | None = Field(
+        default=None,
+        description="A folder in PEFT's format to start from (warm start); its path is relative to "
+        "the YAML file. Default: A random, B zero.",
+    )
+
+    @field_validator("target_modules", "exclude_modules", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("use_lora")
+    @classmethod
+    def _adapters_only(cls, value: bool) -> bool:
+        if not value:
+            raise ValueError("full fine-tuning is not available yet; set lora.use_lora: true")
+        return value
+
+    def spec(self) -> AdapterSpec:
+        """What engines need to know of it."""
+        return AdapterSpec(
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+            rslora=self.use_rslora,
+            dropout=self.lora_dropout,
+        )

@@ -1,0 +1,73 @@
+"""Where models are on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lorelei.config.errors import ConfigError
+
+WEIGHTS = "*.safetensors"
+# what a run reads of a model; no pickled weights
+_FILES = ["*.json", WEIGHTS, "*.jinja", "*.txt", "*.model"]
+
+
+def cache_folder() -> Path:
+    """LORELEI_CACHE, else lorelei/ in XDG_CACHE_HOME or ~/.cache."""
+    if named := os.environ.get("LORELEI_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorelei"
+
+
+def resolve_model(name: str, *, weights: bool = True) -> Path:
+    """The folder of a model: a folder, Lorelei's cache, the Hugging Face cache, then the hub.
+
+    weights: False asks for config.json only, and downloads nothing else.
+    Raises ConfigError when it is nowhere.
+    """
+    cached = cache_folder() / "models" / name.replace("/", "--")
+    for folder in (Path(name).expanduser(), cached):
+        if folder.is_dir():
+            return _complete(folder, name, weights)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError(f"model: there is no folder {name!r}; write a folder or a hub id")
+    return _complete(_from_hub(name, cached, weights), name, weights)
+
+
+def _from_hub(name: str, cached: Path, weights: bool) -> Path:
+    from huggingface_hub import (
+        snapshot_download,  # pyright: ignore[reportUnknownVariableType]
+        try_to_load_from_cache,
+    )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        if not weights:
+            config = try_to_load_from_cache(name, "config.json")
+            if isinstance(config, str):
+                return Path(config).parent
+        return Path(snapshot_download(name, allow_patterns=_FILES if weights else ["config.json"]))
+    except HFValidationError as error:
+        raise ConfigError(f"model: {name!r} is neither a folder nor a hub id (org/name)") from error
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(
+            f"model: {name!r} is not in {cached} nor in the Hugging Face cache, and the hub cannot "
+            "be reached; run `make model`, go online, or give a folder"
+        ) from error
+    except HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(
+            f"model: the Hugging Face hub does not give {name!r} ({reason}); "
+            "check the name, or log in with `hf auth login`"
+        ) from error
+
+
+def _complete(folder: Path, name: str, weights: bool) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model: {name!r} is the folder {folder}, which has no config.json")
+    if weights and not any(folder.glob(WEIGHTS)):
+        raise ConfigError(
+            f"model: {name!r} is the folder {folder}, which has no *.safetensors; "
+            "download it again, or convert its weights"
+        )
+    return folder

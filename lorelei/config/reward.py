@@ -1,0 +1,51 @@
+"""The reward: what scores a rollout, and the worker processes that run it."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from lorelei.config.section import Section, tagged
+
+
+class _Reward(Section):
+    timeout: float = Field(default=10.0, gt=0, description="Seconds for one score; then it fails.")
+    workers: int = Field(default=2, ge=1, description="Processes that run the scorer.")
+
+
+class ReasoningGymReward(_Reward):
+    """The scorer of the reasoning-gym problem itself."""
+
+    kind: Literal["reasoning_gym"] = Field(description="Which scorer.")
+
+
+class MathVerifyReward(_Reward):
+    """1 when math-verify finds the completion's answer equal to the problem's, else 0."""
+
+    kind: Literal["math_verify"] = Field(description="Which scorer.")
+
+
+class PythonReward(_Reward):
+    """A function of yours."""
+
+    kind: Literal["python"] = Field(description="Which scorer.")
+    path: str = Field(
+        description="'rewards.py:my_reward', a file and a function in it; the file's path is "
+        "relative to the YAML file."
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _file_and_function(cls, value: str) -> str:
+        if re.fullmatch(r".+\.py:[A-Za-z_]\w*", value) is None:
+            raise ValueError("write FILE.py:FUNCTION, such as rewards.py:my_reward")
+        return value
+
+
+RewardConfig = Annotated[
+    ReasoningGymReward | MathVerifyReward | PythonReward,
+    Field(discriminator="kind"),
+    tagged(ReasoningGymReward, MathVerifyReward, PythonReward),
+]

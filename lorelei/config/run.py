@@ -1,0 +1,82 @@
+"""The run: the whole configuration file."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lorelei.config.checkpoint import CheckpointConfig
+from lorelei.config.experiment import AdapterOverrides, Experiment, ExperimentDefaults, resolve
+from lorelei.config.publish import PublishConfig
+from lorelei.config.section import Name, is_mapping
+from lorelei.config.train import TrainConfig
+
+DEFAULT_ADAPTER = "default"
+LOW_LORA_LR = 1e-5
+
+
+class RunConfig(ExperimentDefaults):
+    """One run: a frozen base model and the adapters trained on it."""
+
+    name: Name = Field(default="run", description="Default: the YAML file's name without suffix.")
+    model: str = Field(
+        min_length=1,
+        description="A model id of the Hugging Face hub or a folder; one that starts with '.' is "
+        "relative to the YAML file.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Of the base model; adapters and optimizer are float32."
+    )
+    runs_dir: str = Field(
+        default="runs", description="The run folder is runs_dir/name; relative to where you are."
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads. Default: the physical cores we may use."
+    )
+    train: TrainConfig = Field(default_factory=TrainConfig, description="The train engine.")
+    publish: PublishConfig = Field(default_factory=PublishConfig, description="The publisher.")
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="What is kept on disk."
+    )
+    adapters: dict[Name, AdapterOverrides] = Field(
+        default_factory=dict[Name, AdapterOverrides],
+        description="Several adapters at once: {name: overrides of seed, steps, lora, task, "
+        "reward, algo, rollout, eval}. Default: one, called 'default'.",
+    )
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _nothing_overridden(cls, value: object) -> object:
+        # `name:` with nothing behind it is YAML's null
+        if not is_mapping(value):
+            return value
+        entries: dict[str, object] = dict(value)
+        return {name: AdapterOverrides() if e is None else e for name, e in entries.items()}
+
+    @model_validator(mode="after")
+    def _every_adapter_can_run(self) -> RunConfig:
+        self.experiments()
+        return self
+
+    def experiments(self) -> tuple[Experiment, ...]:
+        """What each adapter trains on, in the order of `adapters`."""
+        entries = self.adapters or {DEFAULT_ADAPTER: AdapterOverrides()}
+        return tuple(resolve(name, self, overrides) for name, overrides in entries.items())
+
+    def warnings(self) -> list[str]:
+        """What can run but is probably not meant, one line each."""
+        found: list[str] = []
+        for experiment in self.experiments():
+            algo, where = experiment.algo, f"adapter {experiment.name}: algo"
+            if algo.lr < LOW_LORA_LR:
+                found.append(
+                    f"{where}.lr: {algo.lr:g} is a rate for full fine-tuning; "
+                    "LoRA wants about ten times more, 1e-5 to 1e-3"
+                )
+            if algo.warmup_steps >= experiment.steps:
+                found.append(
+                    f"{where}.warmup_steps: {algo.warmup_steps} of {experiment.steps} steps; "
+                    "the rate never reaches algo.lr"
+                )
+        return found

@@ -1,0 +1,1 @@
+"""What a run needs, and what starts it: a pure plan, and executors."""

@@ -1,0 +1,243 @@
+"""The parts of a run, built from its configuration; cheap checks first, weights last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorelei.config.experiment import Experiment
+from lorelei.config.paths import resolve_model
+from lorelei.config.run import RunConfig
+from lorelei.data.contract import PromptSource
+from lorelei.data.source import make_source
+from lorelei.env.single_turn import SingleTurn
+from lorelei.loop import Loop
+from lorelei.lora.state import AdapterSnapshot, AdapterState
+from lorelei.model.backend import DTYPES, default_device
+from lorelei.model.load import load_decoder
+from lorelei.model.tokenizer import load_tokenizer, stop_token_ids
+from lorelei.obs.console import Console
+from lorelei.publish.memory import MemoryPublisher
+from lorelei.reward.pool import make_pool
+from lorelei.rollout.admission import Admission
+from lorelei.rollout.collector import Collector, Lane
+from lorelei.rollout.embedded.engine import EmbeddedEngine
+from lorelei.rollout.evaluate import Evaluator
+from lorelei.rollout.sampler import Policy
+from lorelei.store.peft_folder import read_peft_folder
+from lorelei.store.run import RunStore
+from lorelei.store.spool import Spool
+from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.step import Trainer
+from lorelei.types import Ints, Prompt, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a run is made of, before its state is known."""
+
+    device: torch.device
+    trainer: Trainer
+    rollout: EmbeddedEngine
+    sources: Mapping[str, PromptSource]
+    held_out: Mapping[str, list[Prompt]]
+    envs: Mapping[str, SingleTurn]
+    tasks: Mapping[str, str]  # for people
+    decode: Callable[[Ints], str]
+    stop_token_ids: tuple[int, ...]
+
+
+async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
+    """Check data and rewards, load the model once, make both engines on it.
+
+    The stack closes what was started. Raises ValueError with one line for what a user can mend.
+    """
+    experiments = config.experiments()
+    folder = resolve_model(config.model)
+    tokenizer = load_tokenizer(folder)
+    sources = {
+        e.name: make_source(e.task, tokenizer, e.seed, eval_size=e.eval_size) for e in experiments
+    }
+    held_out = {
+        e.name: sources[e.name].eval_prompts(e.eval.n_prompts) if e.eval.every else []
+        for e in experiments
+    }
+    for source in sources.values():
+        source.prompt(0)
+    warm = {e.name: state for e in experiments if (state := _warm_start(e)) is not None}
+    envs: dict[str, SingleTurn] = {}
+    for e in experiments:
+        pool = make_pool(e.reward)
+        stack.callback(pool.close)
+        envs[e.name] = SingleTurn(reward=pool)
+    device = default_device()
+    decoder = load_decoder(folder, DTYPES[config.dtype], device)
+    trainer = Trainer(
+        ArchonEngine(
+            decoder,
+            max_tokens_per_mb=config.train.max_tokens_per_mb,
+            recompute=config.train.gradient_checkpointing,
+        ),
+        {e.name: e for e in experiments},
+    )
+    stack.callback(trainer.close)
+    for e in experiments:
+        trainer.engine.add_adapter(e.name, e.lora.spec(), e.seed)
+        if e.name in warm:
+            trainer.engine.restore(e.name, _untrained(warm[e.name]))
+    rollout = EmbeddedEngine(
+        decoder,
+        tokenizer=tokenizer,
+        max_running=config.rollout.max_running,
+        max_context=config.rollout.max_context,
+    )
+    stack.push_async_callback(rollout.close)
+    return Parts(
+        device=device,
+        trainer=trainer,
+        rollout=rollout,
+        sources=sources,
+        held_out=held_out,
+        envs=envs,
+        tasks={e.name: task_words(e) for e in experiments},
+        decode=decoder_of(tokenizer),
+        stop_token_ids=stop_token_ids(folder, tokenizer),
+    )
+
+
+def restore(config: RunConfig, parts: Parts, store: RunStore, console: Console) -> Loop:
+    """The loop of a new run, or of one that goes on where its last manifest says."""
+    spool = Spool(store.folder)
+    lanes = [_lane(e, parts, store, spool) for e in config.experiments()]
+    if store.latest is not None:
+        for e in config.experiments():
+            parts.trainer.engine.restore(e.name, store.load(e.name))
+    evaluators = {
+        e.name: Evaluator(
+            engine=parts.rollout,
+            prompts=parts.held_out[e.name],
+            env=parts.envs[e.name],
+            policy=_eval_policy(e, parts),
+        )
+        for e in config.experiments()
+        if e.eval.every
+    }
+    return Loop(
+        collector=Collector(lanes, parts.rollout, spool),
+        trainer=parts.trainer,
+        publisher=MemoryPublisher(parts.rollout, store.run_id),
+        store=store,
+        spool=spool,
+        console=console,
+        evaluators=evaluators,
+        checkpoint_every=config.checkpoint.every,
+        step=store.latest.step if store.latest else 0,
+    )
+
+
+def _lane(e: Experiment, parts: Parts, store: RunStore, spool: Spool) -> Lane:
+    """An adapter's lane; groups that a crash left finished are kept, others start again."""
+    entry = store.latest.adapters[e.name] if store.latest else None
+    version = entry.record.version if entry else 0
+    position = entry.record.data_position if entry else 0
+    owed = {int(i) for i in entry.record.admission["pending"]} if entry else set[int]()
+    kept = {
+        index: group
+        for index, group in spool.read(e.name).items()
+        # a version that was rolled back with the crash is not one to learn from
+        if (index in owed or index >= position) and group.newest_version <= version
+    }
+    spool.remove(e.name, spool.read(e.name).keys() - kept.keys())
+    next_index = max([position, *(index + 1 for index in kept)])
+    redo = sorted((owed | set(range(position, next_index))) - kept.keys())
+    return Lane(
+        experiment=e,
+        source=parts.sources[e.name],
+        env=parts.envs[e.name],
+        policy=Policy(
+            ref=None,
+            sampling=SamplingParams(
+                temperature=e.rollout.temperature,
+                max_new_tokens=e.rollout.max_new_tokens,
+                stop_token_ids=parts.stop_token_ids,
+                stop_strings=e.rollout.stop_strings,
+                seed=e.seed,
+            ),
+            stream=e.name,
+            decode=parts.decode,
+        ),
+        admission=Admission(
+            batch_size=e.algo.batch_size,
+            max_staleness=e.rollout.max_head_offpolicyness,
+            max_concurrent=e.max_concurrent,
+            version=version,
+            accepted=version * e.algo.batch_size + len(kept),
+        ),
+        next_index=next_index,
+        redo=redo,
+        finished=list(kept.values()),
+    )
+
+
+def _eval_policy(e: Experiment, parts: Parts) -> Policy:
+    return Policy(
+        ref=None,
+        sampling=SamplingParams(
+            temperature=e.eval.temperature,
+            max_new_tokens=e.eval.max_new_tokens or e.rollout.max_new_tokens,
+            stop_token_ids=parts.stop_token_ids,
+            stop_strings=e.rollout.stop_strings,
+            seed=e.seed,
+            top_k=e.eval.top_k,
+            top_p=e.eval.top_p,
+            min_p=e.eval.min_p,
+        ),
+        stream=f"{e.name}/eval",
+        decode=parts.decode,
+    )
+
+
+def _warm_start(e: Experiment) -> AdapterState | None:
+    if e.lora.init_from is None:
+        return None
+    state = read_peft_folder(Path(e.lora.init_from))
+    wanted = e.lora.spec()
+    for field, here, there in (
+        ("lora_rank", wanted.rank, state.spec.rank),
+        ("lora_alpha", wanted.alpha, state.spec.alpha),
+        ("use_rslora", wanted.rslora, state.spec.rslora),
+    ):
+        if here != there:
+            raise ValueError(
+                f"lora.init_from: {e.lora.init_from!r} has {field} {there}, adapter {e.name!r} "
+                f"has {here}; set lora.{field}: {str(there).lower()}"
+            )
+    return AdapterState(spec=wanted, tensors=state.tensors)
+
+
+def _untrained(state: AdapterState) -> AdapterSnapshot:
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in state.tensors.items()}
+    return AdapterSnapshot(state=state, exp_avg=zeros, exp_avg_sq=zeros, step=0)
+
+
+def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[Ints], str]:
+    """Token ids to text, without special tokens."""
+    return lambda tokens: str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+
+
+def task_words(e: Experiment) -> str:
+    """A task in a few words."""
+    match e.task.kind:
+        case "reasoning_gym":
+            names = [e.task.name] if e.task.name else [item.name for item in e.task.mixture or ()]
+            return " + ".join(str(name) for name in names)
+        case "jsonl" | "parquet" | "hf":
+            return e.task.path

@@ -1,0 +1,202 @@
+"""The plan: what a run would train and need, known before any weight is read. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorelei.config.errors import ConfigError
+from lorelei.config.experiment import Experiment
+from lorelei.config.paths import resolve_model
+from lorelei.config.run import RunConfig
+from lorelei.config.section import is_mapping
+from lorelei.config.task import JsonlTask, ParquetTask
+from lorelei.launch.memory import estimate_memory
+from lorelei.lora.targets import HEAD, Shape, match_targets, module_shapes
+from lorelei.model.config import DecoderConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterPlan:
+    """What one adapter trains."""
+
+    name: str
+    task: str
+    reward: str
+    algo: str
+    steps: int
+    rollouts_per_step: int
+    rank: int
+    modules: tuple[str, ...]  # the linear layers that get an adapter
+    parameters: int  # trained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run trains and needs."""
+
+    run: str
+    model: str
+    folder: str
+    architecture: str
+    dtype: str
+    parameters: Mapping[str, int]  # of the base model, by part
+    adapters: tuple[AdapterPlan, ...]
+    memory: Mapping[str, int]  # bytes, estimated, by part
+    warnings: tuple[str, ...]
+
+    @property
+    def total_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def total_memory(self) -> int:
+        return sum(self.memory.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with the totals."""
+        return {
+            **dataclasses.asdict(self),
+            "total_parameters": self.total_parameters,
+            "total_memory": self.total_memory,
+        }
+
+
+def plan(config: RunConfig) -> Plan:
+    """Look the model up and say what the run would do.
+
+    Raises ValueError (one line) for a model that is nowhere or not supported, for targets that
+    match nothing, and for completions that the model has no room for.
+    """
+    folder = resolve_model(config.model, weights=False)
+    hf_config = _read_config(folder / "config.json")
+    try:
+        model, shapes = DecoderConfig.from_hf(hf_config), module_shapes(hf_config)
+    except KeyError as error:
+        raise ConfigError(
+            f"model: {folder / 'config.json'} has no {error}; get it again"
+        ) from error
+    _check_context(config, model)
+    _check_files(config)
+    parameters = count_parameters(model, shapes, hf_config)
+    adapters = tuple(_adapter_plan(e, config, shapes, model) for e in config.experiments())
+    return Plan(
+        run=config.name,
+        model=config.model,
+        folder=str(folder),
+        architecture=model.architecture,
+        dtype=config.dtype,
+        parameters=parameters,
+        adapters=adapters,
+        memory=estimate_memory(
+            config,
+            model,
+            base=sum(parameters.values()),
+            linear=sum(out * wide for out, wide in shapes.values()),
+            trained=sum(adapter.parameters for adapter in adapters),
+        ),
+        warnings=tuple(config.warnings()),
+    )
+
+
+def count_parameters(
+    model: DecoderConfig, shapes: Mapping[str, Shape], hf_config: Mapping[str, Any]
+) -> dict[str, int]:
+    """Parameters of the base model by part; a tied lm_head has none of its own."""
+    attention_bias, mlp_bias = _biases(model, hf_config)
+    counts = {"embeddings": model.vocab * model.hidden, "attention": 0, "mlp": 0}
+    for name, (out, wide) in shapes.items():
+        if name == HEAD:
+            continue
+        in_attention = ".self_attn." in name
+        biased = name.endswith(attention_bias) if in_attention else mlp_bias
+        counts["attention" if in_attention else "mlp"] += out * wide + (out if biased else 0)
+    if model.moe is not None:
+        sparse = sum(model.moe.is_sparse(layer) for layer in range(model.layers))
+        counts["routers"] = sparse * model.moe.experts * model.hidden
+    norms = 2 * model.hidden + (2 * model.head_dim if model.qk_norm else 0)
+    counts["norms"] = model.layers * norms + model.hidden
+    counts["lm_head"] = 0 if model.tied_embeddings else model.vocab * model.hidden
+    return counts
+
+
+def _biases(model: DecoderConfig, hf_config: Mapping[str, Any]) -> tuple[tuple[str, ...], bool]:
+    """(which projections of the attention have a bias, whether the MLP's do)."""
+    if model.architecture == "Qwen2ForCausalLM":  # fixed, not in its config.json
+        return ("q_proj", "k_proj", "v_proj"), False
+    biased = ("q_proj", "k_proj", "v_proj", "o_proj") if hf_config.get("attention_bias") else ()
+    return biased, bool(hf_config.get("mlp_bias"))
+
+
+def _adapter_plan(
+    experiment: Experiment, config: RunConfig, shapes: Mapping[str, Shape], model: DecoderConfig
+) -> AdapterPlan:
+    spec = experiment.lora.spec()
+    try:
+        modules = match_targets(shapes, spec, model.architecture)
+    except ValueError as error:
+        where = f"adapters.{experiment.name}." if config.adapters else ""
+        raise ConfigError(f"{where}{error}") from error
+    return AdapterPlan(
+        name=experiment.name,
+        task=_task_name(experiment),
+        reward=experiment.reward.kind,
+        algo=experiment.algo.kind,
+        steps=experiment.steps,
+        rollouts_per_step=experiment.algo.batch_size * experiment.rollout.n_samples,
+        rank=spec.rank,
+        modules=tuple(modules),
+        parameters=sum(spec.rank * sum(shapes[name]) for name in modules),
+    )
+
+
+def _task_name(experiment: Experiment) -> str:
+    task = experiment.task
+    if task.kind != "reasoning_gym":
+        return f"{task.kind} {Path(task.path).name}"
+    return task.name or " + ".join(item.name for item in task.mixture or ())
+
+
+def _check_context(config: RunConfig, model: DecoderConfig) -> None:
+    limit, asked = model.max_positions, config.rollout.max_context
+    if asked is not None and asked > limit:
+        raise ConfigError(
+            f"rollout.max_context: {asked} is more than the model's {limit} positions; lower it"
+        )
+    for experiment in config.experiments():
+        longest = max(experiment.rollout.max_new_tokens, experiment.eval.max_new_tokens or 0)
+        if longest >= (asked or limit):
+            raise ConfigError(
+                f"rollout.max_new_tokens: {longest} (adapter {experiment.name}) leaves no room for "
+                f"a prompt in {asked or limit} positions; lower it"
+            )
+
+
+def _check_files(config: RunConfig) -> None:
+    for experiment in config.experiments():
+        task, reward, start = experiment.task, experiment.reward, experiment.lora.init_from
+        files = {
+            "task.path": task.path if isinstance(task, JsonlTask | ParquetTask) else None,
+            "reward.path": reward.path.rpartition(":")[0] if reward.kind == "python" else None,
+            "lora.init_from": str(Path(start, "adapter_config.json")) if start else None,
+        }
+        for field, file in files.items():
+            if file is not None and not Path(file).is_file():
+                raise ConfigError(
+                    f"{field}: there is no file {file} (adapter {experiment.name}); a relative "
+                    "path starts at the YAML file's folder"
+                )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"model: {path} is not JSON ({error}); get it again") from error
+    if not is_mapping(found):
+        raise ConfigError(f"model: {path} holds no JSON object; get it again")
+    return found

@@ -1,0 +1,1 @@
+"""LoRA: targets, layers and the bank of adapters, PEFT-format tensors. No torch at load."""

@@ -1,0 +1,233 @@
+"""AdapterBank: any number of adapters of different rank, alpha and targets on one base model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from lorelei.lora.linear import LoraPart, Span, lora_linear
+from lorelei.lora.state import AdapterState, tensor_names
+from lorelei.lora.targets import match_targets
+from lorelei.model.backend import Weight
+from lorelei.model.decoder import Decoder
+from lorelei.model.linear import FrozenLinear
+from lorelei.types import AdapterSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """One adapter's tensors, by the layer they act on."""
+
+    spec: AdapterSpec
+    seed: int
+    layers: Mapping[FrozenLinear, tuple[LoraPart, ...]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors by PEFT name, sorted."""
+        found: dict[str, Tensor] = {}
+        for part in (part for parts in self.layers.values() for part in parts):
+            name_a, name_b = tensor_names(part.name)
+            found[name_a], found[name_b] = part.a, part.b
+        return dict(sorted(found.items()))
+
+
+class AdapterBank:
+    """Holds adapters and makes the routes that apply them.
+
+    Adapter tensors are fp32 over a base of any narrower dtype, and on the base's device.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self._dtype = torch.promote_types(decoder.dtype, torch.float32)
+        self._adapters: dict[str, Adapter] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of every adapter tensor."""
+        return self._dtype
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._adapters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __getitem__(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            known = ", ".join(sorted(self._adapters)) or "none"
+            raise KeyError(f"no adapter {name!r}; there are: {known}")
+        return self._adapters[name]
+
+    def add(self, name: str, spec: AdapterSpec, seed: int = 0) -> Adapter:
+        """A fresh adapter: A kaiming-uniform, B zero.
+
+        Raises ValueError when the name is taken or a target matches nothing.
+        """
+        if name in self._adapters:
+            raise ValueError(f"adapter {name!r} exists already; drop it first")
+        linears = self.decoder.linears()
+        parts = {part.name: layer for layer in linears for part in layer.parts}
+        targets = set(match_targets(list(parts), spec, self.decoder.config.architecture))
+        layers = {
+            layer: chosen
+            for layer in linears
+            if (chosen := self._fresh_parts(layer, targets, spec.rank, seed))
+        }
+        self._adapters[name] = Adapter(spec, seed, layers)
+        return self._adapters[name]
+
+    def _fresh_parts(
+        self, layer: FrozenLinear, targets: set[str], rank: int, seed: int
+    ) -> tuple[LoraPart, ...]:
+        device = self.decoder.device
+        made: list[LoraPart] = []
+        for part in (p for p in layer.parts if p.name in targets):
+            # seeded by name: an adapter starts the same alone, among others and on any engine
+            generator = torch.Generator().manual_seed(stable_seed(seed, part.name))
+            bound = layer.in_features**-0.5
+            a = torch.empty(rank, layer.in_features, dtype=torch.float32)
+            a = a.uniform_(-bound, bound, generator=generator)
+            a = a.to(device, self._dtype).requires_grad_()
+            b = torch.zeros(part.stop - part.start, rank, dtype=self._dtype, device=device)
+            made.append(LoraPart(part.name, a, b.requires_grad_(), part.start, part.stop))
+        return tuple(made)
+
+    def drop(self, name: str) -> None:
+        """Forget an adapter."""
+        self[name]
+        del self._adapters[name]
+
+    def state(self, name: str) -> AdapterState:
+        """A copy of an adapter's tensors."""
+        adapter = self[name]
+        # an explicit clone: on the CPU `.cpu()` would share memory with the trained tensor
+        tensors = {n: t.detach().to("cpu", copy=True) for n, t in adapter.tensors().items()}
+        return AdapterState(spec=adapter.spec, tensors=tensors)
+
+    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite an adapter's tensors. Raises ValueError unless names and shapes agree."""
+        live = self[name].tensors()
+        check_tensors(name, {n: tuple(t.shape) for n, t in live.items()}, tensors)
+        with torch.no_grad():
+            for tensor_name, tensor in live.items():
+                tensor.copy_(tensors[tensor_name])
+
+    def route(
+        self, spans: Sequence[tuple[str | None, int]], dropout_seed: int | None = None
+    ) -> BankRoute:
+        """The route of a row of tokens: (adapter or none, number of tokens), in order.
+
+        dropout_seed: draws the dropout masks; None (inference) turns dropout off.
+        """
+        stretches: list[_Stretch] = []
+        counts: Counter[str | None] = Counter()
+        start = 0
+        for name, neighbours in groupby(spans, key=lambda span: span[0]):
+            stop = start + sum(length for _, length in neighbours)
+            adapter = self[name] if name is not None else None
+            stretches.append(_Stretch(start, stop, adapter, counts[name]))
+            counts[name] += 1
+            start = stop
+        return BankRoute(tuple(stretches), start, dropout_seed)
+
+    def merged(self, name: str) -> MergedRoute:
+        """A route for decoding with one adapter, over a private packed copy of W + scale * B A."""
+        adapter = self[name]
+        weights: dict[FrozenLinear, Weight] = {}
+        with torch.no_grad():
+            for layer, parts in adapter.layers.items():
+                dense = layer.weight.dense().clone()
+                for part in parts:
+                    rows = dense[part.o0 : part.o1]
+                    # the sum is rounded once to a narrower base's dtype
+                    rows.copy_(rows + (part.b @ part.a).mul_(adapter.spec.scale))
+                weights[layer] = Weight.of(dense)
+        return MergedRoute(weights)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    start: int
+    stop: int
+    adapter: Adapter | None
+    ordinal: int  # among the adapter's stretches: each draws a dropout mask of its own
+
+
+class BankRoute:
+    """Tokens of several adapters, and of none, in one row; an adapter's tokens may stand apart."""
+
+    def __init__(
+        self, stretches: tuple[_Stretch, ...], tokens: int, dropout_seed: int | None
+    ) -> None:
+        self._stretches, self._tokens, self._dropout_seed = stretches, tokens, dropout_seed
+
+    def __call__(self, layer: FrozenLinear, x_TD: Tensor) -> Tensor:
+        assert len(x_TD) == self._tokens, f"route of {self._tokens} tokens, row of {len(x_TD)}"
+        spans: list[Span] = []
+        for s in self._stretches:
+            parts = s.adapter.layers.get(layer) if s.adapter is not None else None
+            if s.adapter is None or parts is None or s.start == s.stop:
+                continue
+            dropout, seed = 0.0, 0
+            if self._dropout_seed is not None and s.adapter.spec.dropout > 0:
+                dropout = s.adapter.spec.dropout
+                seed = stable_seed(s.adapter.seed, self._dropout_seed, s.ordinal, parts[0].name)
+            spans.append(Span(s.start, s.stop, s.adapter.spec.scale, parts, dropout, seed))
+        return lora_linear(layer, x_TD, tuple(spans))
+
+    def adapts(self, layer: FrozenLinear) -> bool:
+        """Whether any adapter of the row acts on this layer."""
+        return any(s.adapter is not None and layer in s.adapter.layers for s in self._stretches)
+
+    def take(self, index: Tensor) -> BankRoute:
+        chosen = index.cpu().numpy()
+        stretches: list[_Stretch] = []
+        for s in self._stretches:
+            start, stop = (int(chosen.searchsorted(end)) for end in (s.start, s.stop))
+            if stop > start:
+                stretches.append(_Stretch(start, stop, s.adapter, s.ordinal))
+        return BankRoute(tuple(stretches), len(chosen), self._dropout_seed)
+
+
+class MergedRoute:
+    """Every token through one adapter, at the cost of none. For inference: gives no gradients."""
+
+    def __init__(self, weights: Mapping[FrozenLinear, Weight]) -> None:
+        self._weights = weights
+
+    def __call__(self, layer: FrozenLinear, x_TD: Tensor) -> Tensor:
+        return self._weights.get(layer, layer.weight).product(x_TD, layer.bias)
+
+    def take(self, index: Tensor) -> MergedRoute:
+        return self
+
+
+def check_tensors(
+    name: str, expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]
+) -> None:
+    """Raises ValueError naming the first tensor that is missing, unexpected or misshapen."""
+    if missing := sorted(expected.keys() - given.keys()):
+        raise ValueError(f"adapter {name!r}: tensor {missing[0]!r} is missing (of {len(missing)})")
+    if extra := sorted(given.keys() - expected.keys()):
+        raise ValueError(
+            f"adapter {name!r}: tensor {extra[0]!r} is of no target module (of {len(extra)})"
+        )
+    for tensor_name, shape in expected.items():
+        if tuple(given[tensor_name].shape) != shape:
+            raise ValueError(
+                f"adapter {name!r}: {tensor_name} has shape {tuple(given[tensor_name].shape)}, "
+                f"the model and rank need {shape}"
+            )
+
+
+def stable_seed(*parts: object) -> int:
+    """63 bits from the parts' text; the same in every process."""
+    text = "\0".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,118 @@
+"""A frozen linear layer with the low-rank products of the adapters its tokens are routed to.
+
+Shapes: T tokens, t tokens of one span, D inputs, O outputs, R rank (summed over a layer's parts).
+Source: Hu et al., 2021 (arXiv 2106.09685).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorelei.model.linear import FrozenLinear
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPart:
+    """A [R, D] and B [o1 - o0, R] that add scale * x @ A.T @ B.T to outputs [o0, o1)."""
+
+    name: str
+    a: Tensor
+    b: Tensor
+    o0: int
+    o1: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens [start, stop) of the row go through these parts."""
+
+    start: int
+    stop: int
+    scale: float
+    parts: tuple[LoraPart, ...]
+    dropout: float
+    dropout_seed: int
+
+    def masked(self, x_tD: Tensor) -> Tensor:
+        """x with dropout; the same mask every time, so a recomputed forward pass agrees."""
+        return x_tD if self.dropout == 0 else x_tD * self.mask(x_tD)
+
+    def mask(self, x_tD: Tensor) -> Tensor:
+        """[t, D]: 0 with probability `dropout`, else 1 / (1 - dropout)."""
+        generator = torch.Generator(x_tD.device).manual_seed(self.dropout_seed)
+        draw = torch.rand(x_tD.shape, generator=generator, device=x_tD.device)
+        return (draw >= self.dropout).to(x_tD.dtype) / (1 - self.dropout)
+
+
+def lora_linear(layer: FrozenLinear, x_TD: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    """[T, D] -> [T, O]. The gradient reaches x, A and B, never W."""
+    weights = [w for span in spans for part in span.parts for w in (part.a, part.b)]
+    return _LoraLinear.apply(x_TD, layer, spans, *weights)  # type: ignore[no-any-return]
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Keeps x and x @ A.T; the products with W are never kept and W gets no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, layer: FrozenLinear, spans: tuple[Span, ...], *weights: Tensor
+    ) -> Tensor:
+        y_TO = layer.product(x_TD)
+        lows: list[Tensor] = []
+        for span in spans:
+            rows = slice(span.start, span.stop)
+            low_tR = span.masked(x_TD[rows]) @ _stacked_a(span, x_TD.dtype).T
+            lows.append(low_tR)
+            r = 0
+            for part in span.parts:
+                b_OR = part.b.to(x_TD.dtype)
+                low = low_tR[:, r : r + b_OR.shape[1]]
+                y_TO[rows, part.o0 : part.o1].addmm_(low, b_OR.T, alpha=span.scale)
+                r += b_OR.shape[1]
+        ctx.layer, ctx.spans = layer, spans
+        # weights are saved through the spans: the optimizer writes them only between passes
+        ctx.save_for_backward(x_TD, *lows)
+        return y_TO
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, *lows = ctx.saved_tensors
+        dy_TO = grads[0]
+        dx_TD = ctx.layer.weight.transposed_product(dy_TO) if ctx.needs_input_grad[0] else None
+        d_weights: list[Tensor] = []
+        for span, low_tR in zip(ctx.spans, lows, strict=True):
+            rows = slice(span.start, span.stop)
+            d_low_tR = torch.empty_like(low_tR)
+            d_bs: list[Tensor] = []
+            r = 0
+            for part in span.parts:
+                b_OR = part.b.to(x_TD.dtype)
+                columns = slice(r, r + b_OR.shape[1])
+                dy_tO = dy_TO[rows, part.o0 : part.o1]
+                torch.mul(dy_tO @ b_OR, span.scale, out=d_low_tR[:, columns])
+                d_bs.append((dy_tO.T @ low_tR[:, columns]).mul_(span.scale).to(part.b.dtype))
+                r += b_OR.shape[1]
+            d_as = (d_low_tR.T @ span.masked(x_TD[rows])).split([p.a.shape[0] for p in span.parts])
+            for part, d_a, d_b in zip(span.parts, d_as, d_bs, strict=True):
+                d_weights += [d_a.to(part.a.dtype), d_b]
+            if dx_TD is not None:
+                _add_input_grad(dx_TD[rows], d_low_tR, span, x_TD.dtype)
+        return dx_TD, None, None, *d_weights
+
+
+def _add_input_grad(dx_tD: Tensor, d_low_tR: Tensor, span: Span, dtype: torch.dtype) -> None:
+    a_RD = _stacked_a(span, dtype)
+    if span.dropout == 0:
+        dx_tD.addmm_(d_low_tR, a_RD)
+    else:
+        dx_tD.add_((d_low_tR @ a_RD) * span.mask(dx_tD))
+
+
+def _stacked_a(span: Span, dtype: torch.dtype) -> Tensor:
+    if len(span.parts) == 1:
+        return span.parts[0].a.to(dtype)
+    return torch.cat([part.a for part in span.parts]).to(dtype)

@@ -1,0 +1,100 @@
+"""Which linear layers of a model get an adapter. No torch.
+
+The names are those of the checkpoint, such as 'model.layers.0.self_attn.q_proj'; each expert of a
+mixture is a layer of its own. A router is never adapted and has no entry.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lorelei.model.config import DecoderConfig
+from lorelei.types import AdapterSpec
+
+ALL_LINEAR = "all-linear"
+HEAD = "lm_head"
+
+Shape = tuple[int, int]  # (out, in)
+
+
+def module_shapes(hf_config: Mapping[str, Any]) -> dict[str, Shape]:
+    """{name: (out, in)} of every linear layer that can get an adapter, in order of execution.
+
+    hf_config: a parsed config.json. Raises UnsupportedModel for architectures we do not build.
+    """
+    model = DecoderConfig.from_hf(hf_config)
+    hidden, queries = model.hidden, model.heads * model.head_dim
+    keys = model.kv_heads * model.head_dim
+    shapes: dict[str, Shape] = {}
+    for layer in range(model.layers):
+        prefix = f"model.layers.{layer}"
+        shapes[f"{prefix}.self_attn.q_proj"] = (queries, hidden)
+        shapes[f"{prefix}.self_attn.k_proj"] = (keys, hidden)
+        shapes[f"{prefix}.self_attn.v_proj"] = (keys, hidden)
+        shapes[f"{prefix}.self_attn.o_proj"] = (hidden, queries)
+        if model.moe is not None and model.moe.is_sparse(layer):
+            for expert in range(model.moe.experts):
+                at = f"{prefix}.mlp.experts.{expert}"
+                shapes |= _mlp_shapes(at, hidden, model.moe.intermediate)
+        else:
+            shapes |= _mlp_shapes(f"{prefix}.mlp", hidden, model.intermediate)
+    shapes[HEAD] = (model.vocab, hidden)
+    return shapes
+
+
+def match_targets(names: Iterable[str], spec: AdapterSpec, model_name: str) -> list[str]:
+    """The names that `spec` targets, in their order.
+
+    A target is 'all-linear' (everything but lm_head), a name, the end of one after a dot, or a
+    regular expression for whole names; exclude_modules are written alike and win.
+    Raises ValueError when a target or an exclusion matches nothing, or nothing is left.
+    """
+    known = list(names)
+    chosen: set[str] = set()
+    for target in spec.target_modules:
+        chosen |= _matches(known, target, "lora.target_modules", model_name)
+    for target in spec.exclude_modules:
+        chosen -= _matches(known, target, "lora.exclude_modules", model_name)
+    if not chosen:
+        raise ValueError(
+            f"lora.exclude_modules: {list(spec.exclude_modules)} leaves nothing of "
+            f"lora.target_modules: {list(spec.target_modules)}; exclude less"
+        )
+    return [name for name in known if name in chosen]
+
+
+def _mlp_shapes(prefix: str, hidden: int, intermediate: int) -> dict[str, Shape]:
+    return {
+        f"{prefix}.gate_proj": (intermediate, hidden),
+        f"{prefix}.up_proj": (intermediate, hidden),
+        f"{prefix}.down_proj": (hidden, intermediate),
+    }
+
+
+def _matches(names: Sequence[str], target: str, field: str, model_name: str) -> set[str]:
+    if target == ALL_LINEAR:
+        return {name for name in names if name != HEAD}
+    found = {name for name in names if name == target or name.endswith(f".{target}")}
+    if found:
+        return found
+    try:
+        pattern = re.compile(target)
+    except re.error as error:
+        raise ValueError(f"{field}: {target!r} is no regular expression: {error}") from error
+    found = {name for name in names if pattern.fullmatch(name)}
+    if not found:
+        raise ValueError(
+            f"{field}: {target!r} matches no linear layer of {model_name}; "
+            f"{_suggestion(names, target)}"
+        )
+    return found
+
+
+def _suggestion(names: Sequence[str], target: str) -> str:
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    choices = names if "." in target else leaves
+    close = difflib.get_close_matches(target, choices, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(leaves)}"

@@ -1,0 +1,150 @@
+"""What the decoder needs to know of a checkpoint's config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+class UnsupportedModel(ValueError):
+    """The checkpoint is of an architecture or variant that the decoder does not build."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeConfig:
+    """Mixture-of-experts layers."""
+
+    experts: int
+    experts_per_token: int
+    intermediate: int
+    normalise_topk: bool
+    sparse_step: int
+    dense_layers: frozenset[int]
+
+    def is_sparse(self, layer: int) -> bool:
+        return layer not in self.dense_layers and (layer + 1) % self.sparse_step == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig:
+    """A decoder of the Llama, Qwen2, Qwen3 or Qwen3-MoE family."""
+
+    architecture: str
+    vocab: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+    tied_embeddings: bool
+    qk_norm: bool
+    max_positions: int
+    rope: Mapping[str, Any]  # rope_type, rope_theta and the parameters of its type
+    eos_token_ids: tuple[int, ...]
+    moe: MoeConfig | None
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> DecoderConfig:
+        """From a parsed config.json. Raises UnsupportedModel by name."""
+        architecture = _architecture(hf)
+        _refuse_variants(hf, architecture)
+        try:
+            return cls._of_family(architecture, FAMILIES[architecture], hf)
+        except KeyError as missing:
+            raise UnsupportedModel(
+                f"model: config.json has no {missing}; is it complete?"
+            ) from None
+
+    @classmethod
+    def _of_family(cls, architecture: str, family: str, hf: Mapping[str, Any]) -> DecoderConfig:
+        heads = hf["num_attention_heads"]
+        default_head_dim = 128 if family == "qwen3" else hf["hidden_size"] // heads
+        eos = hf.get("eos_token_id")
+        return cls(
+            architecture=architecture,
+            vocab=hf["vocab_size"],
+            hidden=hf["hidden_size"],
+            intermediate=hf["intermediate_size"],
+            layers=hf["num_hidden_layers"],
+            heads=heads,
+            kv_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or default_head_dim,
+            norm_eps=hf.get("rms_norm_eps", 1e-6),
+            tied_embeddings=hf.get("tie_word_embeddings", False),
+            qk_norm=family.startswith("qwen3"),
+            max_positions=hf.get("max_position_embeddings", 2048),
+            rope=_rope(hf),
+            eos_token_ids=tuple(eos if isinstance(eos, list) else [eos] if eos is not None else []),
+            moe=_moe(hf) if family == "qwen3_moe" else None,
+        )
+
+
+def _architecture(hf: Mapping[str, Any]) -> str:
+    names = hf.get("architectures") or []
+    if not names:  # GGUF and some tests carry only the model type
+        by_type = {family: name for name, family in FAMILIES.items()}
+        names = [by_type.get(str(hf.get("model_type")), str(hf.get("model_type")))]
+    if names[0] not in FAMILIES:
+        raise UnsupportedModel(
+            f"model: architecture {names[0]!r} is not supported by the torch-native decoder; "
+            f"supported: {', '.join(FAMILIES)}"
+        )
+    return names[0]
+
+
+def _refuse_variants(hf: Mapping[str, Any], architecture: str) -> None:
+    if hf.get("hidden_act", "silu") != "silu":
+        raise UnsupportedModel(
+            f"model: hidden_act {hf['hidden_act']!r} of {architecture} is not supported; only silu"
+        )
+    if hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or []):
+        raise UnsupportedModel(
+            f"model: {architecture} with use_sliding_window is not supported; full attention only"
+        )
+    if hf.get("quantization_config"):
+        method = hf["quantization_config"].get("quant_method", "unknown")
+        raise UnsupportedModel(
+            f"model: weights quantised with {method} are not supported by the torch-native "
+            "decoder; use the unquantised checkpoint"
+        )
+
+
+def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers 5 keeps everything in rope_parameters; earlier files in several fields."""
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    rope.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
+    rope.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise UnsupportedModel(
+            f"model: rope_type {rope['rope_type']!r} is not supported; "
+            f"supported: {', '.join(ROPE_TYPES)}"
+        )
+    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise UnsupportedModel(f"model: partial_rotary_factor {partial} is not supported; only 1")
+    return rope
+
+
+def _moe(hf: Mapping[str, Any]) -> MoeConfig:
+    return MoeConfig(
+        # transformers 5 writes num_local_experts
+        experts=hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"],
+        experts_per_token=hf["num_experts_per_tok"],
+        intermediate=hf["moe_intermediate_size"],
+        normalise_topk=hf.get("norm_topk_prob", False),
+        sparse_step=hf.get("decoder_sparse_step", 1),
+        dense_layers=frozenset(hf.get("mlp_only_layers") or []),
+    )

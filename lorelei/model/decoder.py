@@ -1,0 +1,120 @@
+"""The decoder: Llama, Qwen2, Qwen3 and Qwen3-MoE from one definition.
+
+It runs on a flat row of tokens from any number of sequences: linear layers see all tokens at
+once, `attend` alone knows which token may look at which, and `route` alone knows adapters. The
+same code trains, prefills and decodes.
+
+Shapes: T tokens, D hidden, H heads, K key/value heads, d head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lorelei.model.config import DecoderConfig
+from lorelei.model.linear import FrozenLinear, Route
+from lorelei.model.mlp import Mlp, Moe
+from lorelei.model.norm import rms_norm
+from lorelei.model.rope import RotaryTable, rotate
+
+
+class Attend(Protocol):
+    """Attention over whatever the caller keeps: a packed batch, a prompt, a KV cache."""
+
+    def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+        """Rotated queries and keys, values -> [T, H, d]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """The frozen tensors of one block."""
+
+    input_norm: Tensor
+    qkv: FrozenLinear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: FrozenLinear
+    mlp_norm: Tensor
+    mlp: Mlp | Moe
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoder:
+    """A frozen base model."""
+
+    config: DecoderConfig
+    embedding: Tensor  # [V, D]
+    layers: tuple[Layer, ...]
+    norm: Tensor
+    head: FrozenLinear
+    rotary: RotaryTable
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def linears(self) -> list[FrozenLinear]:
+        """Every linear layer that an adapter may target, in order of execution."""
+        found: list[FrozenLinear] = []
+        for layer in self.layers:
+            mlps = layer.mlp.experts if isinstance(layer.mlp, Moe) else (layer.mlp,)
+            found += [layer.qkv, layer.out, *(f for m in mlps for f in (m.gate_up, m.down))]
+        return [*found, self.head]
+
+    def __call__(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        route: Route,
+        attend: Attend,
+        recompute: bool = False,
+    ) -> Tensor:
+        """Hidden states [T, D] after the last norm; logits are `route(self.head, hidden)`.
+
+        recompute: keep only each block's input for the backward pass.
+        """
+        x_TD = F.embedding(tokens_T, self.embedding)
+        angles = self.rotary.at(positions_T)
+        for number, layer in enumerate(self.layers):
+            if recompute and torch.is_grad_enabled():
+                # dropout masks come from seeds of their own: no RNG state to keep
+                x_TD = checkpoint(
+                    self._block,
+                    *(number, layer, x_TD, angles, route, attend),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            else:
+                x_TD = self._block(number, layer, x_TD, angles, route, attend)
+        return rms_norm(x_TD, self.norm, self.config.norm_eps)
+
+    def _block(
+        self,
+        number: int,
+        layer: Layer,
+        x_TD: Tensor,
+        angles: tuple[Tensor, Tensor],
+        route: Route,
+        attend: Attend,
+    ) -> Tensor:
+        config = self.config
+        qkv = route(layer.qkv, rms_norm(x_TD, layer.input_norm, config.norm_eps))
+        heads, kv, d = config.heads, config.kv_heads, config.head_dim
+        q, k, v = qkv.view(len(x_TD), heads + 2 * kv, d).split([heads, kv, kv], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = rms_norm(q, layer.q_norm, config.norm_eps)
+            k = rms_norm(k, layer.k_norm, config.norm_eps)
+        mixed_THd = attend(number, rotate(q, angles), rotate(k, angles), v)
+        x_TD = x_TD + route(layer.out, mixed_THd.reshape(len(x_TD), heads * d))
+        return x_TD + layer.mlp(rms_norm(x_TD, layer.mlp_norm, config.norm_eps), route)

@@ -1,0 +1,116 @@
+"""Log-probabilities of target tokens from hidden states, without ever holding [T, V] logits.
+
+Shapes: I items, D hidden, V vocabulary, C items of one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lorelei.model.linear import FrozenLinear, Route
+
+CHUNK_ELEMENTS = 1 << 23  # logits held at once: 32 MiB in fp32
+
+
+def target_logprobs(
+    hidden_ID: Tensor, head: FrozenLinear, target_I: Tensor, temperature_I: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log p(target) and entropy [I] of softmax(logits / temperature), nats, at least fp32.
+
+    The gradient of a log-probability with respect to its hidden state does not depend on the
+    loss, so it is computed in the forward pass while the chunk's logits are at hand, and the
+    backward pass multiplies it by one number an item. The entropy carries no gradient.
+    """
+    return _TargetLogprobs.apply(hidden_ID, head, target_I, temperature_I)  # type: ignore[no-any-return]
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ID: Tensor, head: FrozenLinear, target_I: Tensor, temperature_I: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        wants_grad = ctx.needs_input_grad[0]
+        dtype = torch.promote_types(hidden_ID.dtype, torch.float32)
+        logprobs = torch.empty(len(target_I), dtype=dtype, device=hidden_ID.device)
+        entropy = torch.empty_like(logprobs)
+        unit_ID = torch.empty_like(hidden_ID) if wants_grad else None
+        for rows in _chunks(len(target_I), head.weight.shape[0]):
+            scale_C = temperature_I[rows].to(dtype).reciprocal()
+            logits_CV = head.product(hidden_ID[rows]).to(dtype).mul_(scale_C[:, None])
+            picked, lse, mean = _statistics(logits_CV, target_I[rows])
+            logprobs[rows], entropy[rows] = picked - lse, lse - mean
+            if unit_ID is not None:
+                # logits_CV holds the probabilities now: d log p = (onehot - p) @ W / temperature
+                logits_CV.neg_()
+                at = torch.arange(len(logits_CV), device=logits_CV.device)
+                logits_CV[at, target_I[rows]] += 1
+                logits_CV.mul_(scale_C[:, None])
+                unit_ID[rows] = head.weight.transposed_product(logits_CV.to(hidden_ID.dtype))
+        if unit_ID is not None:
+            ctx.save_for_backward(unit_ID)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (unit_ID,) = ctx.saved_tensors
+        return unit_ID * grads[0][:, None].to(unit_ID.dtype), None, None, None
+
+
+def _statistics(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Target logit, log-sum-exp and mean logit [C]; turns the logits into probabilities."""
+    picked = logits_CV.gather(1, target_C[:, None])[:, 0]
+    lse = logits_CV.logsumexp(dim=-1)
+    # sum p * logit = sum p * (logit - lse) + lse; p log p is written over a fresh buffer once
+    logits_CV.sub_(lse[:, None])
+    shifted = logits_CV.clone()
+    logits_CV.exp_()
+    mean = lse + shifted.mul_(logits_CV).sum(-1)
+    return picked, lse, mean
+
+
+def routed_target_logprobs(
+    hidden_ID: Tensor,
+    head: FrozenLinear,
+    route: Route,
+    target_I: Tensor,
+    temperature_I: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The same where an adapter acts on the head itself: chunks are recomputed in the backward."""
+    logprobs: list[Tensor] = []
+    entropies: list[Tensor] = []
+    for rows in _chunks(len(target_I), head.weight.shape[0]):
+        index = torch.arange(rows.start, rows.stop, device=hidden_ID.device)
+        logprob, entropy = checkpoint(
+            _chunk_logprobs,
+            hidden_ID[rows],
+            head,
+            route.take(index),
+            target_I[rows],
+            temperature_I[rows],
+            use_reentrant=False,
+        )
+        logprobs.append(logprob)
+        entropies.append(entropy.detach())
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def _chunk_logprobs(
+    hidden_CD: Tensor, head: FrozenLinear, route: Route, target_C: Tensor, temperature_C: Tensor
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(hidden_CD.dtype, torch.float32)
+    logits_CV = route(head, hidden_CD).to(dtype) / temperature_C.to(dtype)[:, None]
+    logprobs_CV = logits_CV.log_softmax(-1)
+    entropy = -(logprobs_CV.exp() * logprobs_CV).sum(-1)
+    return logprobs_CV.gather(1, target_C[:, None])[:, 0], entropy
+
+
+def _chunks(items: int, vocab: int) -> Iterator[slice]:
+    size = max(CHUNK_ELEMENTS // vocab, 1)
+    for start in range(0, items, size):
+        yield slice(start, min(start + size, items))

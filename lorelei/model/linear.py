@@ -1,0 +1,78 @@
+"""A frozen linear layer. Several projections of the same input are one layer with named parts.
+
+Shapes: T tokens, D inputs, O outputs of all parts together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lorelei.model.backend import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Output rows [start, stop) of a layer, by the module name of the checkpoint."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FrozenLinear:
+    """y = x @ W.T + b; what adapters add is the route's business."""
+
+    parts: tuple[Part, ...]
+    weight: Weight
+    bias: Tensor | None
+
+    @classmethod
+    def fuse(cls, modules: dict[str, tuple[Tensor, Tensor | None]]) -> FrozenLinear:
+        """One layer from {module name: (weight [O, D], bias [O] or none)} that share an input."""
+        parts: list[Part] = []
+        for name, (weight, _) in modules.items():
+            start = parts[-1].stop if parts else 0
+            parts.append(Part(name, start, start + weight.shape[0]))
+        weights = [w for w, _ in modules.values()]
+        biases = [b if b is not None else w.new_zeros(w.shape[0]) for w, b in modules.values()]
+        has_bias = any(b is not None for _, b in modules.values())
+        return cls(
+            tuple(parts),
+            Weight.of(torch.cat(weights) if len(weights) > 1 else weights[0]),
+            torch.cat(biases) if has_bias else None,
+        )
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    def product(self, x_TD: Tensor) -> Tensor:
+        """x [T, D] -> [T, O], without gradient."""
+        return self.weight.product(x_TD, self.bias)
+
+
+class Route(Protocol):
+    """Says which adapters act on which tokens, and applies a layer with them."""
+
+    def __call__(self, layer: FrozenLinear, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, O]: the frozen product plus each token's adapter's."""
+        ...
+
+    def take(self, index: Tensor) -> Route:
+        """The route of the tokens at `index` (ascending)."""
+        ...
+
+
+class BaseRoute:
+    """Every token sees the base model alone. For inference: gives no gradients."""
+
+    def __call__(self, layer: FrozenLinear, x_TD: Tensor) -> Tensor:
+        return layer.product(x_TD)
+
+    def take(self, index: Tensor) -> BaseRoute:
+        return self

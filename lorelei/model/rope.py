@@ -1,0 +1,121 @@
+"""Rotary position embeddings: default, linear, llama3 and yarn.
+
+Shapes: T tokens, H heads, d head size. Source: Su et al., 2021 (arXiv 2104.09864); YaRN: Peng et
+al., 2023 (arXiv 2309.00071); llama3: the Llama 3.1 model card's frequency smoothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorelei.model.config import DecoderConfig
+
+
+def frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
+    """Inverse frequencies [d / 2] (float32) and the factor on cos and sin."""
+    rope, d = config.rope, config.head_dim
+    # fp32 in the order of operations of transformers: at position 100000 one bit of a frequency
+    # turns a query by a third of a degree
+    inverse = 1.0 / rope["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
+    match rope["rope_type"]:
+        case "default":
+            return inverse, 1.0
+        case "linear":
+            return inverse / rope["factor"], 1.0
+        case "llama3":
+            return _llama3(inverse, rope), 1.0
+        case "yarn":
+            return _yarn(inverse, rope, d), _yarn_scale(rope)
+        case other:
+            raise AssertionError(f"rope_type {other!r} passed model.config")
+
+
+def _llama3(inverse: Tensor, rope: Mapping[str, Any]) -> Tensor:
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] / (2 * math.pi / inverse)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: unscaled, 0: fully scaled
+    return (1 - keep) * inverse / rope["factor"] + keep * inverse
+
+
+def _yarn(inverse: Tensor, rope: Mapping[str, Any], d: int) -> Tensor:
+    theta, original = rope["rope_theta"], rope["original_max_position_embeddings"]
+
+    def dimension(rotations: float) -> float:
+        return d * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d - 1)
+    index = torch.arange(d // 2, dtype=torch.float32)
+    keep = 1 - ((index - low) / max(high - low, 0.001)).clamp(0, 1)
+    return inverse / rope["factor"] * (1 - keep) + inverse * keep
+
+
+def _yarn_scale(rope: Mapping[str, Any]) -> float:
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+
+    def scale(mscale: float) -> float:
+        factor = rope["factor"]
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return scale(rope["mscale"]) / scale(rope["mscale_all_dim"])
+    return scale(1.0)
+
+
+class RotaryTable:
+    """cos and sin of every position, computed once for the longest sequence seen."""
+
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self._inverse, self._scale = frequencies(config)
+        self._dtype, self._device = dtype, device
+        empty = torch.empty(0, config.head_dim // 2)
+        self._cos_sin = (empty, empty)
+
+    def at(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin [T, 1, d / 2] of the positions."""
+        needed = int(positions_T.max()) + 1 if len(positions_T) else 0
+        cos, sin = self._cos_sin
+        if needed > len(cos):
+            length = 1 << (needed - 1).bit_length()
+            # fp32 angles whatever the model's dtype: position * frequency needs the mantissa
+            angles = torch.arange(length, dtype=torch.float32)[:, None] * self._inverse
+            cos = (angles.cos() * self._scale).to(self._device, self._dtype)
+            sin = (angles.sin() * self._scale).to(self._device, self._dtype)
+            self._cos_sin = (cos, sin)  # at once: training and decoding threads share the table
+        return cos[positions_T][:, None], sin[positions_T][:, None]
+
+
+class _Rotate(torch.autograd.Function):
+    """The transpose of a rotation rotates back, so the backward pass needs the angles alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x_THd, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grads[0], cos, -sin), None, None
+
+
+def _rotated(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x_THd.shape[-1] // 2
+    out = torch.empty(x_THd.shape, dtype=x_THd.dtype, device=x_THd.device)
+    first, second = x_THd[..., :half], x_THd[..., half:]
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+    return out
+
+
+def rotate(x_THd: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate queries or keys [T, H, d] by their positions' angles."""
+    return _Rotate.apply(x_THd, *cos_sin)  # type: ignore[no-any-return]

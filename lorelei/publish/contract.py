@@ -1,0 +1,30 @@
+"""The Publisher contract: how a new adapter version reaches a rollout engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from lorelei.train.contract import TrainEngine
+from lorelei.types import AdapterRef
+
+
+class PublishError(RuntimeError):
+    """A version did not arrive, or what arrived is not what was sent."""
+
+
+class Publisher(Protocol):
+    """Moves adapters, and nothing else, from a train engine to rollout engines."""
+
+    async def publish(
+        self, source: TrainEngine, versions: Mapping[str, int]
+    ) -> dict[str, AdapterRef]:
+        """Send {adapter: version number} and return when every replica can serve them.
+
+        Raises PublishError; then none of the new versions may be used.
+        """
+        ...
+
+    async def retire(self, ref: AdapterRef) -> None:
+        """Forget a version everywhere once nothing in flight uses it."""
+        ...

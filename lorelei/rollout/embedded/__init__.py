@@ -1,0 +1,1 @@
+"""The embedded rollout engine: samples from the torch-native decoder on one thread."""

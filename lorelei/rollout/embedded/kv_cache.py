@@ -1,0 +1,82 @@
+"""Keys and values: of prompts, one block read by all rows of a prompt, and of what rows sampled.
+
+Shapes: L layers, S slots, K key/value heads, C capacity, P prompt tokens, B rows, d head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorelei.model.decoder import Decoder
+
+_FIRST_CAPACITY = 32
+
+
+class PromptCache:
+    """Keys and values of one prompt's tokens, [L, K, P, d]; written once, by its prefill."""
+
+    def __init__(self, decoder: Decoder, length: int) -> None:
+        config = decoder.config
+        shape = (config.layers, config.kv_heads, length, config.head_dim)
+        self.keys = torch.empty(shape, dtype=decoder.dtype, device=decoder.device)
+        self.values = torch.empty_like(self.keys)
+        self.hidden = self.keys.new_empty(config.hidden)  # [D] of the last token
+
+    def write(self, layer: int, k_PKd: Tensor, v_PKd: Tensor) -> None:
+        self.keys[layer], self.values[layer] = k_PKd.transpose(0, 1), v_PKd.transpose(0, 1)
+
+
+class RowCache:
+    """Keys and values of sampled tokens, [L, S, K, C, d]: the row in slot s owns [:, s].
+
+    The rows in use are slots 0 to B - 1. Slots and capacity grow by doubling.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self.release()
+
+    def release(self) -> None:
+        """Give the memory back. All slots are empty then."""
+        self._keys = self._values = self._allocate(0, 0)
+
+    def _allocate(self, slots: int, capacity: int) -> Tensor:
+        config = self._decoder.config
+        shape = (config.layers, slots, config.kv_heads, capacity, config.head_dim)
+        # zeros: what is masked has weight 0, and 0 * NaN of uninitialised memory would be NaN
+        return torch.zeros(shape, dtype=self._decoder.dtype, device=self._decoder.device)
+
+    def reserve(self, slots: int, capacity: int) -> None:
+        """Make room for that many rows of that many tokens."""
+        had_slots, had_capacity = self._keys.shape[1], self._keys.shape[3]
+        if slots <= had_slots and capacity <= had_capacity:
+            return
+        new_slots = max(slots, 2 * had_slots) if slots > had_slots else had_slots
+        new_capacity = max(had_capacity, _FIRST_CAPACITY)
+        while new_capacity < capacity:
+            new_capacity *= 2
+        for name in ("_keys", "_values"):
+            grown = self._allocate(new_slots, new_capacity)
+            grown[:, :had_slots, :, :had_capacity] = getattr(self, name)
+            setattr(self, name, grown)
+
+    def append(
+        self, layer: int, slots_B: Tensor, lengths_B: Tensor, k_BKd: Tensor, v_BKd: Tensor
+    ) -> None:
+        """Write one token a row at position lengths[row] of slot slots[row]."""
+        self._keys[layer][slots_B, :, lengths_B] = k_BKd
+        self._values[layer][slots_B, :, lengths_B] = v_BKd
+
+    def read(self, layer: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """Views [B, K, length, d] of the first `rows` slots."""
+        return self._keys[layer, :rows, :, :length], self._values[layer, :rows, :, :length]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy a row's first `length` tokens into another slot."""
+        for cache in (self._keys, self._values):
+            cache[:, target, :, :length] = cache[:, source, :, :length]
+
+    @property
+    def nbytes(self) -> int:
+        return self._keys.nbytes + self._values.nbytes

@@ -1,0 +1,88 @@
+"""The adapter versions an engine can serve: its own copies, never the tensors being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+
+from lorelei.lora.bank import AdapterBank, MergedRoute
+from lorelei.lora.state import AdapterState
+from lorelei.model.decoder import Decoder
+from lorelei.model.linear import BaseRoute, Route
+
+# merging a version costs about as much as this many tokens save
+MERGE_TOKENS = 512
+
+
+class PublishedAdapters:
+    """Immutable adapter versions by served name, and at most one private merged copy."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._bank = AdapterBank(decoder)
+        self._merged: tuple[str, MergedRoute] | None = None
+        self._decoding: str | None = None  # decoded through the merged copy until the burst ends
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bank)
+
+    def install(self, name: str, state: AdapterState) -> str:
+        """Copy a version's tensors and return the digest of the copy, taken from the copy.
+
+        Raises ValueError, and then has changed nothing, for tensors that do not fit.
+        """
+        if name in self._bank:  # versions are immutable: it is the same one, sent again
+            return self._bank.state(name).digest()
+        for tensor_name, tensor in state.tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"adapter {name!r}: {tensor_name} has values that are not finite")
+        self._bank.add(name, state.spec)
+        try:
+            self._bank.load(name, state.tensors)
+        except ValueError:
+            self._bank.drop(name)
+            raise
+        return self._bank.state(name).digest()
+
+    def remove(self, name: str) -> None:
+        self._bank.drop(name)
+        if self._merged is not None and self._merged[0] == name:
+            self.drop_merged()
+
+    def drop_merged(self) -> None:
+        self._merged = self._decoding = None
+
+    def settle(self, names: set[str | None], pending_tokens: int) -> None:
+        """Choose how rows of these adapters are decoded, at most `pending_tokens` of them.
+
+        The choice depends on the rows since the engine was last idle and on nothing else, so
+        the same requests always give the same bits.
+        """
+        if len(names) != 1:
+            self._decoding = None
+            return
+        (name,) = names
+        if name is None or (name != self._decoding and pending_tokens < MERGE_TOKENS):
+            self._decoding = None
+            return
+        self._decoding = name
+        if self._merged is None or self._merged[0] != name:
+            self._merged = None  # first: two copies need not fit into memory
+            self._merged = (name, self._bank.merged(name))
+
+    def idle(self) -> None:
+        """No rows are left: the next ones choose anew. The copy stays for them."""
+        self._decoding = None
+
+    def route(self, names: Sequence[str | None]) -> Route:
+        """The route of tokens by adapter, by the choice that was settled for them."""
+        if self._decoding is not None and self._merged is not None:
+            return self._merged[1]
+        return self.unmerged([(name, len(list(run))) for name, run in groupby(names)])
+
+    def unmerged(self, spans: Sequence[tuple[str | None, int]]) -> Route:
+        """The route of (adapter, number of tokens) spans."""
+        if all(name is None for name, _ in spans):
+            return BaseRoute()
+        return self._bank.route(spans)

@@ -1,0 +1,57 @@
+"""Held-out evaluation of an adapter version: the same problems, the same sampling, every time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lorelei.env.contract import Env, Episode
+from lorelei.rollout.contract import EngineClosed, RolloutEngine
+from lorelei.rollout.sampler import EngineSampler, Policy
+from lorelei.types import AdapterRef, Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Means over the problems; an episode without a reward counts as zero."""
+
+    means: dict[str, float]  # 'reward' and what the scorer reports besides
+    n: int
+    errors: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluator:
+    """Evaluates one adapter."""
+
+    engine: RolloutEngine
+    prompts: Sequence[Prompt]
+    env: Env
+    policy: Policy  # its ref is ignored
+
+    async def run(self, ref: AdapterRef | None) -> Scores:
+        """Score every prompt once under a version, or under the base model."""
+        start = time.perf_counter()
+        policy = replace(self.policy, ref=ref)
+        episodes = await asyncio.gather(*(self._episode(p, policy) for p in self.prompts))
+        names = sorted({name for e in episodes for name in e.metrics})
+        total = len(episodes)
+        means = {"reward": sum(e.reward or 0.0 for e in episodes) / total}
+        means |= {n: sum(e.metrics.get(n, 0.0) for e in episodes) / total for n in names}
+        return Scores(
+            means=means,
+            n=total,
+            errors=sum(e.reward is None for e in episodes),
+            seconds=time.perf_counter() - start,
+        )
+
+    async def _episode(self, prompt: Prompt, policy: Policy) -> Episode:
+        try:
+            return await self.env.run(prompt, EngineSampler(self.engine, policy, prompt.id))
+        except EngineClosed:
+            raise
+        except Exception as error:  # the border to environments
+            return Episode(turns=(), reward=None, error=f"environment raised {error!r}")

@@ -1,0 +1,256 @@
+"""The values that cross module borders. No torch at load.
+
+Shapes: T tokens, P prompt tokens, I prediction items, G rollouts of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+Longs = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+FinishReason = Literal["stop", "length", "abort"]
+Policy = Literal["current", "reference"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One problem of a task, ready for the model."""
+
+    id: str  # stable for a (task, seed): the same problem has the same id in every run
+    tokens: Ints  # [P]
+    messages: tuple[Mapping[str, str], ...]  # chat messages behind `tokens`
+    data: Mapping[str, Any]  # what the reward needs: answer, metadata, dataset columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """The shape of an adapter; everything that decides which tensors it has."""
+
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...] = ("all-linear",)
+    exclude_modules: tuple[str, ...] = ()
+    rslora: bool = False
+    dropout: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """Factor on B @ A: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRef:
+    """One immutable adapter version as a rollout engine sees it."""
+
+    name: str
+    version: int
+    run_id: str
+    digest: str  # of the tensors, see lora.state.digest
+
+    @property
+    def served_name(self) -> str:
+        """A name that is never used again: run, adapter, version and content."""
+        return f"{self.name}-v{self.version}-{self.run_id}-{self.digest[:12]}"
+
+    def __str__(self) -> str:
+        return f"{self.name}@v{self.version}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one completion is drawn. Temperature 0 is greedy.
+
+    top_k, top_p and min_p are for evaluation and chat: in training the log-probability of a
+    truncated distribution is not the one the loss needs, and the configuration refuses them.
+    """
+
+    temperature: float = 1.0
+    max_new_tokens: int = 64
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    seed: int = 0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One completion of one prompt. Requests with equal adapter and tokens share a prefill."""
+
+    tokens: Ints  # [P]
+    adapter: AdapterRef | None  # none: the base model
+    sampling: SamplingParams
+    key: str  # names the random stream with sampling.seed: the same key draws the same numbers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One sampled continuation. The stop token, when there is one, is its last token."""
+
+    tokens: Ints  # [T]
+    logprobs: Floats  # [T] nats, temperature-scaled, full vocabulary, of the policy that sampled
+    versions: tuple[tuple[int, int], ...]  # spans (adapter version, number of tokens)
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What the model read and what it answered, as token ids; never re-tokenised."""
+
+    prompt: Ints  # [P] all tokens the model conditioned on, earlier turns included
+    completion: Completion
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One episode. `error` says why an episode has no reward; its siblings live on."""
+
+    adapter: str
+    sample: int
+    turns: tuple[Turn, ...]
+    reward: float | None
+    error: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The rollouts of one prompt, in sample order."""
+
+    adapter: str
+    index: int  # position of the prompt in the adapter's data order
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def min_version(self) -> int:
+        """The oldest adapter version that sampled any token of the group."""
+        return min(self._versions(), default=0)
+
+    @property
+    def newest_version(self) -> int:
+        """The newest adapter version that sampled any token of the group."""
+        return max(self._versions(), default=0)
+
+    def _versions(self) -> list[int]:
+        return [v for r in self.rollouts for t in r.turns for v, _ in t.completion.versions]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A run of tokens that continues its parent segment (or starts a sequence).
+
+    Segments with the same parent share the parent's computation; a parent stands before its
+    children and belongs to the same adapter.
+    """
+
+    tokens: Ints  # [T]
+    parent: int  # index of the parent segment in the batch, -1: none
+    start: int  # position of tokens[0] in its sequence
+    adapter: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Items:
+    """Aligned arrays [I]: one predicted token each.
+
+    `source` indexes the concatenation of all segments of the batch: the position whose output
+    predicts `target`. `weight` holds every normaliser, so that a loss is a plain sum. The optional
+    arrays are NaN for the items of an adapter that has none.
+    """
+
+    source: Longs
+    target: Longs
+    weight: Floats
+    advantage: Floats
+    behaviour: Floats  # log-probability when sampled
+    temperature: Floats
+    sequence: Longs  # rollout number within the batch
+    proximal: Floats | None = None  # log-probability at the start of the update
+    reference: Floats | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Segments and the items predicted from them."""
+
+    segments: tuple[Segment, ...]
+    items: Items
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Adapters in order of first appearance."""
+        return tuple(dict.fromkeys(s.adapter for s in self.segments))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSpec:
+    """A loss by import path and frozen parameters, so that it can travel to other processes."""
+
+    path: str  # "package.module:function"
+    params: Mapping[str, float | bool | str | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamHyper:
+    """One AdamW step of one adapter (decoupled weight decay)."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # 0: no clipping
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemOutputs:
+    """What the model says of every item, in item order."""
+
+    logprobs: Floats  # [I] of the target, temperature-scaled, nats
+    entropy: Floats  # [I] of the temperature-scaled distribution, nats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOutputs:
+    """The result of one forward_backward."""
+
+    items: ItemOutputs
+    loss: Mapping[str, float]  # by adapter, the weighted sum
+    metrics: Mapping[
+        str, Mapping[str, float]
+    ]  # by adapter; sums over items, weighted like the loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimStats:
+    """One optimizer step of one adapter."""
+
+    grad_norm: float  # before clipping
+    step: int  # optimizer steps taken, this one included
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """What one pass of the loop did, by adapter."""
+
+    touched: tuple[str, ...]
+    metrics: Mapping[str, Mapping[str, float]]
+
+
+Messages = Sequence[Mapping[str, str]]
