@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,20 +62,16 @@ def train(run: ConfigFile, overrides: Overrides = None) -> None:
     _set_threads(config)
     from lorelei.launch import local
 
-    local.train(config)
+    _until_stopped(lambda: local.train(config))
 
 
 @app.command()
 def resume(run: RunFolder) -> None:
     """Go on with a run from its last committed step."""
-    from lorelei.config.load import validate
-    from lorelei.store.identity import read_identity
-
-    folder = _run_folder(run)
-    _set_threads(validate(dict(read_identity(folder).config)))
+    folder = _prepared(run)
     from lorelei.launch import local
 
-    local.resume(folder)
+    _until_stopped(lambda: local.resume(folder))
 
 
 @app.command()
@@ -120,6 +117,97 @@ def runs(
     Console().print(table)
 
 
+AdapterName = Annotated[str | None, typer.Option("--adapter", help="Default: the only one.")]
+Base = Annotated[bool, typer.Option("--base", help="The base model, without the adapter.")]
+
+
+@app.command("eval")
+def evaluate(
+    run: RunFolder,
+    n: Annotated[int | None, typer.Option(help="Held-out problems. Default: the run's.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="The base model too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score a run's adapters on its held-out problems."""
+    folder = _prepared(run)
+    from lorelei.launch import trained
+
+    scores = trained.evaluate(folder, n, base)
+    if as_json:
+        typer.echo(json.dumps(scores, indent=2))
+        return
+    for adapter, versions in scores.items():
+        for version, means in versions.items():
+            words = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+            typer.echo(f"{adapter}  {version:>5}  {words}")
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    adapter: AdapterName = None,
+    out: Annotated[Path | None, typer.Option(help="Default: RUN/export/NAME-vN.")] = None,
+) -> None:
+    """Write an adapter as a PEFT folder, which peft, vLLM and others read."""
+    folder = _prepared(run)
+    from lorelei.launch import trained
+
+    typer.echo(trained.export(folder, adapter, out))
+
+
+@app.command()
+def chat(
+    run: RunFolder,
+    adapter: AdapterName = None,
+    base: Base = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 0.9,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+) -> None:
+    """Talk to an adapter. One line is one message; an empty line or the end of input ends."""
+    folder = _prepared(run)
+    from lorelei.launch.trained import Chat
+    from lorelei.obs.escape import escaped
+    from lorelei.types import SamplingParams
+
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+    talk = Chat(folder, adapter, base, sampling)
+    typer.echo(f"{talk.who} answers; an empty line ends")
+    for answer in talk.answers(_lines()):
+        typer.echo(escaped(answer, keep="\n"))
+
+
+@app.command()
+def samples(
+    run: RunFolder,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 5,
+    adapter: AdapterName = None,
+    order: Annotated[str, typer.Option(help="worst, best or random.")] = "random",
+    step: Annotated[int | None, typer.Option(help="Of this step only.")] = None,
+) -> None:
+    """Read rollouts of a run: prompt, completion, reward."""
+    from lorelei.obs.samples import format_samples
+
+    if order not in ("worst", "best", "random"):
+        raise ValueError(f"--order: {order!r} is none of worst, best, random")
+    path = _run_folder(run) / "rollouts.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [record for record in map(json.loads, lines) if step in (None, record["step"])]
+    typer.echo(format_samples(records, n, adapter=adapter, order=order))
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="Default: RUN/report.png.")] = None,
+) -> None:
+    """Draw a run: held-out score, reward, mismatch, lengths, seconds."""
+    from lorelei.obs.report import render_report
+
+    folder = _run_folder(run)
+    typer.echo(render_report(folder, out or folder / "report.png"))
+
+
 def main() -> None:
     """Run a command. What a user can mend is one line and exit code 2, without a traceback.
 
@@ -147,6 +235,38 @@ def _set_threads(config: RunConfig) -> None:
     from lorelei.config.threads import set_threads
 
     set_threads(config.threads)
+
+
+def _prepared(run: str) -> Path:
+    """The run's folder, after setting its threads: torch may be imported from here on."""
+    from lorelei.config.load import validate
+    from lorelei.store.identity import read_identity
+
+    folder = _run_folder(run)
+    _set_threads(validate(dict(read_identity(folder).config)))
+    return folder
+
+
+def _until_stopped(work: Callable[[], None]) -> None:
+    """Exit as the shell expects of a program that a signal ended."""
+    from lorelei.launch.local import Stopped
+
+    try:
+        work()
+    except Stopped as stopped:
+        raise typer.Exit(128 + stopped.signal) from None
+
+
+def _lines() -> Iterator[str]:
+    """Lines of standard input until an empty one."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        yield line
 
 
 def _run_folder(run: str) -> Path:

@@ -106,8 +106,13 @@ async def evaluate(loop: Loop, refs: Mapping[str, AdapterRef]) -> None:
         loop.scores[name] = scores.means.get("strict", scores.means["reward"])
         record = {"kind": "eval", "step": ref.version, "adapter": name, "scores": scores.means}
         loop.store.append_metrics(
-            {**record, "n": scores.n, "errors": scores.errors, "seconds": scores.seconds}
+            {**record, "n": scores.n, "errors": len(scores.errors), "seconds": scores.seconds}
         )
+        if scores.errors:
+            loop.console.warn(
+                f"{len(scores.errors)} of {scores.n} held-out problems were not scored: "
+                f"{scores.errors[0]}"
+            )
         loop.console.evaluated(name, ref.version, scores.means)
 
 

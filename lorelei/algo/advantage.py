@@ -5,19 +5,22 @@ Shapes: S rollouts of one adapter's batch.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorelei.types import Floats, Longs
 
 Level = Literal["group", "batch", "none"]
+Doubles = NDArray[np.float64]
 
 EPSILON = 1e-6  # keeps a group of equal rewards at 0 / epsilon = 0
 
 
 def normalise(values_S: Floats, groups_S: Longs, mean_level: Level, std_level: Level) -> Floats:
-    """(value - mean) / (std + 1e-6), mean and std over the rollout's group, the batch, or not at all.
+    """(value - mean) / (std + 1e-6), each over the group, the batch or not at all.
 
     The standard deviation is the population's (ddof 0), taken around the mean of its own level.
     """
@@ -30,8 +33,12 @@ def normalise(values_S: Floats, groups_S: Longs, mean_level: Level, std_level: L
 
 
 def _at_level(
-    values_S: np.ndarray, groups_S: Longs, level: Level, statistic: np.ufunc, default: float
-) -> np.ndarray:
+    values_S: Doubles,
+    groups_S: Longs,
+    level: Level,
+    statistic: Callable[[Doubles], np.floating[Any]],
+    default: float,
+) -> Doubles:
     if level == "none":
         return np.full_like(values_S, default)
     if level == "batch":

@@ -24,34 +24,33 @@ def loss(
     reject_below: float | None = None,
     kl_ctl: float = 0.0,
 ) -> LossResult:
-    """Weighted sum over items of -min(ratio A, clip(ratio) A), plus kl_ctl * KL(current, reference).
+    """Weighted sum of -min(ratio A, clip(ratio) A), plus kl_ctl * KL(current, reference).
 
     decoupled: the ratio is current / proximal, and each item is weighted by proximal / behaviour;
     otherwise the ratio is current / behaviour. Items whose proximal / behaviour lies outside
-    [reject_below, reject_above] give no gradient.
+    [reject_below, reject_above] give no loss and no gradient.
     """
-    now = current_I.detach()
-    proximal = items.proximal if items.proximal is not None else now
+    proximal = items.proximal if items.proximal is not None else current_I.detach()
+    correction = (proximal - items.behaviour).exp()
+    kept = torch.ones_like(correction, dtype=torch.bool)
+    if reject_above is not None:
+        kept = kept & (correction <= reject_above)
+    if reject_below is not None:
+        kept = kept & (correction >= reject_below)
+    # what is rejected may be infinite; it is replaced before the exp, because 0 * inf is not 0
+    zero = torch.zeros_like(correction)
     anchor = proximal if decoupled else items.behaviour
-    ratio = (current_I - anchor).exp()
+    ratio = torch.where(kept, current_I - anchor, zero).exp()
     high = eps_clip if eps_clip_higher is None else eps_clip_higher
     clipped = ratio.clamp(1 - eps_clip, 1 + high)
     item_loss = -torch.minimum(ratio * items.advantage, clipped * items.advantage)
-    correction = (proximal - items.behaviour).exp()
-    kept = torch.ones_like(correction)
-    if reject_above is not None:
-        kept = kept * (correction <= reject_above)
-    if reject_below is not None:
-        kept = kept * (correction >= reject_below)
-    # where, not a product: a rejected item's ratio may be infinite, and 0 * inf is not 0
-    zero = torch.zeros_like(item_loss)
-    item_loss = torch.where(kept > 0, item_loss * correction if decoupled else item_loss, zero)
+    item_loss = item_loss * (torch.where(kept, correction, zero) if decoupled else kept)
     metrics = {
-        "clipped": ((ratio != clipped) * kept * items.weight).sum().detach(),
-        "rejected": ((1 - kept) * items.weight).sum(),
+        "clipped": ((ratio != clipped) * items.weight).sum().detach(),
+        "rejected": (~kept * items.weight).sum(),
     }
     if items.reference is not None:
-        kl = kl_estimate(items.reference - current_I)
+        kl = kl_estimate(torch.where(kept, items.reference - current_I, zero))
         item_loss = item_loss + kl_ctl * kl
         metrics["kl_reference"] = (kl.detach() * items.weight).sum()
     return LossResult(total=(item_loss * items.weight).sum(), metrics=metrics)

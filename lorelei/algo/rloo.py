@@ -24,7 +24,7 @@ def leave_one_out(rewards_G: Floats) -> Floats:
 
 
 def loss(current_I: Tensor, items: LossItems, *, kl_ctl: float = 0.0) -> LossResult:
-    """Weighted sum of -ratio A with ratio = current / behaviour, which is 1 on policy: REINFORCE."""
+    """Weighted sum of -ratio A; ratio = current / behaviour is 1 on policy: REINFORCE."""
     item_loss = -(current_I - items.behaviour).exp() * items.advantage
     metrics: dict[str, Tensor] = {}
     if items.reference is not None:

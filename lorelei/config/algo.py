@@ -108,6 +108,11 @@ class AlgoConfig(Section):
                 "false leaves use_decoupled_loss without proximal log-probabilities; "
                 "set use_decoupled_loss: false too, or recompute_logprob: true",
             )
+        if self.kind == "rloo" and self.rejection_sampling is not None:
+            raise FieldError(
+                "rejection_sampling",
+                "is refused with kind: rloo, whose loss drops no tokens; use kind: grpo or null",
+            )
         return self
 
     @property

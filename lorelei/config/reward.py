@@ -13,6 +13,11 @@ from lorelei.config.section import Section, tagged
 class _Reward(Section):
     timeout: float = Field(default=10.0, gt=0, description="Seconds for one score; then it fails.")
     workers: int = Field(default=2, ge=1, description="Processes that run the scorer.")
+    weights: dict[str, float] = Field(
+        default_factory=dict[str, float],
+        description="The reward as a weighted sum of what the scorer reports, such as {strict: "
+        "0.5, lenient: 0.5}. Default: the scorer's own value.",
+    )
 
 
 class ReasoningGymReward(_Reward):

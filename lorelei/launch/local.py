@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from lorelei import loop as the_loop
-from lorelei.config.load import validate
+from lorelei.config.load import to_plain, validate
 from lorelei.config.run import RunConfig
 from lorelei.launch.parts import Parts, build, restore
 from lorelei.loop import Loop
@@ -50,7 +50,7 @@ async def _main(config: RunConfig, folder: Path, new: bool) -> None:
         parts = await build(config, stack)
         keep = config.checkpoint.keep
         if new:
-            store = RunStore.create(folder, config.model_dump(mode="json"), keep=keep)
+            store = RunStore.create(folder, to_plain(config), keep=keep)
         else:
             store = RunStore.open(folder, keep=keep)
         stack.callback(store.close)

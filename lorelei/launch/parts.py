@@ -19,6 +19,7 @@ from lorelei.env.single_turn import SingleTurn
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.backend import DTYPES, default_device
+from lorelei.model.decoder import Decoder
 from lorelei.model.load import load_decoder
 from lorelei.model.tokenizer import load_tokenizer, stop_token_ids
 from lorelei.obs.console import Console
@@ -33,6 +34,9 @@ from lorelei.store.peft_folder import read_peft_folder
 from lorelei.store.run import RunStore
 from lorelei.store.spool import Spool
 from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.contract import TrainEngine
+from lorelei.train.remote import RemoteEngine
+from lorelei.train.spec import ArchonSpec
 from lorelei.train.step import Trainer
 from lorelei.types import Ints, Prompt, SamplingParams
 
@@ -81,11 +85,7 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
     device = default_device()
     decoder = load_decoder(folder, DTYPES[config.dtype], device)
     trainer = Trainer(
-        ArchonEngine(
-            decoder,
-            max_tokens_per_mb=config.train.max_tokens_per_mb,
-            recompute=config.train.gradient_checkpointing,
-        ),
+        _train_engine(config, folder, decoder),
         {e.name: e for e in experiments},
     )
     stack.callback(trainer.close)
@@ -120,7 +120,35 @@ def restore(config: RunConfig, parts: Parts, store: RunStore, console: Console) 
     if store.latest is not None:
         for e in config.experiments():
             parts.trainer.engine.restore(e.name, store.load(e.name))
-    evaluators = {
+    return Loop(
+        collector=Collector(lanes, parts.rollout, spool),
+        trainer=parts.trainer,
+        publisher=MemoryPublisher(parts.rollout, store.run_id),
+        store=store,
+        spool=spool,
+        console=console,
+        evaluators=evaluators(config, parts),
+        checkpoint_every=config.checkpoint.every,
+        step=store.latest.step if store.latest else 0,
+    )
+
+
+def _train_engine(config: RunConfig, folder: Path, decoder: Decoder) -> TrainEngine:
+    train = config.train
+    if train.workers == 1:
+        return ArchonEngine(decoder, train.max_tokens_per_mb, train.gradient_checkpointing)
+    spec = ArchonSpec(
+        model=str(folder),
+        dtype=config.dtype,
+        max_tokens_per_mb=train.max_tokens_per_mb,
+        recompute=train.gradient_checkpointing,
+    )
+    return RemoteEngine(spec, train.workers)
+
+
+def evaluators(config: RunConfig, parts: Parts) -> dict[str, Evaluator]:
+    """The evaluator of every adapter that holds problems out."""
+    return {
         e.name: Evaluator(
             engine=parts.rollout,
             prompts=parts.held_out[e.name],
@@ -130,17 +158,6 @@ def restore(config: RunConfig, parts: Parts, store: RunStore, console: Console) 
         for e in config.experiments()
         if e.eval.every
     }
-    return Loop(
-        collector=Collector(lanes, parts.rollout, spool),
-        trainer=parts.trainer,
-        publisher=MemoryPublisher(parts.rollout, store.run_id),
-        store=store,
-        spool=spool,
-        console=console,
-        evaluators=evaluators,
-        checkpoint_every=config.checkpoint.every,
-        step=store.latest.step if store.latest else 0,
-    )
 
 
 def _lane(e: Experiment, parts: Parts, store: RunStore, spool: Spool) -> Lane:

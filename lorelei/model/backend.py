@@ -19,8 +19,8 @@ def default_device() -> torch.device:
 
 
 def dist_backend(device: torch.device) -> str:
-    """The torch.distributed backend for tensors on `device`."""
-    return "nccl" if device.type == "cuda" else "gloo"
+    """The torch.distributed backends for tensors on `device` and on the CPU."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def fuses_attention(device: torch.device) -> bool:

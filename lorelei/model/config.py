@@ -13,7 +13,12 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = {  # and the fields that each needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
 
 
 class UnsupportedModel(ValueError):
@@ -127,11 +132,13 @@ def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     rope.setdefault("rope_type", rope.pop("type", "default"))
     rope.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
     rope.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
-    if rope["rope_type"] not in ROPE_TYPES:
+    kind = rope["rope_type"]
+    if kind not in ROPE_TYPES:
         raise UnsupportedModel(
-            f"model: rope_type {rope['rope_type']!r} is not supported; "
-            f"supported: {', '.join(ROPE_TYPES)}"
+            f"model: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
         )
+    if missing := [name for name in ROPE_TYPES[kind] if name not in rope]:
+        raise UnsupportedModel(f"model: rope_type {kind!r} needs {missing[0]!r} in config.json")
     partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise UnsupportedModel(f"model: partial_rotary_factor {partial} is not supported; only 1")

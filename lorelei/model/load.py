@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.exists() and (gguf := sorted(folder.glob("*.gguf"))):
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(folder, gguf_file=gguf[0].name).to_dict()
+        with _one_line_errors(gguf[0]):
+            return AutoConfig.from_pretrained(folder, gguf_file=gguf[0].name).to_dict()
     if not path.exists():
         raise CheckpointError(f"model: {folder} has neither config.json nor a .gguf file")
     return _read_json(path)
@@ -123,14 +124,18 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_gguf(folder: Path, name: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
-    try:
+    with _one_line_errors(folder / name):
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    return dict(_unstacked(model.state_dict()))
+
+
+@contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (ImportError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"model: transformers cannot read {folder / name}: {reason}"
-        ) from error
-    return dict(_unstacked(model.state_dict()))
+        raise CheckpointError(f"model: transformers cannot read {path}: {reason}") from error
 
 
 def _unstacked(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

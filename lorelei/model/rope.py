@@ -21,7 +21,8 @@ def frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
     rope, d = config.rope, config.head_dim
     # fp32 in the order of operations of transformers: at position 100000 one bit of a frequency
     # turns a query by a third of a degree
-    inverse = 1.0 / rope["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
+    periods = rope["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
+    inverse = 1.0 / periods
     match rope["rope_type"]:
         case "default":
             return inverse, 1.0
@@ -30,7 +31,7 @@ def frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
         case "llama3":
             return _llama3(inverse, rope), 1.0
         case "yarn":
-            return _yarn(inverse, rope, d), _yarn_scale(rope)
+            return _yarn(periods, rope, d), _yarn_scale(rope)
         case other:
             raise AssertionError(f"rope_type {other!r} passed model.config")
 
@@ -42,7 +43,7 @@ def _llama3(inverse: Tensor, rope: Mapping[str, Any]) -> Tensor:
     return (1 - keep) * inverse / rope["factor"] + keep * inverse
 
 
-def _yarn(inverse: Tensor, rope: Mapping[str, Any], d: int) -> Tensor:
+def _yarn(periods: Tensor, rope: Mapping[str, Any], d: int) -> Tensor:
     theta, original = rope["rope_theta"], rope["original_max_position_embeddings"]
 
     def dimension(rotations: float) -> float:
@@ -54,7 +55,7 @@ def _yarn(inverse: Tensor, rope: Mapping[str, Any], d: int) -> Tensor:
     low, high = max(low, 0), min(high, d - 1)
     index = torch.arange(d // 2, dtype=torch.float32)
     keep = 1 - ((index - low) / max(high - low, 0.001)).clamp(0, 1)
-    return inverse / rope["factor"] * (1 - keep) + inverse * keep
+    return 1.0 / (rope["factor"] * periods) * (1 - keep) + 1.0 / periods * keep
 
 
 def _yarn_scale(rope: Mapping[str, Any]) -> float:

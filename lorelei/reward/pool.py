@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -28,7 +29,13 @@ START_TIMEOUT = 120.0  # seconds until a worker has imported its scorer
 def make_pool(reward: RewardConfig) -> RewardPool:
     """The pool of a configuration. Raises ValueError when the scorer cannot be loaded."""
     path = reward.path if reward.kind == "python" else None
-    return RewardPool(reward.kind, path=path, timeout=reward.timeout, workers=reward.workers)
+    return RewardPool(
+        reward.kind,
+        path=path,
+        timeout=reward.timeout,
+        workers=reward.workers,
+        weights=reward.weights,
+    )
 
 
 class WorkerLost(Exception):
@@ -43,14 +50,23 @@ class RewardPool:
     """
 
     def __init__(
-        self, kind: str, *, path: str | None = None, timeout: float = 10.0, workers: int = 2
+        self,
+        kind: str,
+        *,
+        path: str | None = None,
+        timeout: float = 10.0,
+        workers: int = 2,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         """timeout: seconds for one completion, waiting for a free worker not counted.
+
+        weights: makes the value a weighted sum of the scorer's metrics.
 
         Raises ValueError when the scorer cannot be loaded.
         """
         self.errors: Counter[str] = Counter()
         self._timeout = timeout
+        self._weights = weights or {}
         self._closed = False
         self._spec = {"kind": kind, "path": path, "timeout": timeout}
         self._all: set[_Worker] = set()
@@ -70,10 +86,20 @@ class RewardPool:
         """Score one completion; never raises for what the reward does."""
         line = json.dumps({"data": prompt_data, "completion": completion_text})
         loop = asyncio.get_running_loop()
-        result = await loop.run_in_executor(self._threads, self._score, line)
+        result = self._weighed(await loop.run_in_executor(self._threads, self._score, line))
         if result.error is not None:
             self.errors[result.error.split(":")[0]] += 1
         return result
+
+    def _weighed(self, result: RewardResult) -> RewardResult:
+        if not self._weights or result.value is None:
+            return result
+        if missing := sorted(self._weights.keys() - result.metrics.keys()):
+            there = ", ".join(sorted(result.metrics)) or "none"
+            error = f"not a number: reward.weights names {missing[0]!r}, the scorer has {there}"
+            return RewardResult(value=None, metrics=result.metrics, error=error)
+        value = sum(weight * result.metrics[name] for name, weight in self._weights.items())
+        return replace(result, value=value)
 
     def close(self) -> None:
         """Kill the workers. Scores in flight come back as 'crashed', waiting ones are cancelled.

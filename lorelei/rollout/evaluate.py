@@ -19,7 +19,7 @@ class Scores:
 
     means: dict[str, float]  # 'reward' and what the scorer reports besides
     n: int
-    errors: int
+    errors: tuple[str, ...]  # why episodes have no reward
     seconds: float
 
 
@@ -44,7 +44,7 @@ class Evaluator:
         return Scores(
             means=means,
             n=total,
-            errors=sum(e.reward is None for e in episodes),
+            errors=tuple(str(e.error) for e in episodes if e.reward is None),
             seconds=time.perf_counter() - start,
         )
 

@@ -18,24 +18,18 @@ class AdapterOptimizer:
         self._adam = torch.optim.AdamW(self._tensors.values(), lr=0.0, foreach=True)
         self.step_count = 0
 
-    def gradients(self) -> list[Tensor] | None:
-        """The gradients in name order, zeros where a tensor got none; None when none did."""
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients together; None when there are none."""
         if all(t.grad is None for t in self._tensors.values()):
             return None
         for tensor in self._tensors.values():
-            if tensor.grad is None:  # an expert that no token reached
+            if tensor.grad is None:  # an expert that no token reached: its moments decay
                 tensor.grad = torch.zeros_like(tensor)
-        return [t.grad for t in self._tensors.values() if t.grad is not None]
+        gradients = [t.grad for t in self._tensors.values() if t.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients, foreach=True)
 
-    def step(self, hyper: AdamHyper) -> OptimStats:
-        """Clip to hyper.max_grad_norm, step, clear. Raises ValueError without gradients."""
-        gradients = self.gradients()
-        if gradients is None:
-            raise ValueError("optim_step without a forward_backward: there are no gradients")
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        if not torch.isfinite(norm):
-            self.clear()
-            raise ValueError(f"the gradient norm is {norm.item()}; the step was not taken")
+    def step(self, hyper: AdamHyper, norm: Tensor) -> OptimStats:
+        """Clip from `norm`, that of the gradients, to hyper.max_grad_norm; step; clear."""
         if hyper.max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(
                 self._tensors.values(), hyper.max_grad_norm, norm, foreach=True

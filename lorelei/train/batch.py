@@ -48,6 +48,8 @@ def build_batch(
     advantage_of: list[float] = []
     tokens = 0
     for rollouts, values in zip(groups, advantages, strict=True):
+        if not rollouts:
+            continue
         first = rollouts[0].turns[0].prompt
         root = len(segments)
         segments.append(Segment(tokens=first, parent=-1, start=0, adapter=adapter))

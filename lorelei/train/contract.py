@@ -18,6 +18,10 @@ from lorelei.types import (
 )
 
 
+class EngineFailed(RuntimeError):
+    """A worker of an engine died, hung or met an error that is nobody's input; or it is closed."""
+
+
 class TrainEngine(Protocol):
     """One frozen base model and the adapters trained on it.
 
@@ -53,7 +57,11 @@ class TrainEngine(Protocol):
         ...
 
     def optim_step(self, hyper: Mapping[str, AdamHyper]) -> Mapping[str, OptimStats]:
-        """Clip, step AdamW and clear the gradients of the named adapters, and of no other."""
+        """Clip, step AdamW and clear the gradients of the named adapters, and of no other.
+
+        Raises ValueError when one of them has no gradients, or infinite ones; then none of them
+        has stepped, and their gradients are dropped.
+        """
         ...
 
     def adapter_state(self, name: str) -> AdapterState:

@@ -42,21 +42,22 @@ def pieces(batch: Batch, max_tokens: int) -> list[Piece]:
     """Trees of the batch, each of at most `max_tokens` where it can be split, sorted by adapter.
 
     A tree that is too large is split between the children of its root, which every part repeats.
-    All items of one sequence stay in one piece.
+    All items of one sequence stay in one piece, even where its rows stand in several trees.
     """
     bounds = starts(batch.segments)
-    roots = _roots(batch.segments)
+    lengths = np.diff(bounds)
     owner = np.searchsorted(bounds, batch.items.source, side="right") - 1
+    bundles = _bundles(batch, lengths, owner, max_tokens)
     adapters = {name: i for i, name in enumerate(batch.adapters)}
-    found: list[Piece] = []
-    for root in sorted(set(roots), key=lambda r: (adapters[batch.segments[r].adapter], r)):
-        members = [i for i, r in enumerate(roots) if r == root]
-        items = np.flatnonzero(np.isin(owner, members))
-        for part in _parts(batch, members, max_tokens):
-            chosen = _items_of_part(batch, items, owner, part, len(part) == len(members), root)
-            if len(chosen):
-                found.append(_piece(batch, bounds, owner, part, chosen))
-    return found
+    parts: list[_Part] = []
+    for part in sorted(bundles, key=lambda p: (adapters[batch.segments[p.first].adapter], p.first)):
+        if parts and parts[-1].segments & part.segments:  # the same root: read it once if it fits
+            both = _Part(parts[-1].segments | part.segments, [*parts[-1].items, *part.items])
+            if sum(lengths[i] for i in both.segments) <= max_tokens:
+                parts[-1] = both
+                continue
+        parts.append(part)
+    return [_piece(batch, bounds, owner, part) for part in parts]
 
 
 def micro_batches(batch: Batch, max_tokens: int) -> list[Piece]:
@@ -146,6 +147,66 @@ def _column(parts: Sequence[Piece], name: str) -> np.ndarray | None:
     return np.concatenate(filled)
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Segments, with all their ancestors, and the items to predict from them."""
+
+    segments: set[int]
+    items: list[int]
+
+    @property
+    def first(self) -> int:
+        return min(self.segments)
+
+
+def _bundles(batch: Batch, lengths: Longs, owner: Longs, max_tokens: int) -> list[_Part]:
+    """The smallest parts that keep each item's ancestors and each sequence together."""
+    unit = _units(batch.segments, lengths, max_tokens)
+    roots = _roots(batch.segments)
+    home = _homes(batch, unit, roots, owner)
+    same = list(range(len(unit)))  # union-find over units
+
+    def find(i: int) -> int:
+        while same[i] != i:
+            same[i] = i = same[same[i]]
+        return i
+
+    first_of: dict[tuple[int, str], int] = {}
+    for sequence, i in zip(batch.items.sequence.tolist(), home, strict=True):
+        other = first_of.setdefault((sequence, batch.segments[i].adapter), i)
+        same[find(i)] = find(other)
+    found: dict[int, _Part] = {}
+    for item, i in enumerate(home):
+        found.setdefault(find(i), _Part(set(), [])).items.append(item)
+    for i in range(len(unit)):
+        if (part := found.get(find(unit[i]))) is not None:
+            part.segments.update((i, roots[i]))
+    return list(found.values())
+
+
+def _units(segments: Sequence[Segment], lengths: Longs, max_tokens: int) -> list[int]:
+    """What is never split, by the first segment: a tree that fits, else each branch of its root."""
+    roots = _roots(segments)
+    size = np.bincount(roots, weights=lengths, minlength=len(roots))
+    unit: list[int] = []
+    for i, segment in enumerate(segments):
+        fits = size[roots[i]] <= max_tokens
+        starts_unit = segment.parent < 0 or (segment.parent == roots[i] and not fits)
+        unit.append(i if starts_unit else unit[segment.parent])
+    return unit
+
+
+def _homes(batch: Batch, unit: list[int], roots: list[int], owner: Longs) -> list[int]:
+    """The unit of each item; one at the root of a split tree goes to its sequence's branch."""
+    sequences: list[int] = batch.items.sequence.tolist()
+    pairs = [(int(i), s) for i, s in zip(owner, sequences, strict=True)]
+    branch: dict[tuple[int, int], int] = {}  # (root, sequence) -> its first branch
+    for i, sequence in pairs:
+        if unit[i] != roots[i]:
+            branch.setdefault((roots[i], sequence), unit[i])
+    return [branch.get((i, sequence), unit[i]) for i, sequence in pairs]
+
+
 def _roots(segments: Sequence[Segment]) -> list[int]:
     roots: list[int] = []
     for i, segment in enumerate(segments):
@@ -153,53 +214,12 @@ def _roots(segments: Sequence[Segment]) -> list[int]:
     return roots
 
 
-def _parts(batch: Batch, members: list[int], max_tokens: int) -> list[list[int]]:
-    """Members of a tree in depth-first order, split between the root's children if too large."""
-    children: dict[int, list[int]] = {i: [] for i in members}
-    for i in members[1:]:
-        children[batch.segments[i].parent].append(i)
-
-    def below(node: int) -> list[int]:
-        return [node, *(d for child in children[node] for d in below(child))]
-
-    def size(nodes: list[int]) -> int:
-        return sum(len(batch.segments[i].tokens) for i in nodes)
-
-    root = members[0]
-    if size(members) <= max_tokens:
-        return [below(root)]
-    room = 0
-    split: list[list[int]] = []
-    for child in children[root]:
-        subtree = below(child)
-        if size(subtree) > room or not split:
-            split.append([root])
-            room = max_tokens - size([root])
-        split[-1] += subtree
-        room -= size(subtree)
-    return split or [[root]]
-
-
-def _items_of_part(
-    batch: Batch, items: Longs, owner: Longs, part: list[int], whole: bool, root: int
-) -> Longs:
-    """Items of a part; those of the shared root go with the rest of their sequence."""
-    if whole:
-        return items
-    inner = items[np.isin(owner[items], part[1:])]
-    at_root = items[owner[items] == root]
-    sequence = batch.items.sequence
-    beyond_root = items[owner[items] != root]
-    homeless = ~np.isin(sequence[at_root], sequence[beyond_root])
-    first_part = bool(part[1:]) and part[1] == root + 1
-    mine = np.isin(sequence[at_root], sequence[inner]) | (homeless & first_part)
-    return np.sort(np.concatenate([inner, at_root[mine]]))
-
-
-def _piece(batch: Batch, bounds: Longs, owner: Longs, part: list[int], chosen: Longs) -> Piece:
-    place = {old: new for new, old in enumerate(part)}
+def _piece(batch: Batch, bounds: Longs, owner: Longs, part: _Part) -> Piece:
+    order = _depth_first(batch.segments, part.segments)
+    chosen = np.array(sorted(part.items), dtype=np.int64)
+    place = {old: new for new, old in enumerate(order)}
     segments = tuple(
-        replace(batch.segments[i], parent=place.get(batch.segments[i].parent, -1)) for i in part
+        replace(batch.segments[i], parent=place.get(batch.segments[i].parent, -1)) for i in order
     )
     inner = starts(segments)
     where = owner[chosen]
@@ -209,3 +229,16 @@ def _piece(batch: Batch, bounds: Longs, owner: Longs, part: list[int], chosen: L
         batch=Batch(segments=segments, items=take_items(batch.items, chosen, source)),
         items=chosen,
     )
+
+
+def _depth_first(segments: Sequence[Segment], members: set[int]) -> list[int]:
+    """The members, each directly before its descendants, as attention wants them."""
+    children: dict[int, list[int]] = {}
+    for i in sorted(members):
+        children.setdefault(segments[i].parent, []).append(i)
+    order: list[int] = []
+    waiting = children.get(-1, [])[::-1]
+    while waiting:
+        order.append(waiting.pop())
+        waiting += children.get(order[-1], [])[::-1]
+    return order

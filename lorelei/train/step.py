@@ -97,7 +97,7 @@ class Trainer:
         self,
         present: Sequence[tuple[_Share, Batch]],
         versions: Mapping[str, int],
-        metrics: Mapping[str, dict[str, float]],
+        metrics: dict[str, dict[str, float]],
         first: bool,
     ) -> None:
         losses = {s.experiment.name: loss_spec(s.experiment.algo) for s, _ in present}
@@ -158,13 +158,13 @@ def _rollout_metrics(share: _Share, versions: Mapping[str, int]) -> dict[str, fl
     kept = [r for group in share.rollouts for r in group]
     turns = [t for r in kept for t in r.turns]
     rewards = np.array([r.reward for r in kept], dtype=np.float64)
-    spread = [np.ptp([r.reward for r in group]) for group in share.rollouts]
+    flat = [len({r.reward for r in group}) <= 1 for group in share.rollouts]
     now = versions[share.experiment.name]
     staleness = [now - group.min_version for group in share.groups]
     found = {
         "reward": float(rewards.mean()),
         "reward_std": float(rewards.std()),
-        "flat_groups": float(np.mean([s == 0 for s in spread])),
+        "flat_groups": float(np.mean(flat)),
         "failed_rollouts": float(sum(r.error is not None for r in rollouts)),
         "trained_tokens": float(sum(len(t.completion.tokens) for t in turns)),
         "completion_tokens_mean": float(np.mean([len(t.completion.tokens) for t in turns])),

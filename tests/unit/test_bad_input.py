@@ -91,6 +91,10 @@ BAD = [
         GOOD + "algo: {rejection_sampling: {upper: 1, lower: 2}}",
         "algo.rejection_sampling.lower: 2.0 is not below upper: 1.0",
     ),
+    (
+        GOOD + "algo: {kind: rloo, rejection_sampling: {upper: 2}}",
+        "algo.rejection_sampling: is refused with kind: rloo",
+    ),
     # engine-wide fields within an adapter
     (GOOD + "adapters: {a: {train: {}}}", "adapters.a.train: belongs to the whole run"),
     (

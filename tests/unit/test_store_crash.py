@@ -242,6 +242,21 @@ def test_failed_write_keeps_the_old_content_and_leaves_no_temporary_file(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def rewrite(path: Path, says: Connection) -> None:
+    for i in range(60):
+        write_file(path, bytes([i]) * 500_000)
+    says.send("done")
+
+
+def test_reader_never_sees_a_part_of_a_write(tmp_path: Path) -> None:
+    write_file(tmp_path / "a", bytes(500_000))
+    process, heard = start(rewrite, tmp_path / "a")
+    while not heard.poll():
+        data = (tmp_path / "a").read_bytes()
+        assert len(data) == 500_000 and data.count(data[0]) == 500_000
+    process.join(10)
+
+
 def test_folder_is_not_written_over_another(tmp_path: Path) -> None:
     write_folder(tmp_path / "b", {"x": b"1"})
     with pytest.raises(StoreError, match="exists already"):

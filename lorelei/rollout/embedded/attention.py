@@ -1,7 +1,7 @@
 """`attend` of prefill and of one decoding step.
 
-Shapes: T tokens, B rows, n rows of one prompt, H heads, K key/value heads, d head size, t sampled
-tokens of the longest row.
+Shapes: T tokens (in a decoding step one a row), B rows, n rows of one prompt, H heads, K key/value
+heads, d head size, t sampled tokens of the longest row.
 """
 
 from __future__ import annotations
@@ -66,10 +66,11 @@ class StepAttention:
         masked = torch.arange(self._longest, device=device) > lengths_S[:, None]
         self._mask = torch.zeros(masked.shape, device=device).masked_fill_(masked, -torch.inf)
 
-    def __call__(self, layer: int, q_BHd: Tensor, k_BKd: Tensor, v_BKd: Tensor) -> Tensor:
-        self._cache.append(layer, self._write_slots, self._lengths, k_BKd, v_BKd)
-        own, own_lse_BH = self._own(layer, q_BHd, k_BKd.shape[1])
-        shared, shared_lse_BH = self._shared(layer, q_BHd, k_BKd.shape[1])
+    def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+        kv_heads = k_TKd.shape[1]
+        self._cache.append(layer, self._write_slots, self._lengths, k_TKd, v_TKd)
+        own, own_lse_BH = self._own(layer, q_THd, kv_heads)
+        shared, shared_lse_BH = self._shared(layer, q_THd, kv_heads)
         share = torch.sigmoid(shared_lse_BH - own_lse_BH)[..., None]
         return own.lerp(shared, share.to(own.dtype))
 

@@ -48,7 +48,7 @@ class Decoding:
         self.tokens_generated = 0
         self.prompts_prefilled = 0
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self) -> list[tuple[Row, Outcome]]:
         """Sample one token for every running row. Returns the rows that ended, and how."""
         ended: list[tuple[Row, Outcome]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from lorelei.lora.bank import AdapterBank, MergedRoute
 from lorelei.lora.state import AdapterState
 from lorelei.model.decoder import Decoder
-from lorelei.model.linear import BaseRoute, Route
+from lorelei.model.linear import FrozenLinear, Route
+from lorelei.rollout.embedded.route import LowRank, PublishedRoute, RoutedSpan, low_rank
 
 # merging a version costs about as much as this many tokens save
 MERGE_TOKENS = 512
@@ -20,12 +21,11 @@ class PublishedAdapters:
     """Immutable adapter versions by served name, and at most one private merged copy."""
 
     def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
         self._bank = AdapterBank(decoder)
+        self._layers: dict[str, Mapping[FrozenLinear, LowRank]] = {}
         self._merged: tuple[str, MergedRoute] | None = None
         self._decoding: str | None = None  # decoded through the merged copy until the burst ends
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._bank)
 
     def install(self, name: str, state: AdapterState) -> str:
         """Copy a version's tensors and return the digest of the copy, taken from the copy.
@@ -37,16 +37,18 @@ class PublishedAdapters:
         for tensor_name, tensor in state.tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"adapter {name!r}: {tensor_name} has values that are not finite")
-        self._bank.add(name, state.spec)
+        adapter = self._bank.add(name, state.spec)
         try:
             self._bank.load(name, state.tensors)
         except ValueError:
             self._bank.drop(name)
             raise
+        self._layers[name] = low_rank(adapter, self._decoder.dtype)
         return self._bank.state(name).digest()
 
     def remove(self, name: str) -> None:
         self._bank.drop(name)
+        del self._layers[name]
         if self._merged is not None and self._merged[0] == name:
             self.drop_merged()
 
@@ -83,6 +85,10 @@ class PublishedAdapters:
 
     def unmerged(self, spans: Sequence[tuple[str | None, int]]) -> Route:
         """The route of (adapter, number of tokens) spans."""
-        if all(name is None for name, _ in spans):
-            return BaseRoute()
-        return self._bank.route(spans)
+        routed: list[RoutedSpan] = []
+        start = 0
+        for name, length in spans:
+            if name is not None:
+                routed.append(RoutedSpan(start, start + length, self._layers[name]))
+            start += length
+        return PublishedRoute(routed)

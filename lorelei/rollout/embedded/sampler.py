@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -37,7 +36,7 @@ def uniform_stream(seed: int, key: str, count: int) -> NDArray[np.float64]:
 class RowParams:
     """The sampling parameters of B rows as tensors."""
 
-    inverse_temperature: Tensor | None  # [B, 1]; none: all 1
+    inverse_temperature: Tensor | None  # [B, 1] fp64; none: all 1
     greedy: Tensor | None  # [n] row numbers; none: no row is greedy
     truncated: tuple[tuple[int, SamplingParams], ...]  # rows with top_k, top_p or min_p
 
@@ -47,7 +46,9 @@ class RowParams:
         inverse = [1 / p.temperature if p.temperature > 0 else 1.0 for p in params]
         greedy = [i for i, p in enumerate(params) if p.temperature == 0]
         return cls(
-            torch.tensor(inverse, device=device)[:, None] if set(inverse) != {1.0} else None,
+            torch.tensor(inverse, dtype=torch.float64, device=device)[:, None]
+            if set(inverse) != {1.0}
+            else None,
             torch.tensor(greedy, device=device) if greedy else None,
             tuple((i, p) for i, p in enumerate(params) if p.temperature > 0 and _truncates(p)),
         )
@@ -65,7 +66,7 @@ def sample(
     best_B = logits_BV[params.greedy].argmax(-1) if params.greedy is not None else None
     mass_BV.sub_(mass_BV.amax(-1, keepdim=True))
     if params.inverse_temperature is not None:
-        mass_BV.mul_(params.inverse_temperature)
+        mass_BV.mul_(params.inverse_temperature.to(mass_BV.dtype))
     mass_BV.exp_()
     sums_BS = _block_sums(mass_BV)
     total_B = sums_BS.sum(-1)
@@ -127,11 +128,3 @@ def _kept(mass_V: Tensor, params: SamplingParams) -> Tensor:
     kept &= ordered > 0
     kept[0] = True
     return torch.zeros_like(kept).scatter_(0, order, kept)
-
-
-def token_logprobs(logits_TV: Tensor, targets_T: Tensor, temperature: float) -> Tensor:
-    """[T] temperature-scaled log-probabilities of the targets; temperature 0 counts as 1."""
-    wide = logits_TV.float() if logits_TV.dtype.itemsize < 4 else logits_TV
-    if temperature not in (0, 1):
-        wide = wide / temperature
-    return -F.cross_entropy(wide, targets_T, reduction="none")

@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens.
 
-Shapes: T tokens, D hidden, V vocabulary.
+Shapes: T tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ import torch
 
 from lorelei.model.attention import PackedAttention, tree_blocks
 from lorelei.model.decoder import Decoder
+from lorelei.model.head import routed_target_logprobs
 from lorelei.rollout.embedded.published import PublishedAdapters
-from lorelei.rollout.embedded.sampler import token_logprobs
 from lorelei.types import Floats, Ints
 
 _PACK_TOKENS = 4096  # of one forward pass
-_LOGIT_ROWS = 128  # rows of [V] logits alive at a time
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score(
     decoder: Decoder,
     published: PublishedAdapters,
@@ -28,47 +27,43 @@ def score(
     adapter: str | None,
     temperature: float,
 ) -> list[Floats]:
-    """[T - 1] log-probabilities of the tokens after the first, for every sequence."""
+    """[T - 1] log-probabilities of the tokens after the first, for every sequence.
+
+    Never through a merged copy: what is said of a version does not depend on what is decoded.
+    """
     scored: list[Floats] = []
     for pack in _packs(sequences):
-        scored += _score_pack(decoder, published, pack, adapter, temperature)
+        device, lengths = decoder.device, [len(sequence) for sequence in pack]
+        tokens_T = torch.from_numpy(np.concatenate(pack)).long().to(device)
+        route = published.unmerged([(adapter, len(tokens_T))])
+        hidden_TD = decoder(
+            tokens_T,
+            torch.cat([torch.arange(length, device=device) for length in lengths]),
+            route,
+            PackedAttention(tree_blocks(lengths, [-1] * len(lengths))),
+        )
+        # every token predicts the next one of the pack; ends of sequences are cut out below
+        logprobs_T, _ = routed_target_logprobs(
+            hidden_TD[:-1],
+            decoder.head,
+            route.take(torch.arange(len(tokens_T) - 1, device=device)),
+            tokens_T[1:],
+            torch.full(
+                (len(tokens_T) - 1,), temperature or 1.0, dtype=torch.float64, device=device
+            ),
+        )
+        pieces = torch.cat([logprobs_T, logprobs_T.new_zeros(1)]).float().cpu().split(lengths)
+        scored += [piece[:-1].numpy() for piece in pieces]
     return scored
 
 
 def _packs(sequences: Sequence[Ints]) -> list[list[Ints]]:
-    packs: list[list[Ints]] = [[]]
+    packs: list[list[Ints]] = []
+    room = 0
     for sequence in sequences:
-        if packs[-1] and sum(map(len, packs[-1])) + len(sequence) > _PACK_TOKENS:
+        if not packs or len(sequence) > room:
             packs.append([])
+            room = _PACK_TOKENS
         packs[-1].append(sequence)
-    return packs if packs[-1] else []
-
-
-def _score_pack(
-    decoder: Decoder,
-    published: PublishedAdapters,
-    pack: Sequence[Ints],
-    adapter: str | None,
-    temperature: float,
-) -> list[Floats]:
-    device = decoder.device
-    lengths = [len(sequence) for sequence in pack]
-    tokens_T = torch.from_numpy(np.concatenate(pack)).long().to(device)
-    hidden_TD = decoder(
-        tokens_T,
-        torch.cat([torch.arange(length, device=device) for length in lengths]),
-        published.unmerged([(adapter, len(tokens_T))]),
-        PackedAttention(tree_blocks(lengths, [-1] * len(lengths))),
-    )
-    # a token predicts the next one; the pack's very last predicts nothing
-    pieces = [
-        token_logprobs(
-            published.unmerged([(adapter, len(hidden))])(decoder.head, hidden), targets, temperature
-        )
-        for hidden, targets in zip(
-            hidden_TD[:-1].split(_LOGIT_ROWS), tokens_T[1:].split(_LOGIT_ROWS), strict=True
-        )
-    ]
-    logprobs_T = torch.cat(pieces).float().cpu().numpy()
-    starts = np.cumsum([0, *lengths[:-1]])
-    return [logprobs_T[s : s + n - 1] for s, n in zip(starts.tolist(), lengths, strict=True)]
+        room -= len(sequence)
+    return packs

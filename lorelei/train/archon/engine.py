@@ -34,8 +34,6 @@ from lorelei.types import (
     TrainOutputs,
 )
 
-REFERENCE = "\0reference"  # no adapter name can contain it
-
 
 class ArchonEngine:
     """Implements TrainEngine. Every rank gets every call with the same arguments."""
@@ -48,7 +46,7 @@ class ArchonEngine:
         ranks: Ranks | None = None,
     ) -> None:
         self._decoder = decoder
-        self._bank = AdapterBank(decoder)
+        self._bank, self._references = AdapterBank(decoder), AdapterBank(decoder)
         self._optimizers: dict[str, AdapterOptimizer] = {}
         self._max_tokens, self._recompute = max_tokens_per_mb, recompute
         self._ranks = ranks or Ranks.alone()
@@ -60,17 +58,21 @@ class ArchonEngine:
     def drop_adapter(self, name: str) -> None:
         self._bank.drop(name)
         del self._optimizers[name]
-        if name + REFERENCE in self._bank:
-            self._bank.drop(name + REFERENCE)
+        if name in self._references:
+            self._references.drop(name)
 
     def set_reference(self, name: str, state: AdapterState | None) -> None:
         self._bank[name]
-        held = name + REFERENCE
-        if held in self._bank:
-            self._bank.drop(held)
-        if state is not None:
-            self._bank.add(held, state.spec)
-            self._bank.load(held, state.tensors)
+        if name in self._references:
+            self._references.drop(name)
+        if state is None:
+            return
+        self._references.add(name, state.spec)
+        try:
+            self._references.load(name, state.tensors)
+        except ValueError:
+            self._references.drop(name)
+            raise
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, policy: Policy) -> ItemOutputs:
@@ -84,18 +86,21 @@ class ArchonEngine:
         return outputs.items()
 
     def forward_backward(self, batch: Batch, losses: Mapping[str, LossSpec]) -> TrainOutputs:
+        try:
+            return self._forward_backward(batch, losses)
+        except BaseException:
+            for name in self._optimizers.keys() & set(batch.adapters):
+                self._optimizers[name].clear()
+            raise
+
+    def _forward_backward(self, batch: Batch, losses: Mapping[str, LossSpec]) -> TrainOutputs:
         self._check(batch)
         if missing := sorted(set(batch.adapters) - losses.keys()):
             raise ValueError(f"losses: none given for adapter {missing[0]!r}, which has segments")
         outputs = _Outputs(len(batch.items), self._bank.dtype)
-        try:
-            with self._ranks.together():
-                for part in self._micro_batches(batch):
-                    self._micro_step(part, losses, outputs)
-        except BaseException:
-            for name in batch.adapters:
-                self._optimizers[name].clear()
-            raise
+        with self._ranks.together():
+            for part in self._micro_batches(batch):
+                self._micro_step(part, losses, outputs)
         self._ranks.add_up([outputs.logprobs, outputs.entropy])
         sums = self._ranks.add_up_dicts(outputs.sums)
         return TrainOutputs(
@@ -105,7 +110,8 @@ class ArchonEngine:
         )
 
     def _micro_step(self, part: Piece, losses: Mapping[str, LossSpec], outputs: _Outputs) -> None:
-        seed = stable_seed(*(self._optimizers[a].step_count for a in part.batch.adapters))
+        steps = (self._optimizers[name].step_count for name in part.batch.adapters)
+        seed = stable_seed(*steps, part.items[0])  # other micro-batches and ranks draw other masks
         route = self._route(part.batch, "current", dropout_seed=seed)
         logprobs_I, entropy_I = self._item_logprobs(part.batch, route)
         totals: list[Tensor] = []
@@ -137,23 +143,14 @@ class ArchonEngine:
         temperature_I = torch.from_numpy(items.temperature).to(device)
         head = self._decoder.head
         if route.adapts(head):
-            spans = [(name, len(rows)) for name, rows in _item_rows(batch).items()]
-            head_route = self._bank.route(spans)
+            head_route = route.take(torch.from_numpy(items.source))
             return routed_target_logprobs(hidden_ID, head, head_route, target_I, temperature_I)
         return target_logprobs(hidden_ID, head, target_I, temperature_I)
 
     def _route(self, batch: Batch, policy: Policy, dropout_seed: int | None = None) -> BankRoute:
-        spans: list[tuple[str | None, int]] = []
-        for segment in batch.segments:
-            name: str | None = segment.adapter
-            if policy == "reference":
-                held = segment.adapter + REFERENCE
-                name = held if held in self._bank else None
-            if spans and spans[-1][0] == name:
-                spans[-1] = (name, spans[-1][1] + len(segment.tokens))
-            else:
-                spans.append((name, len(segment.tokens)))
-        return self._bank.route(spans, dropout_seed)
+        bank = self._references if policy == "reference" else self._bank
+        spans = [(s.adapter if s.adapter in bank else None, len(s.tokens)) for s in batch.segments]
+        return bank.route(spans, dropout_seed)
 
     def _micro_batches(self, batch: Batch) -> list[Piece]:
         if self._ranks.size == 1:
@@ -166,18 +163,23 @@ class ArchonEngine:
         return [Piece(batch=p.batch, items=joined.items[p.items]) for p in local]
 
     def optim_step(self, hyper: Mapping[str, AdamHyper]) -> Mapping[str, OptimStats]:
-        for name in hyper:
-            self._bank[name]
-            self._ranks.add_up_gradients(self._bank[name].tensors().values())
-        return {name: self._optimizers[name].step(h) for name, h in hyper.items()}
+        tensors = [self._bank[name].tensors().values() for name in hyper]
+        for one in tensors:
+            self._ranks.add_up_gradients(one)
+        norms = {name: self._optimizers[name].grad_norm() for name in hyper}
+        try:
+            ready = {name: _finite(name, norm) for name, norm in norms.items()}
+        except ValueError:
+            for name in hyper:
+                self._optimizers[name].clear()
+            raise
+        return {name: self._optimizers[name].step(h, ready[name]) for name, h in hyper.items()}
 
     def adapter_state(self, name: str) -> AdapterState:
         return self._bank.state(name)
 
     def snapshot(self, name: str) -> AdapterSnapshot:
-        optimizer = self._optimizers[name] if name in self._bank else None
-        state = self._bank.state(name)
-        assert optimizer is not None
+        state, optimizer = self._bank.state(name), self._optimizers[name]
         exp_avg, exp_avg_sq = optimizer.moments()
         return AdapterSnapshot(
             state=state, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, step=optimizer.step_count
@@ -232,6 +234,14 @@ class _Outputs:
     def items(self) -> ItemOutputs:
         # numpy keeps the engine's precision: fp64 engines are for parity tests
         return ItemOutputs(logprobs=self.logprobs.numpy(), entropy=self.entropy.numpy())
+
+
+def _finite(name: str, norm: Tensor | None) -> Tensor:
+    if norm is None:
+        raise ValueError(f"adapter {name!r}: there are no gradients; call forward_backward first")
+    if not torch.isfinite(norm):
+        raise ValueError(f"adapter {name!r}: the gradient norm is {norm.item()}; no step was taken")
+    return norm
 
 
 def _item_rows(batch: Batch) -> dict[str, slice]:

@@ -1,0 +1,178 @@
+"""Messages between a controller and its workers: plain values as msgpack, tensors as safetensors.
+
+A frame is the lengths of its two parts, then the parts. Only the dataclasses below can travel;
+sequences arrive as tuples. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import msgpack
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lorelei.lora.state import AdapterSnapshot, AdapterState
+from lorelei.train.spec import ArchonSpec, EngineSpec
+from lorelei.types import (
+    AdamHyper,
+    AdapterSpec,
+    Batch,
+    ItemOutputs,
+    Items,
+    LossSpec,
+    OptimStats,
+    Segment,
+    TrainOutputs,
+)
+
+_LENGTHS = struct.Struct("<QQ")
+
+
+class WireError(RuntimeError):
+    """A frame is not what was agreed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The first message to a worker."""
+
+    spec: EngineSpec
+    timeout: float  # seconds that a collective call may take
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A method of TrainEngine with its arguments."""
+
+    method: str
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What a call returned; None from every rank but the first."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """What a call raised."""
+
+    kind: str  # ValueError, KeyError, RankFailed, or another one that is nobody's input
+    text: str
+
+
+_TRAVEL = {
+    kind.__name__: kind
+    for kind in (
+        *(Start, Call, Reply, Failure, ArchonSpec),
+        *(AdapterSpec, AdapterState, AdapterSnapshot, AdamHyper, LossSpec),
+        *(Batch, Segment, Items, ItemOutputs, TrainOutputs, OptimStats),
+    )
+}
+
+
+def encode(value: Any) -> bytes:
+    """A frame. Raises WireError for a value that cannot travel."""
+    tensors: dict[str, Tensor] = {}
+    header: bytes = msgpack.packb(_plain(value, tensors))  # type: ignore[assignment]
+    body = safetensors.torch.save(tensors)
+    return _LENGTHS.pack(len(header), len(body)) + header + body
+
+
+def decode(header: bytes, body: bytes) -> Any:
+    """The value of a frame's two parts. Raises WireError unless they fit each other."""
+    try:
+        tensors = safetensors.torch.load(body)
+        value = _value(msgpack.unpackb(header, use_list=False), tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise WireError(f"a damaged frame: {type(error).__name__}: {error}") from error
+    if tensors:
+        raise WireError(f"a frame has tensors that its header does not name: {sorted(tensors)}")
+    return value
+
+
+def send(channel: socket.socket, value: Any) -> None:
+    """Write one frame."""
+    channel.sendall(encode(value))
+
+
+def receive(channel: socket.socket) -> Any:
+    """Read one frame. Raises EOFError when the other side is gone."""
+    header, body = _LENGTHS.unpack(_read(channel, _LENGTHS.size))
+    return decode(_read(channel, header), _read(channel, body))
+
+
+def _read(channel: socket.socket, size: int) -> bytes:
+    data = bytearray(size)
+    view = memoryview(data)
+    while len(view):
+        count = channel.recv_into(view)
+        if count == 0:
+            raise EOFError("the other side closed the connection")
+        view = view[count:]
+    return bytes(data)
+
+
+def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Every msgpack map has one entry, whose key says what it stands for."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case Tensor():
+            # a copy: safetensors refuses views and tensors that share memory
+            held = value.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+            return {"tensor": _keep(held, tensors)}
+        case np.ndarray():
+            return {"array": _keep(torch.from_numpy(np.array(value, order="C")), tensors)}
+        case Mapping():
+            return {"map": [(str(k), _plain(v, tensors)) for k, v in value.items()]}
+        case list() | tuple():
+            return [_plain(v, tensors) for v in value]
+        case _ if is_dataclass(value) and _TRAVEL.get(type(value).__name__) is type(value):
+            named = {f.name: _plain(getattr(value, f.name), tensors) for f in fields(value)}
+            return {type(value).__name__: list(named.items())}
+    raise WireError(f"a {type(value).__name__} cannot travel to a worker")
+
+
+def _keep(tensor: Tensor, tensors: dict[str, Tensor]) -> tuple[str, str, list[int]]:
+    key = str(len(tensors))
+    tensors[key] = tensor
+    return key, str(tensor.dtype), list(tensor.shape)
+
+
+def _value(plain: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(plain, tuple):
+        return tuple(_value(v, tensors) for v in plain)
+    if not isinstance(plain, dict):
+        return plain
+    ((kind, content),) = plain.items()
+    match kind:
+        case "tensor":
+            return _taken(content, tensors)
+        case "array":
+            return _taken(content, tensors).numpy()
+        case "map":
+            return {k: _value(v, tensors) for k, v in content}
+        case _:
+            return _TRAVEL[kind](**{k: _value(v, tensors) for k, v in content})
+
+
+def _taken(content: tuple[str, str, tuple[int, ...]], tensors: dict[str, Tensor]) -> Tensor:
+    key, dtype, shape = content
+    tensor = tensors.pop(key)
+    if str(tensor.dtype) != dtype or tuple(tensor.shape) != tuple(shape):
+        raise WireError(
+            f"tensor {key} is {tensor.dtype} {list(tensor.shape)}, its header says "
+            f"{dtype} {list(shape)}"
+        )
+    return tensor

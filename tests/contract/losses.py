@@ -1,0 +1,27 @@
+"""Losses of our own that workers import by path."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lorelei.algo.loss import LossItems, LossResult
+
+
+def likelihood(current_I: Tensor, items: LossItems, *, factor: float) -> LossResult:
+    """-factor * weighted sum of log-probabilities."""
+    return LossResult(total=-factor * (current_I * items.weight).sum(), metrics={})
+
+
+def refuses(current_I: Tensor, items: LossItems) -> LossResult:
+    """Raises what a user is to blame for."""
+    raise ValueError("loss: this one refuses")
+
+
+def breaks(current_I: Tensor, items: LossItems) -> LossResult:
+    """Raises what nobody expects."""
+    raise RuntimeError("loss: this one breaks")
+
+
+def infinite(current_I: Tensor, items: LossItems) -> LossResult:
+    """A gradient that is not finite."""
+    return LossResult(total=(current_I * float("inf")).sum(), metrics={})
