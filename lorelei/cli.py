@@ -124,7 +124,9 @@ Base = Annotated[bool, typer.Option("--base", help="The base model, without the 
 @app.command("eval")
 def evaluate(
     run: RunFolder,
-    n: Annotated[int | None, typer.Option(help="Held-out problems. Default: the run's.")] = None,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="Held-out problems. Default: the run's.")
+    ] = None,
     base: Annotated[bool, typer.Option("--base", help="The base model too.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -191,8 +193,11 @@ def samples(
     if order not in ("worst", "best", "random"):
         raise ValueError(f"--order: {order!r} is none of worst, best, random")
     path = _run_folder(run) / "rollouts.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = [record for record in map(json.loads, lines) if step in (None, record["step"])]
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    every = [json.loads(line) for line in lines if line.endswith("\n")]  # one may be in the writing
+    records = [record for record in every if step in (None, record["step"])]
+    if every and not records:
+        raise ValueError(f"--step: no rollouts of step {step}; there are 1 to {every[-1]['step']}")
     typer.echo(format_samples(records, n, adapter=adapter, order=order))
 
 

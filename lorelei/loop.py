@@ -46,11 +46,6 @@ class Loop:
         """The adapter versions that new rollouts start on."""
         return {name: lane.admission.version for name, lane in self.lanes.items()}
 
-    @property
-    def score(self) -> float | None:
-        """The mean of the adapters' last held-out scores."""
-        return sum(self.scores.values()) / len(self.scores) if self.scores else None
-
 
 async def run(loop: Loop) -> None:
     """Train until every adapter has its steps, or the collector was stopped.
@@ -82,6 +77,7 @@ async def run(loop: Loop) -> None:
     if loop.unsaved:  # stopped between two checkpoints
         pending = await _stage(loop, loop.versions, now=True)
         await _commit(loop, pending, {})
+    await loop.collector.close()  # what is still sampled would keep versions from retiring
     await asyncio.gather(*loop.retiring)
 
 
@@ -140,14 +136,15 @@ async def _stage(loop: Loop, versions: Mapping[str, int], now: bool = False) -> 
         )
         for name, lane in loop.lanes.items()
     }
-    state = {"score": loop.score, "reward": loop.reward, "finished": finished}
+    state = {"reward": loop.reward, "finished": finished}
     return await asyncio.to_thread(loop.store.stage, loop.step, snapshots, records, state)
 
 
 async def _commit(loop: Loop, pending: Pending | None, refs: Mapping[str, AdapterRef]) -> None:
     if pending is None:
         return
-    await asyncio.to_thread(loop.store.commit, pending, refs)
+    # the scores of this very step came after the staging
+    await asyncio.to_thread(loop.store.commit, pending, refs, {"score": dict(loop.scores)})
     loop.unsaved.clear()
     for group in loop.consumed:
         loop.spool.remove(group.adapter, [group.index])

@@ -34,7 +34,9 @@ def turn(
     )
 
 
-def rollout(*turns: Turn, reward: float | None = 0.0, sample: int = 0, adapter: str = "a") -> Rollout:
+def rollout(
+    *turns: Turn, reward: float | None = 0.0, sample: int = 0, adapter: str = "a"
+) -> Rollout:
     """An episode of given turns."""
     return Rollout(adapter=adapter, sample=sample, turns=turns, reward=reward)
 

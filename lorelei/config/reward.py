@@ -24,6 +24,12 @@ class ReasoningGymReward(_Reward):
     """The scorer of the reasoning-gym problem itself."""
 
     kind: Literal["reasoning_gym"] = Field(description="Which scorer.")
+    answer_after: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The answer is what stands after the last of these, such as '='. Default, and "
+        "where there is none: what stands in <answer> tags, or else the whole completion.",
+    )
 
 
 class MathVerifyReward(_Reward):

@@ -5,17 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from contextlib import AsyncExitStack
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
 from lorelei import loop as the_loop
 from lorelei.config.load import to_plain, validate
 from lorelei.config.run import RunConfig
-from lorelei.launch.parts import Parts, build, restore
+from lorelei.launch.parts import Parts, build, make_loop, make_trainer, warm_starts
 from lorelei.loop import Loop
+from lorelei.lora.state import AdapterSnapshot
 from lorelei.obs.console import Console
 from lorelei.obs.history import read_metrics
+from lorelei.publish.contract import PublishError
+from lorelei.rollout.contract import EngineClosed
+from lorelei.store.identity import read_identity
 from lorelei.store.run import RunStore
+from lorelei.train.contract import EngineFailed
+
+
+class Broken(ValueError):
+    """An engine or the way between them failed; the run is saved up to its last step."""
 
 
 class Stopped(Exception):
@@ -27,46 +37,57 @@ class Stopped(Exception):
 
 
 def train(config: RunConfig) -> None:
-    """Start a new run. Raises ValueError before anything heavy, Stopped after a signal."""
+    """Start a new run. Raises ValueError for what a user can mend, Stopped after a signal."""
     folder = Path(config.runs_dir) / config.name
     if (folder / "run.json").exists():
         raise ValueError(
             f"name: {str(folder)!r} holds a run already; go on with `lorelei resume {folder}`, "
             "or choose another with name=..."
         )
-    asyncio.run(_main(config, folder, new=True))
+    asyncio.run(_main(config, folder, None))
 
 
 def resume(folder: Path) -> None:
-    """Go on with a run from its last committed step."""
-    from lorelei.store.identity import read_identity
-
+    """Go on with a run from its last committed step. Raises like `train`."""
     config = validate(dict(read_identity(folder).config))
-    asyncio.run(_main(config, folder, new=False))
+    with closing(RunStore.open(folder, keep=config.checkpoint.keep)) as store:
+        if store.latest is not None and store.latest.state["finished"]:
+            console = Console({})
+            console.note(f"finished already, after step {store.latest.step}")
+            console.finished(_closing(store, finished=True))
+            return
+        asyncio.run(_main(config, folder, store))
 
 
-async def _main(config: RunConfig, folder: Path, new: bool) -> None:
+async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None:
     async with AsyncExitStack() as stack:
+        starts = _starts(config, store)
         parts = await build(config, stack)
-        keep = config.checkpoint.keep
-        if new:
-            store = RunStore.create(folder, to_plain(config), keep=keep)
-        else:
-            store = RunStore.open(folder, keep=keep)
-        stack.callback(store.close)
-        steps = {e.name: e.steps for e in config.experiments()}
-        console = stack.enter_context(Console(steps))
-        for warning in store.warnings:
-            console.warn(warning)
-        loop = restore(config, parts, store, console)
+        trainer = make_trainer(config, parts, starts, stack)
+        if store is None:  # last: what is refused before leaves nothing behind
+            store = RunStore.create(folder, to_plain(config), keep=config.checkpoint.keep)
+            stack.callback(store.close)
+        console = stack.enter_context(Console({e.name: e.steps for e in config.experiments()}))
+        loop = make_loop(config, parts, trainer, store, console)
         stack.push_async_callback(loop.collector.close)
         console.resumed(read_metrics(folder / "metrics.jsonl"))
-        console.started(_opening(config, parts, folder, loop))
-        stopped = await _run(loop)
+        console.started(_opening(config, parts, loop))
+        try:
+            stopped = await _run(loop)
+        except (ValueError, EngineClosed, EngineFailed, PublishError) as error:
+            console.finished(_closing(store, finished=False))
+            raise error if isinstance(error, ValueError) else Broken(str(error)) from error
         finished = all(lane.done for lane in loop.lanes.values())
-        console.finished(_closing(loop, folder, finished))
+        console.finished(_closing(store, finished))
         if stopped is not None and not finished:
             raise Stopped(stopped)
+
+
+def _starts(config: RunConfig, store: RunStore | None) -> Mapping[str, AdapterSnapshot]:
+    """Where adapters start that are not fresh."""
+    if store is None or store.latest is None:
+        return warm_starts(config)
+    return {e.name: store.load(e.name) for e in config.experiments()}
 
 
 async def _run(loop: Loop) -> int | None:
@@ -92,10 +113,10 @@ async def _run(loop: Loop) -> int | None:
     return received[0] if received else None
 
 
-def _opening(config: RunConfig, parts: Parts, folder: Path, loop: Loop) -> list[str]:
-    model = f"{config.model} ({config.dtype}, {parts.device})"
+def _opening(config: RunConfig, parts: Parts, loop: Loop) -> list[str]:
+    model = f"{config.model} ({config.dtype}, {parts.decoder.device})"
     engines = f"{config.train.kind} + {config.rollout.kind}"
-    lines = [f"{folder}: {model}, {engines}"]
+    lines = [f"{loop.store.folder}: {model}, {engines}"]
     if loop.store.latest is not None:
         lines.append(f"resuming after step {loop.step}")
     for e in config.experiments():
@@ -107,9 +128,11 @@ def _opening(config: RunConfig, parts: Parts, folder: Path, loop: Loop) -> list[
     return lines
 
 
-def _closing(loop: Loop, folder: Path, finished: bool) -> list[str]:
+def _closing(store: RunStore, finished: bool) -> list[str]:
+    folder, latest = store.folder, store.latest
     if not finished:
-        return [f"saved after step {loop.step}; go on with: lorelei resume {folder}"]
+        saved = f"saved after step {latest.step}" if latest else "stopped before the first step"
+        return [f"{saved}; go on with: lorelei resume {folder}"]
     return [
         f"done: {folder}",
         f"  look:   lorelei report {folder}    lorelei samples {folder}",

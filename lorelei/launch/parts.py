@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ from lorelei.env.single_turn import SingleTurn
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.backend import DTYPES, default_device
+from lorelei.model.config import DecoderConfig
 from lorelei.model.decoder import Decoder
-from lorelei.model.load import load_decoder
+from lorelei.model.load import load_decoder, read_config
 from lorelei.model.tokenizer import load_tokenizer, stop_token_ids
 from lorelei.obs.console import Console
 from lorelei.publish.memory import MemoryPublisher
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
 class Parts:
     """What a run is made of, before its state is known."""
 
-    device: torch.device
-    trainer: Trainer
+    folder: Path  # of the model
+    decoder: Decoder
     rollout: EmbeddedEngine
     sources: Mapping[str, PromptSource]
     held_out: Mapping[str, list[Prompt]]
@@ -60,12 +61,13 @@ class Parts:
 
 
 async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
-    """Check data and rewards, load the model once, make both engines on it.
+    """Check data and rewards, load the model, make the rollout engine on it.
 
     The stack closes what was started. Raises ValueError with one line for what a user can mend.
     """
     experiments = config.experiments()
     folder = resolve_model(config.model)
+    positions = DecoderConfig.from_hf(read_config(folder)).max_positions
     tokenizer = load_tokenizer(folder)
     sources = {
         e.name: make_source(e.task, tokenizer, e.seed, eval_size=e.eval_size) for e in experiments
@@ -74,25 +76,14 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
         e.name: sources[e.name].eval_prompts(e.eval.n_prompts) if e.eval.every else []
         for e in experiments
     }
-    for source in sources.values():
-        source.prompt(0)
-    warm = {e.name: state for e in experiments if (state := _warm_start(e)) is not None}
+    for name, source in sources.items():
+        _check_prompts([source.prompt(0), *held_out[name]], config.rollout.max_context, positions)
     envs: dict[str, SingleTurn] = {}
     for e in experiments:
         pool = make_pool(e.reward)
         stack.callback(pool.close)
         envs[e.name] = SingleTurn(reward=pool)
-    device = default_device()
-    decoder = load_decoder(folder, DTYPES[config.dtype], device)
-    trainer = Trainer(
-        _train_engine(config, folder, decoder),
-        {e.name: e for e in experiments},
-    )
-    stack.callback(trainer.close)
-    for e in experiments:
-        trainer.engine.add_adapter(e.name, e.lora.spec(), e.seed)
-        if e.name in warm:
-            trainer.engine.restore(e.name, _untrained(warm[e.name]))
+    decoder = load_decoder(folder, DTYPES[config.dtype], default_device())
     rollout = EmbeddedEngine(
         decoder,
         tokenizer=tokenizer,
@@ -101,8 +92,8 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
     )
     stack.push_async_callback(rollout.close)
     return Parts(
-        device=device,
-        trainer=trainer,
+        folder=folder,
+        decoder=decoder,
         rollout=rollout,
         sources=sources,
         held_out=held_out,
@@ -113,16 +104,33 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
     )
 
 
-def restore(config: RunConfig, parts: Parts, store: RunStore, console: Console) -> Loop:
+def make_trainer(
+    config: RunConfig, parts: Parts, starts: Mapping[str, AdapterSnapshot], stack: AsyncExitStack
+) -> Trainer:
+    """The trainer with the run's adapters, each fresh or as in `starts`."""
+    experiments = config.experiments()
+    engine = _train_engine(config, parts.folder, parts.decoder)
+    trainer = Trainer(engine, {e.name: e for e in experiments})
+    stack.callback(trainer.close)
+    for e in experiments:
+        engine.add_adapter(e.name, e.lora.spec(), e.seed)
+        if e.name in starts:
+            engine.restore(e.name, starts[e.name])
+    return trainer
+
+
+def make_loop(
+    config: RunConfig, parts: Parts, trainer: Trainer, store: RunStore, console: Console
+) -> Loop:
     """The loop of a new run, or of one that goes on where its last manifest says."""
     spool = Spool(store.folder)
     lanes = [_lane(e, parts, store, spool) for e in config.experiments()]
-    if store.latest is not None:
-        for e in config.experiments():
-            parts.trainer.engine.restore(e.name, store.load(e.name))
+    for warning in (*store.warnings, *spool.warnings):
+        console.warn(warning)
+    state = store.latest.state if store.latest else {}
     return Loop(
         collector=Collector(lanes, parts.rollout, spool),
-        trainer=parts.trainer,
+        trainer=trainer,
         publisher=MemoryPublisher(parts.rollout, store.run_id),
         store=store,
         spool=spool,
@@ -130,6 +138,8 @@ def restore(config: RunConfig, parts: Parts, store: RunStore, console: Console) 
         evaluators=evaluators(config, parts),
         checkpoint_every=config.checkpoint.every,
         step=store.latest.step if store.latest else 0,
+        scores=dict(state.get("score", {})),
+        reward=state.get("reward"),
     )
 
 
@@ -166,13 +176,14 @@ def _lane(e: Experiment, parts: Parts, store: RunStore, spool: Spool) -> Lane:
     version = entry.record.version if entry else 0
     position = entry.record.data_position if entry else 0
     owed = {int(i) for i in entry.record.admission["pending"]} if entry else set[int]()
+    found = spool.read(e.name)
     kept = {
         index: group
-        for index, group in spool.read(e.name).items()
+        for index, group in found.items()
         # a version that was rolled back with the crash is not one to learn from
         if (index in owed or index >= position) and group.newest_version <= version
     }
-    spool.remove(e.name, spool.read(e.name).keys() - kept.keys())
+    spool.remove(e.name, found.keys() - kept.keys())
     next_index = max([position, *(index + 1 for index in kept)])
     redo = sorted((owed | set(range(position, next_index))) - kept.keys())
     return Lane(
@@ -204,6 +215,18 @@ def _lane(e: Experiment, parts: Parts, store: RunStore, spool: Spool) -> Lane:
     )
 
 
+def _check_prompts(prompts: Sequence[Prompt], asked: int | None, positions: int) -> None:
+    """A sample of the prompts; a longer one that comes later fails its own rollouts."""
+    context = min(asked or positions, positions)
+    for prompt in prompts:
+        if len(prompt.tokens) >= context:
+            raise ValueError(
+                f"task: the prompt of {prompt.id} has {len(prompt.tokens)} tokens and leaves no "
+                f"room to answer in a context of {context}; shorten such problems"
+                + (", or raise rollout.max_context" if context < positions else "")
+            )
+
+
 def _eval_policy(e: Experiment, parts: Parts) -> Policy:
     return Policy(
         ref=None,
@@ -222,10 +245,17 @@ def _eval_policy(e: Experiment, parts: Parts) -> Policy:
     )
 
 
-def _warm_start(e: Experiment) -> AdapterState | None:
-    if e.lora.init_from is None:
-        return None
-    state = read_peft_folder(Path(e.lora.init_from))
+def warm_starts(config: RunConfig) -> dict[str, AdapterSnapshot]:
+    """The adapters of `lora.init_from`. Raises ValueError for one of another shape."""
+    return {
+        e.name: _untrained(_warm_start(e, e.lora.init_from))
+        for e in config.experiments()
+        if e.lora.init_from is not None
+    }
+
+
+def _warm_start(e: Experiment, folder: str) -> AdapterState:
+    state = read_peft_folder(Path(folder))
     wanted = e.lora.spec()
     for field, here, there in (
         ("lora_rank", wanted.rank, state.spec.rank),
@@ -234,7 +264,7 @@ def _warm_start(e: Experiment) -> AdapterState | None:
     ):
         if here != there:
             raise ValueError(
-                f"lora.init_from: {e.lora.init_from!r} has {field} {there}, adapter {e.name!r} "
+                f"lora.init_from: {folder!r} has {field} {there}, adapter {e.name!r} "
                 f"has {here}; set lora.{field}: {str(there).lower()}"
             )
     return AdapterState(spec=wanted, tensors=state.tensors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from lorelei.store.identity import read_identity
 from lorelei.store.manifest import Manifest, read_checkpoints
 from lorelei.store.peft_folder import write_peft_folder
 from lorelei.store.snapshot import read_snapshot
-from lorelei.types import AdapterRef, GenerateRequest, SamplingParams
+from lorelei.types import AdapterRef, GenerateRequest, Prompt, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,15 +91,24 @@ async def _evaluate(
     found: dict[str, dict[str, dict[str, float]]] = {}
     async with AsyncExitStack() as stack:
         parts = await build(run.config, stack)
-        for name, evaluator in evaluators(run.config, parts).items():
+        held_out = evaluators(run.config, parts)
+        if not held_out:
+            raise ValueError("eval.every: 0 in every adapter: the run holds no problems out")
+        for name, evaluator in held_out.items():
             if n_prompts is not None:
-                evaluator = replace(evaluator, prompts=evaluator.prompts[:n_prompts])
+                evaluator = replace(evaluator, prompts=_first(evaluator.prompts, n_prompts))
             state = run.state(name)
             ref = run.ref(name, state)
             await parts.rollout.load(ref, state)
             found[name] = {"base": (await evaluator.run(None)).means} if base else {}
             found[name][f"v{ref.version}"] = (await evaluator.run(ref)).means
     return found
+
+
+def _first(prompts: Sequence[Prompt], n: int) -> Sequence[Prompt]:
+    if n > len(prompts):
+        raise ValueError(f"--n: {n} is more than the {len(prompts)} problems that are held out")
+    return prompts[:n]
 
 
 class Chat:

@@ -28,10 +28,10 @@ START_TIMEOUT = 120.0  # seconds until a worker has imported its scorer
 
 def make_pool(reward: RewardConfig) -> RewardPool:
     """The pool of a configuration. Raises ValueError when the scorer cannot be loaded."""
-    path = reward.path if reward.kind == "python" else None
     return RewardPool(
         reward.kind,
-        path=path,
+        path=reward.path if reward.kind == "python" else None,
+        answer_after=reward.answer_after if reward.kind == "reasoning_gym" else None,
         timeout=reward.timeout,
         workers=reward.workers,
         weights=reward.weights,
@@ -54,6 +54,7 @@ class RewardPool:
         kind: str,
         *,
         path: str | None = None,
+        answer_after: str | None = None,
         timeout: float = 10.0,
         workers: int = 2,
         weights: Mapping[str, float] | None = None,
@@ -68,7 +69,12 @@ class RewardPool:
         self._timeout = timeout
         self._weights = weights or {}
         self._closed = False
-        self._spec = {"kind": kind, "path": path, "timeout": timeout}
+        self._spec = {
+            "kind": kind,
+            "path": path,
+            "answer_after": answer_after,
+            "timeout": timeout,
+        }
         self._all: set[_Worker] = set()
         self._free: SimpleQueue[_Worker] = SimpleQueue()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reward")

@@ -38,15 +38,16 @@ _NAMES = re.compile(
 )
 
 
-def score(data: Mapping[str, Any], completion: str) -> tuple[float, dict[str, float]]:
-    """The dataset's score of the text, or of its last <answer>...</answer> if it has one.
+def score(
+    data: Mapping[str, Any], completion: str, answer_after: str | None = None
+) -> tuple[float, dict[str, float]]:
+    """The dataset's score of the answer in a completion.
 
-    Metrics: `strict`, the same score, and `lenient`, 1.0 if that text ends on the gold answer,
+    The answer is what stands after the last `answer_after`, else in the last <answer> tags, else
+    the whole text. Metrics: `strict`, the same score, and `lenient`, 1.0 if that text ends on the gold answer,
     whatever stands before (equal to `strict` where a question has no single gold answer).
     """
-    answer = extract_answer(completion)
-    if answer is None:
-        answer = completion.strip()
+    answer = _answer(completion, answer_after)
     name = data["dataset"]
     if name in SYMPY_DATASETS and not is_plain_formula(answer):
         strict = 0.0
@@ -66,6 +67,13 @@ def score(data: Mapping[str, Any], completion: str) -> tuple[float, dict[str, fl
     gold = data["answer"]
     lenient = strict if gold is None else float(lenient_match(answer, gold))
     return strict, {"strict": strict, "lenient": lenient}
+
+
+def _answer(completion: str, answer_after: str | None) -> str:
+    if answer_after is not None and answer_after in completion:
+        return completion.rpartition(answer_after)[2].strip()
+    tagged = extract_answer(completion)
+    return completion.strip() if tagged is None else tagged
 
 
 def is_plain_formula(text: str) -> bool:

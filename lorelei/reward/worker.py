@@ -1,8 +1,8 @@
 """A reward worker: a process that scores one completion after another for a RewardPool.
 
-Speaks JSON lines over its pipes. In: a spec {kind, path, timeout}, then {data, completion}. Out:
-{ready} or {failed}, then {value, metrics, error}. It never imports torch: it starts fast and stays
-small.
+Speaks JSON lines over its pipes. In: a spec {kind, path, answer_after, timeout}, then {data,
+completion}. Out: {ready} or {failed}, then {value, metrics, error}. It never imports torch: it
+starts fast and stays small.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import os
 import resource
 from collections.abc import Mapping
+from functools import partial
 from numbers import Real
 from typing import Any, TextIO
 
@@ -30,7 +31,7 @@ def main() -> None:
     with contextlib.suppress(ValueError, OSError):  # not every system limits it
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
     try:
-        scorer = make_scorer(spec["kind"], spec["path"])
+        scorer = make_scorer(spec["kind"], spec["path"], spec["answer_after"])
     except ValueError as error:
         _reply(replies, {"failed": str(error)})
         return
@@ -41,13 +42,13 @@ def main() -> None:
         _reply(replies, judge(scorer, request["data"], request["completion"]))
 
 
-def make_scorer(kind: str, path: str | None) -> Scorer:
+def make_scorer(kind: str, path: str | None, answer_after: str | None = None) -> Scorer:
     """The scorer of a reward kind. Raises ValueError with the line for the user."""
     match kind:
         case "reasoning_gym":
             from lorelei.reward import reasoning_gym
 
-            return reasoning_gym.score
+            return partial(reasoning_gym.score, answer_after=answer_after)
         case "math_verify":
             from lorelei.reward import math_verify
 

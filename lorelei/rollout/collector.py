@@ -25,8 +25,8 @@ from lorelei.types import AdapterRef, Group, Prompt, Rollout
 HOPELESS = 64  # groups that failed in a row before the run stops with the last reason
 
 
-class RolloutsFail(RuntimeError):
-    """Group after group fails: something is wrong with the task, the reward or the engine."""
+class RolloutsFail(ValueError):
+    """Group after group fails: something is wrong with the task, the reward or the model."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class Lane:
     next_index: int
     redo: list[int] = field(default_factory=list[int])  # started before a crash, not finished
     running: set[int] = field(default_factory=set[int])
-    finished: list[Group] = field(default_factory=list[Group])  # in order of completion
+    finished: list[Group] = field(default_factory=list[Group])
     failed_in_a_row: int = 0
     errors: Counter[str] = field(default_factory=Counter[str])
 
@@ -52,6 +52,17 @@ class Lane:
     @property
     def ready(self) -> bool:
         return not self.done and len(self.finished) >= self.experiment.algo.batch_size
+
+    @property
+    def oldest(self) -> int:
+        """The oldest version whose rollouts may be trained on now."""
+        return self.admission.version - self.experiment.rollout.max_head_offpolicyness
+
+    def room(self) -> int:
+        """How many more groups may start: what admission allows and the steps left can use."""
+        total = self.experiment.steps * self.experiment.algo.batch_size
+        unstarted = total - self.admission.accepted - self.admission.running
+        return min(self.admission.capacity(), unstarted)
 
     def pending(self) -> list[int]:
         """Indices below `next_index` that were not trained on: what a resumed run still owes."""
@@ -89,7 +100,6 @@ class Collector:
                 await self._wait()
                 if self._stopping:
                     return
-                self._start_groups()
             yield {name: self._take(lane) for name, lane in self.lanes.items() if lane.ready}
 
     def admit(self, refs: Mapping[str, AdapterRef]) -> list[AdapterRef]:
@@ -102,8 +112,6 @@ class Collector:
             lane.policy.ref = ref
             lane.admission.version = ref.version
             self._drop_stale(lane)
-        if any(lane.experiment.rollout.max_head_offpolicyness for lane in self.lanes.values()):
-            self._start_groups()  # asynchronous: sampling goes on while the caller commits
         return replaced
 
     def stop(self) -> None:
@@ -112,14 +120,13 @@ class Collector:
         self._changed.set()
 
     async def close(self) -> None:
-        """Stop all running groups; what is finished stays in `finished`."""
+        """Stop all running groups; what is finished stays in `finished`. Idempotent."""
+        self._stopping = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _wait(self) -> None:
-        if self._failure is not None:
-            raise self._failure
         await self._changed.wait()
         self._changed.clear()
         if self._failure is not None:
@@ -127,13 +134,14 @@ class Collector:
 
     def _take(self, lane: Lane) -> list[Group]:
         size = lane.experiment.algo.batch_size
+        # in the order they were started: the oldest would be the first to grow stale
+        lane.finished.sort(key=lambda group: group.index)
         taken, lane.finished = lane.finished[:size], lane.finished[size:]
-        return sorted(taken, key=lambda group: group.index)
+        return taken
 
     def _drop_stale(self, lane: Lane) -> None:
-        bound = lane.admission.version - lane.experiment.rollout.max_head_offpolicyness
-        fresh = [group for group in lane.finished if group.min_version >= bound]
-        stale = [group.index for group in lane.finished if group.min_version < bound]
+        fresh = [group for group in lane.finished if group.min_version >= lane.oldest]
+        stale = [group.index for group in lane.finished if group.min_version < lane.oldest]
         for _ in stale:
             lane.admission.forget()
             lane.errors["stale"] += 1
@@ -142,7 +150,7 @@ class Collector:
 
     def _start_groups(self) -> None:
         for lane in self.lanes.values():
-            while not lane.done and lane.admission.capacity() > 0:
+            while lane.room() > 0:
                 task = asyncio.create_task(self._group(lane, lane.start()))
                 self._tasks.add(task)
                 task.add_done_callback(self._finished)
@@ -151,6 +159,8 @@ class Collector:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self._failure = task.exception()
+        if not self._stopping and self._failure is None:
+            self._start_groups()  # also while the caller trains: the others go on collecting
         self._changed.set()
 
     async def _group(self, lane: Lane, index: int) -> None:
@@ -177,6 +187,7 @@ class Collector:
         lane.running.discard(index)
         lane.admission.accept()
         lane.finished.append(group)
+        self._drop_stale(lane)  # training may have gone on without it
 
     async def _rollout(self, lane: Lane, prompt: Prompt, index: int, number: int) -> Rollout:
         sampler = EngineSampler(self._engine, lane.policy, f"{index}/{number}")
@@ -207,7 +218,8 @@ class Collector:
 
 def unfit(group: Group, drop_flat: bool) -> str | None:
     """Why a group cannot be trained on, or None."""
-    rewards = [r.reward for r in group.rollouts if r.reward is not None and r.turns]
+    sampled = [r for r in group.rollouts if any(len(t.completion.tokens) for t in r.turns)]
+    rewards = [r.reward for r in sampled if r.reward is not None]
     if len(rewards) < 2:
         errors = sorted({r.error for r in group.rollouts if r.error is not None})
         return f"{len(rewards)} of {len(group.rollouts)} rollouts have a reward: {errors[:1]}"

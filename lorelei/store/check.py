@@ -18,8 +18,8 @@ from lorelei.store.record import read_record
 def check_run(folder: Path) -> list[str]:
     """One line for each problem; empty: the folder is sound and a resume loses nothing.
 
-    Verifies checksums, the chain of manifests, names, versions, logs, and leftovers of a crash
-    (not while a run is writing: then they are its work in progress).
+    Verifies checksums, the chain of manifests, names, versions, logs, spooled groups, and leftovers
+    of a crash (not while a run is writing: then they are its work in progress).
     """
     running = is_locked(folder)
     problems: list[str] = []
@@ -32,6 +32,7 @@ def check_run(folder: Path) -> list[str]:
         for name in LOGS:
             committed = found.verified[-1].logs[name] if found.verified else 0
             problems += _log_problems(folder / name, committed, running)
+        problems += _damaged(folder / "spool")
         if not running:
             crumbs = [*unnamed_snapshots(folder, found.verified), *temporary_files(folder)]
             problems += [f"{p}: left over from a crash; the next resume removes it" for p in crumbs]
@@ -58,6 +59,15 @@ def _version_problems(manifests: Sequence[Manifest]) -> Iterator[str]:
             if ref is not None and (ref.name, ref.version) != (name, record.version):
                 yield f"{where}.ref: {ref} is not version {record.version}"
             highest[name] = record
+
+
+def _damaged(spool: Path) -> Iterator[str]:
+    for path in sorted(spool.rglob("*.json")):
+        try:
+            read_record(path)
+        except StoreError as error:
+            if path.exists():  # else trained on, and gone
+                yield str(error)
 
 
 def _log_problems(path: Path, committed: int, running: bool) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import time
@@ -30,12 +31,9 @@ class FolderLock:
             raise StoreError(
                 f"{folder}: in use by process {pid}; wait for it, stop it or choose another run"
             )
-        try:
+        with contextlib.suppress(OSError):  # a full disk; the id is for people only
             os.ftruncate(self._fd, 0)
             os.write(self._fd, str(os.getpid()).encode())
-        except OSError as error:
-            self.close_copy()
-            raise write_error(path, error) from error
 
     def close_copy(self) -> None:
         """Close this process's descriptor; a copy in another process keeps the lock."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -106,6 +107,7 @@ class RunStore:
             raise ValueError(f"run name: {folder.name!r} must match {NAME.pattern}")
         identity = new_identity(config, seed_run_id)
         data = identity_bytes(identity)
+        fresh = not folder.exists()
         make_folder(folder / "manifests")
         make_folder(folder / "snapshots")
         with ExitStack() as undo:
@@ -113,6 +115,8 @@ class RunStore:
             undo.callback(lock.release)
             if (folder / "run.json").exists() or manifest_paths(folder):
                 raise StoreError(f"{folder}: has a run already; resume it or choose another name")
+            if fresh:  # and locked: whatever is in it is ours
+                undo.callback(shutil.rmtree, folder, ignore_errors=True)
             write_incarnation(folder, 1)
             store = cls(folder, lock, identity, 1, keep=keep)
             write_file(folder / "run.json", data)  # last: now the run exists
@@ -227,12 +231,17 @@ class RunStore:
             write_file(self.folder / path, content)
         return Pending(manifest=copy.deepcopy(draft))  # the loop may go on changing its state
 
-    def commit(self, pending: Pending, refs: Mapping[str, AdapterRef]) -> None:
+    def commit(
+        self,
+        pending: Pending,
+        refs: Mapping[str, AdapterRef],
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
         """Make a staged step true, with the log lines written so far.
 
-        refs: what rollout engines were given, for the adapters whose version is new. Raises
-        ValueError for refs of other versions: then the step did not happen. After a StoreError
-        only `open` can tell.
+        refs: what rollout engines were given, for the adapters whose version is new. state: more
+        of the loop's own, known since the staging. Raises ValueError for refs of other versions:
+        then the step did not happen. After a StoreError only `open` can tell.
         """
         draft = pending.manifest
         assert draft.parent_sha256 == (self.latest.sha256 if self.latest else None), "void Pending"
@@ -249,6 +258,7 @@ class RunStore:
                 for name, entry in draft.adapters.items()
             },
             logs={name: log.sync() for name, log in self._logs.items()},
+            state={**draft.state, **(state or {})},
         )
         sync_folder(self.folder)  # the logs' names
         path = manifest_path(self.folder, manifest.step)

@@ -1,35 +1,42 @@
-"""Finished groups that are not trained on yet, so that an asynchronous run loses none in a crash."""
+"""Finished groups not trained on yet, so that an asynchronous run loses none in a crash."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from lorelei.store.durable import delete_file, make_folder, write_file
-from lorelei.types import Completion, Group, Prompt, Rollout, Turn
+from lorelei.store.durable import StoreError, delete_file, make_folder, write_file
+from lorelei.store.record import read_record, record_bytes
+from lorelei.types import Completion, Group, Ints, Prompt, Rollout, Turn
 
 
 class Spool:
-    """One JSON file a group, in spool/<adapter>/<index>.json of the run folder."""
+    """One JSON record a group, in spool/<adapter>/<index>.json of the run folder."""
 
     def __init__(self, folder: Path) -> None:
+        self.warnings: list[str] = []
         self._folder = folder / "spool"
 
     def put(self, group: Group) -> None:
         """Make a finished group durable."""
         path = self._path(group.adapter, group.index)
         make_folder(path.parent)
-        write_file(path, json.dumps(asdict(group), default=_plain).encode())
+        write_file(path, record_bytes(_plain(asdict(group))))
 
     def read(self, adapter: str) -> dict[int, Group]:
-        """The groups of an adapter, by index."""
-        paths = sorted((self._folder / adapter).glob("*.json"))
-        return {group.index: group for group in (_group(json.loads(p.read_text())) for p in paths)}
+        """The groups of an adapter, by rising index. A damaged one is deleted, with a warning."""
+        groups: dict[int, Group] = {}
+        for path in sorted((self._folder / adapter).glob("*.json")):
+            try:
+                groups[int(path.stem)] = _group(read_record(path))
+            except StoreError as error:
+                self.warnings.append(f"{error}; the group is sampled again")
+                delete_file(path)
+        return groups
 
     def remove(self, adapter: str, indices: Iterable[int]) -> None:
         """Forget groups; those that are not there count as forgotten."""
@@ -42,22 +49,34 @@ class Spool:
         return self._folder / adapter / f"{index:08d}.json"
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
+    """Arrays as lists, at any depth."""
     if isinstance(value, np.ndarray):
-        return value.tolist()
-    raise TypeError(f"a group holds a {type(value).__name__}, which JSON cannot")
+        return cast(Any, value).tolist()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in cast(dict[str, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in cast(list[Any], value)]
+    return value
 
 
 def _group(raw: dict[str, Any]) -> Group:
-    prompt = {**raw["prompt"], "tokens": _ints(raw["prompt"]["tokens"])}
+    prompt: dict[str, Any] = {
+        **raw["prompt"],
+        "tokens": _ints(raw["prompt"]["tokens"]),
+        "messages": tuple(raw["prompt"]["messages"]),
+    }
     return Group(
         adapter=raw["adapter"],
         index=raw["index"],
-        prompt=Prompt(**{**prompt, "messages": tuple(prompt["messages"])}),
-        rollouts=tuple(
-            Rollout(**{**r, "turns": tuple(_turn(t) for t in r["turns"])}) for r in raw["rollouts"]
-        ),
+        prompt=Prompt(**prompt),
+        rollouts=tuple(_rollout(rollout) for rollout in raw["rollouts"]),
     )
+
+
+def _rollout(raw: dict[str, Any]) -> Rollout:
+    fields: dict[str, Any] = {**raw, "turns": tuple(_turn(turn) for turn in raw["turns"])}
+    return Rollout(**fields)
 
 
 def _turn(raw: dict[str, Any]) -> Turn:
@@ -72,5 +91,5 @@ def _turn(raw: dict[str, Any]) -> Turn:
     return Turn(prompt=_ints(raw["prompt"]), completion=completion, text=raw["text"])
 
 
-def _ints(values: list[int]) -> np.ndarray:
+def _ints(values: list[int]) -> Ints:
     return np.asarray(values, dtype=np.int32)

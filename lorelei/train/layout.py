@@ -52,9 +52,10 @@ def pieces(batch: Batch, max_tokens: int) -> list[Piece]:
     parts: list[_Part] = []
     for part in sorted(bundles, key=lambda p: (adapters[batch.segments[p.first].adapter], p.first)):
         if parts and parts[-1].segments & part.segments:  # the same root: read it once if it fits
-            both = _Part(parts[-1].segments | part.segments, [*parts[-1].items, *part.items])
-            if sum(lengths[i] for i in both.segments) <= max_tokens:
-                parts[-1] = both
+            added = sum(lengths[i] for i in part.segments - parts[-1].segments)
+            if added == 0 or added + sum(lengths[i] for i in parts[-1].segments) <= max_tokens:
+                parts[-1].segments.update(part.segments)
+                parts[-1].items.extend(part.items)
                 continue
         parts.append(part)
     return [_piece(batch, bounds, owner, part) for part in parts]

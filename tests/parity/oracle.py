@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lorelei.config.errors import ConfigError
+from lorelei.config.paths import resolve_model
 from lorelei.types import AdapterSpec
 
 # fp32: two orders of summation differ by about 1e-6; fp64: nothing but rounding is left
@@ -32,6 +35,14 @@ def hf_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     if dtype == torch.float64:
         _widen_norms(model)
     return model
+
+
+def smollm2_folder() -> Path:
+    """The real model; skips the test where it is not."""
+    try:
+        return resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+    except ConfigError:
+        pytest.skip("SmolLM2-135M-Instruct is not on this machine; run `make model`")
 
 
 def _widen_norms(model: nn.Module) -> None:

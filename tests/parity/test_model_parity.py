@@ -16,7 +16,7 @@ from lorelei.model.attention import PackedAttention, masked_attention, tree_bloc
 from lorelei.model.decoder import Decoder
 from lorelei.model.linear import BaseRoute
 from lorelei.model.load import load_decoder
-from tests.parity.oracle import TOLERANCE, hf_logits, hf_model, relative
+from tests.parity.oracle import TOLERANCE, hf_logits, hf_model, relative, smollm2_folder
 from tests.tiny_models import make_tiny
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -244,11 +244,7 @@ def stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_smollm2_gives_the_logits_of_transformers() -> None:
-    paths = pytest.importorskip("lorelei.config.paths")
-    try:
-        folder = paths.resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct")
-    except ValueError:
-        pytest.skip("SmolLM2-135M-Instruct is not on this machine; run `make model`")
+    folder = smollm2_folder()
     rows = sequences(49152)
     got = packed_logits(load_decoder(folder), rows).split(LENGTHS)
     model = hf_model(folder, torch.float32)

@@ -278,3 +278,13 @@ def test_pool_of_a_configuration_has_its_reward_and_deadline(folder):
     pool = make_pool(config)
     assert [r.error for r in score(pool, "good", "hang")] == [None, "timeout"]
     pool.close()
+
+
+def test_weights_make_the_reward_a_sum_of_metrics(folder, pool_of):
+    pool = pool_of(folder / "bad.py", "act", weights={"length": 0.5})
+    result = asyncio.run(pool.score({}, "metrics"))
+    assert (result.value, result.metrics) == (3.5, {"length": 7.0})
+    missing = asyncio.run(pool.score({}, "fine"))
+    assert missing.value is None
+    assert missing.error == "not a number: reward.weights names 'length', the scorer has none"
+    assert pool.errors["not a number"] == 1

@@ -57,6 +57,20 @@ def test_last_tagged_answer_counts():
     assert strict(data, f"<answer>{data['answer']}</answer> no, <answer>1.5</answer>") < 1.0
 
 
+def test_answer_after_a_mark_counts_and_without_the_mark_the_whole_text():
+    data = entry("chain_sum")
+    gold = data["answer"]
+
+    def after(text: str) -> float:
+        return reasoning_gym.score(data, text, answer_after="=")[0]
+
+    assert after(f"1 = 1, so a + b = {gold}") == 1.0
+    assert after(f"a + b = {gold} apples") < 1.0
+    assert after(gold) == 1.0
+    assert after(f"<answer>{gold}</answer>") == 1.0
+    assert after(f"{gold} = {int(gold) + 1}") < 0.1
+
+
 def test_scorer_reads_the_config_of_its_dataset():
     # puzzle24 refuses solutions with numbers outside the configured range
     data = next(d for i in range(10) if max((d := entry("puzzle24", i))["metadata"]["numbers"]) > 6)

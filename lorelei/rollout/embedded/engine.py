@@ -160,7 +160,7 @@ class EmbeddedEngine:
         if not self._held:
             for row, outcome in self._decoding.step():
                 self._finish(row, outcome)
-        for name in [n for n in self._retiring if True]:
+        for name in [n for n in self._retiring if not self._scheduler.uses(n)]:
             self._published.remove(name)
             self._worker.resolve(self._retiring.pop(name), None)
         return not self._held and bool(self._scheduler.running or self._scheduler.waiting)

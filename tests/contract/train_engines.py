@@ -1,0 +1,101 @@
+"""The train engines that the contract holds for, and the few steps that every test of it takes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorelei.lora.state import AdapterSnapshot, AdapterState
+from lorelei.model.load import load_decoder
+from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.contract import TrainEngine
+from lorelei.train.remote import RemoteEngine
+from lorelei.train.spec import ArchonSpec
+from lorelei.types import AdamHyper, AdapterSpec, Batch, LossSpec
+
+ENGINES = ("archon", "archon-small", "archon-two-ranks")
+SMALL = 24  # tokens of a micro-batch: less than most trees of the tests
+
+GRPO = LossSpec(path="lorelei.algo.grpo:loss", params={"decoupled": False})
+DECOUPLED = LossSpec(path="lorelei.algo.grpo:loss", params={})
+# the first moment of a step with beta1 = 0 is the gradient; lr = 0 leaves the weights alone
+LOOK = AdamHyper(lr=0.0, beta1=0.0, max_grad_norm=0.0)
+
+
+def make_engine(kind: str, folder: Path) -> TrainEngine:
+    """An engine on a tiny model in fp32."""
+    if kind == "archon-two-ranks":
+        spec = ArchonSpec(
+            model=str(folder), dtype="float32", max_tokens_per_mb=SMALL, recompute=False
+        )
+        return RemoteEngine(spec, workers=2, timeout=120)
+    decoder = load_decoder(folder)
+    if kind == "archon-small":
+        return ArchonEngine(decoder, max_tokens_per_mb=SMALL, recompute=True)
+    return ArchonEngine(decoder)
+
+
+def randomise(engine: TrainEngine, name: str, seed: int, scale: float = 0.05) -> AdapterState:
+    """Give an adapter random tensors, so that B is not zero; returns them."""
+    generator = torch.Generator().manual_seed(seed)
+    state = engine.adapter_state(name)
+    tensors = {
+        n: (torch.randn(t.shape, generator=generator, dtype=torch.float64) * scale).to(t.dtype)
+        for n, t in state.tensors.items()
+    }
+    zeros = {n: torch.zeros_like(t) for n, t in tensors.items()}
+    fresh = AdapterState(spec=state.spec, tensors=tensors)
+    engine.restore(name, AdapterSnapshot(state=fresh, exp_avg=zeros, exp_avg_sq=zeros, step=0))
+    return fresh
+
+
+def gradients(
+    engine: TrainEngine, batch: Batch, losses: Mapping[str, LossSpec]
+) -> dict[str, dict[str, Tensor]]:
+    """The gradients of one forward_backward, by adapter and tensor."""
+    engine.forward_backward(batch, losses)
+    return look(engine, *batch.adapters)
+
+
+def look(engine: TrainEngine, *names: str) -> dict[str, dict[str, Tensor]]:
+    """The gradients that these adapters hold; they are gone afterwards, nothing else changes."""
+    before = {name: engine.snapshot(name) for name in names}
+    engine.optim_step(dict.fromkeys(names, LOOK))
+    found = {name: dict(engine.snapshot(name).exp_avg) for name in names}
+    for name, snapshot in before.items():
+        engine.restore(name, snapshot)
+    return found
+
+
+@contextmanager
+def adapters(engine: TrainEngine, **specs: AdapterSpec) -> Iterator[None]:
+    """Adapters with random tensors for the time of a test."""
+    for seed, (name, spec) in enumerate(specs.items()):
+        engine.add_adapter(name, spec)
+        randomise(engine, name, seed)
+    try:
+        yield
+    finally:
+        for name in specs:
+            with contextlib.suppress(KeyError):
+                engine.drop_adapter(name)
+
+
+def assert_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """Bit for bit."""
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def assert_close(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float) -> None:
+    """Norm of the difference over norm of the reference, for each tensor."""
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        error = (got[name].double() - tensor.double()).norm()
+        assert error <= limit * tensor.double().norm(), (name, error / tensor.double().norm())

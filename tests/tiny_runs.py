@@ -1,0 +1,85 @@
+"""Whole runs on a tiny random model, small enough to train in a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedTokenizerFast
+
+from tests.tiny_models import make_tiny
+
+# rewards that differ between random completions, so that every step has a gradient
+REWARD = '''
+def vowels(completion, **row):
+    share = sum(c in "aeiou " for c in completion) / max(len(completion), 1)
+    return share, {"length": len(completion)}
+'''
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def make_workplace(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with model/, rows.jsonl and rewards.py, for runs to be started in."""
+    tokenizer.save_pretrained(make_tiny("llama", folder / "model"))
+    (folder / "rewards.py").write_text(REWARD)
+    rows = [{"question": f"Say the number {n}.", "answer": str(n)} for n in range(64)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def tiny_run(**sections: Any) -> dict[str, Any]:
+    """A configuration; a mapping in `sections` is merged into the section of that name."""
+    config: dict[str, Any] = {
+        "model": "./model",
+        "steps": 3,
+        "threads": 1,
+        "lora": {"lora_rank": 4, "lora_alpha": 8},
+        "rollout": {"n_samples": 4, "max_new_tokens": 8},
+        "task": {"kind": "jsonl", "path": "rows.jsonl"},
+        "reward": {"kind": "python", "path": "rewards.py:vowels", "workers": 1},
+        "algo": {"lr": 1.0e-2, "batch_size": 2},
+        "eval": {"every": 2, "n_prompts": 4},
+    }
+    for name, value in sections.items():
+        both = isinstance(value, Mapping) and name in config
+        config[name] = {**config[name], **value} if both else value
+    return config
+
+
+def write_run(folder: Path, name: str, **sections: Any) -> Path:
+    """The configuration as a YAML file of a workplace."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tiny_run(**sections)))
+    return path
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`lorelei ...` as users start it, in a workplace."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lorelei", *arguments],
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def lorelei(folder: Path, *arguments: str, code: int = 0) -> str:
+    """What a command prints; it must leave with `code`."""
+    process = start(folder, *arguments)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == code, f"{arguments}: {process.returncode}\n{out}\n{errors}"
+    return out if code == 0 else errors
+
+
+def records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl of one kind."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
