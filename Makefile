@@ -7,7 +7,7 @@ BIN := .venv/bin
 CACHE := $(or $(LORELEI_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lorelei)
 MODEL := $(CACHE)/models/HuggingFaceTB--SmolLM2-135M-Instruct/config.json
 
-.PHONY: train test unit lint setup model clean
+.PHONY: train test unit lint curve setup model clean
 
 train: setup model
 	$(BIN)/lorelei train recipes/chain_sum/run.yaml $(ARGS)
@@ -22,6 +22,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# three seeds of the main job, about 15 minutes on 2 cores; draws docs/learning_curve.png
+curve: setup model
+	$(BIN)/python -m benchmarks.learning_curve $(ARGS)
 
 setup: .venv/installed
 

@@ -99,7 +99,7 @@ async def evaluate(loop: Loop, refs: Mapping[str, AdapterRef]) -> None:
     """Held-out scores of these versions, to the log and the console."""
     for name, ref in refs.items():
         scores = await loop.evaluators[name].run(ref)
-        loop.scores[name] = scores.means.get("strict", scores.means["reward"])
+        loop.scores[name] = scores.means["strict" if "strict" in scores.means else "reward"]
         record = {"kind": "eval", "step": ref.version, "adapter": name, "scores": scores.means}
         loop.store.append_metrics(
             {**record, "n": scores.n, "errors": len(scores.errors), "seconds": scores.seconds}

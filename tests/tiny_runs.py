@@ -34,7 +34,7 @@ def make_workplace(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 
 
 def tiny_run(**sections: Any) -> dict[str, Any]:
-    """A configuration; a mapping in `sections` is merged into the section of that name."""
+    """A configuration; a mapping in `sections` is merged into the section of its name and kind."""
     config: dict[str, Any] = {
         "model": "./model",
         "steps": 3,
@@ -47,8 +47,9 @@ def tiny_run(**sections: Any) -> dict[str, Any]:
         "eval": {"every": 2, "n_prompts": 4},
     }
     for name, value in sections.items():
-        both = isinstance(value, Mapping) and name in config
-        config[name] = {**config[name], **value} if both else value
+        below = config.get(name, {})
+        both = isinstance(value, Mapping) and value.get("kind", below.get("kind")) == below.get("kind")
+        config[name] = {**below, **value} if both else value
     return config
 
 

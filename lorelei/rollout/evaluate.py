@@ -17,7 +17,7 @@ from lorelei.types import AdapterRef, Prompt
 class Scores:
     """Means over the problems; an episode without a reward counts as zero."""
 
-    means: dict[str, float]  # 'reward' and what the scorer reports besides
+    means: dict[str, float]  # what the scorer reports, and 'reward' unless it is 'strict'
     n: int
     errors: tuple[str, ...]  # why episodes have no reward
     seconds: float
@@ -39,8 +39,10 @@ class Evaluator:
         episodes = await asyncio.gather(*(self._episode(p, policy) for p in self.prompts))
         names = sorted({name for e in episodes for name in e.metrics})
         total = len(episodes)
-        means = {"reward": sum(e.reward or 0.0 for e in episodes) / total}
-        means |= {n: sum(e.metrics.get(n, 0.0) for e in episodes) / total for n in names}
+        means = {n: sum(e.metrics.get(n, 0.0) for e in episodes) / total for n in names}
+        reward = sum(e.reward or 0.0 for e in episodes) / total
+        if reward != means.get("strict"):  # a scorer's strict score mostly is the reward
+            means = {"reward": reward, **means}
         return Scores(
             means=means,
             n=total,

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from lorelei.lora.state import AdapterState
+from lorelei.model.load import load_decoder
+from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.batch import concatenate
 from lorelei.train.contract import TrainEngine
 from lorelei.train.layout import flatten, pieces
@@ -56,7 +58,7 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> TrainEngine:
     """One process, one micro-batch, no recomputation."""
-    return make_engine("archon", folder)
+    return ArchonEngine(load_decoder(folder), max_tokens_per_mb=10_000)
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -388,9 +390,21 @@ def test_shared_prefixes_change_nothing(engine: TrainEngine) -> None:
         assert_close(gradients(engine, apart, {"a": GRPO})["a"], together, FP32)
 
 
-def test_micro_batches_recomputation_and_ranks_change_nothing(
+def test_how_an_engine_lays_out_a_batch_changes_nothing(
     engine: TrainEngine, plain: TrainEngine
 ) -> None:
+    assert_computes_the_same(engine, plain)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("max_tokens", [1, SMALL, 40])
+def test_micro_batches_and_recomputation_change_nothing(
+    max_tokens: int, recompute: bool, folder: Path, plain: TrainEngine
+) -> None:
+    assert_computes_the_same(ArchonEngine(load_decoder(folder), max_tokens, recompute), plain)
+
+
+def assert_computes_the_same(engine: TrainEngine, plain: TrainEngine) -> None:
     batch = concatenate([some_batch(1), some_batch(2, "b"), some_batch(3)])
     assert len(pieces(batch, SMALL)) > len(pieces(batch, 10_000))  # trees are split, too
     losses = {"a": GRPO, "b": DECOUPLED}

@@ -18,7 +18,7 @@ from lorelei.train.remote import RemoteEngine
 from lorelei.train.spec import ArchonSpec
 from lorelei.types import AdamHyper, AdapterSpec, Batch, LossSpec
 
-ENGINES = ("archon", "archon-small", "archon-two-ranks")
+ENGINES = ("archon", "archon-two-ranks")
 SMALL = 24  # tokens of a micro-batch: less than most trees of the tests
 
 GRPO = LossSpec(path="lorelei.algo.grpo:loss", params={"decoupled": False})
@@ -29,15 +29,11 @@ LOOK = AdamHyper(lr=0.0, beta1=0.0, max_grad_norm=0.0)
 
 def make_engine(kind: str, folder: Path) -> TrainEngine:
     """An engine on a tiny model in fp32."""
-    if kind == "archon-two-ranks":
-        spec = ArchonSpec(
-            model=str(folder), dtype="float32", max_tokens_per_mb=SMALL, recompute=False
-        )
-        return RemoteEngine(spec, workers=2, timeout=120)
-    decoder = load_decoder(folder)
-    if kind == "archon-small":
-        return ArchonEngine(decoder, max_tokens_per_mb=SMALL, recompute=True)
-    return ArchonEngine(decoder)
+    if kind == "archon":
+        return ArchonEngine(load_decoder(folder))
+    # ranks that also cut trees and recompute activations: every test then covers all three
+    spec = ArchonSpec(model=str(folder), dtype="float32", max_tokens_per_mb=SMALL, recompute=True)
+    return RemoteEngine(spec, workers=2, timeout=120)
 
 
 def randomise(engine: TrainEngine, name: str, seed: int, scale: float = 0.05) -> AdapterState:

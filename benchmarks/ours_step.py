@@ -1,0 +1,100 @@
+"""GRPO steps of one case by Lorelei: archon + embedded.  usage: -m benchmarks.ours_step CASE STEPS"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import numpy as np
+
+from benchmarks.cases import ALPHA, LR, MODEL, RANK, STEP_CASES, StepCase, toy_reward
+from benchmarks.meter import Meter
+from lorelei.config.load import validate
+from lorelei.config.paths import resolve_model
+from lorelei.model.load import load_decoder
+from lorelei.model.tokenizer import load_tokenizer
+from lorelei.publish.memory import MemoryPublisher
+from lorelei.rollout.embedded.engine import EmbeddedEngine
+from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.step import Trainer
+from lorelei.types import GenerateRequest, Group, Prompt, Rollout, SamplingParams, Turn
+
+
+async def main(case: StepCase, steps: int) -> None:
+    folder = resolve_model(MODEL)
+    tokenizer = load_tokenizer(folder)
+    config = validate(
+        {
+            "model": MODEL,
+            "lora": {"lora_rank": RANK, "lora_alpha": ALPHA},
+            "task": {"kind": "reasoning_gym", "name": "chain_sum"},
+            "algo": {"lr": LR, "batch_size": case.prompts},
+            "rollout": {"n_samples": case.samples, "max_new_tokens": case.new_tokens},
+        }
+    )
+    (experiment,) = config.experiments()
+    decoder = load_decoder(folder)
+    engine = ArchonEngine(decoder, max_tokens_per_mb=config.train.max_tokens_per_mb)
+    engine.add_adapter("default", experiment.lora.spec())
+    trainer = Trainer(engine, {"default": experiment})
+    rollout = EmbeddedEngine(decoder, max_running=64)
+    publisher = MemoryPublisher(rollout, "bench")
+    sampling = SamplingParams(max_new_tokens=case.new_tokens)
+    meter = Meter()
+    ref = (await publisher.publish(engine, {"default": 0}))["default"]
+    for step in range(steps):
+        with meter.phase("step"):
+            prompts = [
+                np.asarray(
+                    tokenizer.apply_chat_template(m, add_generation_prompt=True)["input_ids"],
+                    dtype=np.int32,
+                )
+                for m in case.messages(step)
+            ]
+            with meter.phase("generate"):
+                completions = await asyncio.gather(
+                    *(
+                        rollout.generate(
+                            GenerateRequest(
+                                tokens=tokens, adapter=ref, sampling=sampling, key=f"{step}/{p}/{s}"
+                            )
+                        )
+                        for p, tokens in enumerate(prompts)
+                        for s in range(case.samples)
+                    )
+                )
+            groups = [
+                Group(
+                    adapter="default",
+                    index=p,
+                    prompt=Prompt(id=str(p), tokens=tokens, messages=(), data={}),
+                    rollouts=tuple(
+                        Rollout(
+                            adapter="default",
+                            sample=s,
+                            turns=(
+                                Turn(
+                                    prompt=tokens,
+                                    completion=completions[p * case.samples + s],
+                                    text="",
+                                ),
+                            ),
+                            reward=toy_reward(p, s),
+                        )
+                        for s in range(case.samples)
+                    ),
+                )
+                for p, tokens in enumerate(prompts)
+            ]
+            with meter.phase("train"):
+                await trainer.step({"default": groups}, {"default": step})
+            old, ref = ref, (await publisher.publish(engine, {"default": step + 1}))["default"]
+            await publisher.retire(old)
+        prompt_tokens = sum(len(t) for t in prompts)
+        meter.emit(generated=sum(len(c.tokens) for c in completions), prompt=prompt_tokens)
+    await rollout.close()
+    trainer.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(STEP_CASES[sys.argv[1]], int(sys.argv[2])))
