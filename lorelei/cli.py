@@ -57,6 +57,12 @@ def plan(run: ConfigFile, overrides: Overrides = None, as_json: Json = False) ->
 def train(run: ConfigFile, overrides: Overrides = None) -> None:
     """Train the adapters of a run."""
     config, planned = _planned(run, overrides)
+    folder = Path(config.runs_dir) / config.name
+    if (folder / "run.json").exists():
+        raise ValueError(
+            f"name: {str(folder)!r} holds a run already; go on with `lorelei resume {folder}`, "
+            "or choose another with name=..."
+        )
     for warning in planned.warnings:
         typer.echo(f"warning: {warning}", err=True)
     _set_threads(config)

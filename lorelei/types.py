@@ -124,6 +124,11 @@ class Rollout:
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     seconds: float = 0.0
 
+    @property
+    def trainable(self) -> bool:
+        """Whether there is a reward and at least one sampled token."""
+        return self.reward is not None and any(len(t.completion.tokens) for t in self.turns)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:

@@ -56,7 +56,7 @@ def tiny_run(**sections: Any) -> dict[str, Any]:
 def write_run(folder: Path, name: str, **sections: Any) -> Path:
     """The configuration as a YAML file of a workplace."""
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(tiny_run(**sections)))
+    path.write_text(yaml.safe_dump(tiny_run(**sections), sort_keys=False))
     return path
 
 

@@ -20,6 +20,7 @@ def loss(
     eps_clip: float = 0.2,
     eps_clip_higher: float | None = None,
     decoupled: bool = True,
+    recompute: bool = False,
     reject_above: float | None = None,
     reject_below: float | None = None,
     kl_ctl: float = 0.0,
@@ -27,7 +28,8 @@ def loss(
     """Weighted sum of -min(ratio A, clip(ratio) A), plus kl_ctl * KL(current, reference).
 
     decoupled: the ratio is current / proximal, and each item is weighted by proximal / behaviour;
-    otherwise the ratio is current / behaviour. Items whose proximal / behaviour lies outside
+    otherwise the ratio is current / behaviour, or current / proximal with `recompute`, which takes
+    the trainer's word for what the sampler's probabilities were. Items whose proximal / behaviour lies outside
     [reject_below, reject_above] give no loss and no gradient.
     """
     proximal = items.proximal if items.proximal is not None else current_I.detach()
@@ -39,7 +41,7 @@ def loss(
         kept = kept & (correction >= reject_below)
     # what is rejected may be infinite; it is replaced before the exp, because 0 * inf is not 0
     zero = torch.zeros_like(correction)
-    anchor = proximal if decoupled else items.behaviour
+    anchor = proximal if decoupled or recompute else items.behaviour
     ratio = torch.where(kept, current_I - anchor, zero).exp()
     high = eps_clip if eps_clip_higher is None else eps_clip_higher
     clipped = ratio.clamp(1 - eps_clip, 1 + high)

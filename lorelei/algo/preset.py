@@ -40,6 +40,7 @@ def loss_spec(algo: AlgoConfig) -> LossSpec:
             "eps_clip": algo.eps_clip,
             "eps_clip_higher": algo.eps_clip_higher,
             "decoupled": algo.use_decoupled_loss,
+            "recompute": algo.needs_proximal,
             "reject_above": reject.upper if reject else None,
             "reject_below": reject.lower if reject else None,
             "kl_ctl": algo.kl_ctl,

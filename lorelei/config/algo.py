@@ -73,8 +73,10 @@ class AlgoConfig(Section):
     use_decoupled_loss: bool = Field(
         default=True, description="Clip around the proximal policy, weigh by proximal / behaviour."
     )
-    recompute_logprob: bool = Field(
-        default=True, description="The trainer computes the proximal log-probabilities itself."
+    recompute_logprob: bool | None = Field(
+        default=None,
+        description="The trainer computes the log-probabilities at the start of an update itself. "
+        "Without the decoupled loss the ratio is then to these. Default: use_decoupled_loss.",
     )
     rejection_sampling: RejectionSampling | None = Field(
         default=None, description="Leave out tokens that are too far off-policy."
@@ -102,7 +104,7 @@ class AlgoConfig(Section):
                 f"{self.ppo_n_minibatches} does not divide batch_size: {self.batch_size}; "
                 "use a divisor of it",
             )
-        if self.use_decoupled_loss and not self.recompute_logprob:
+        if self.use_decoupled_loss and self.recompute_logprob is False:
             raise FieldError(
                 "recompute_logprob",
                 "false leaves use_decoupled_loss without proximal log-probabilities; "
@@ -114,6 +116,11 @@ class AlgoConfig(Section):
                 "is refused with kind: rloo, whose loss drops no tokens; use kind: grpo or null",
             )
         return self
+
+    @property
+    def needs_proximal(self) -> bool:
+        """Whether the loss looks at the policy at the start of the update."""
+        return self.use_decoupled_loss or bool(self.recompute_logprob)
 
     @property
     def statistics(self) -> frozenset[Level]:

@@ -21,7 +21,7 @@ from lorelei.publish.contract import PublishError
 from lorelei.rollout.contract import EngineClosed
 from lorelei.store.identity import read_identity
 from lorelei.store.run import RunStore
-from lorelei.train.contract import EngineFailed
+from lorelei.train.contract import EngineFailed, TrainEngine
 
 
 class Broken(ValueError):
@@ -38,13 +38,7 @@ class Stopped(Exception):
 
 def train(config: RunConfig) -> None:
     """Start a new run. Raises ValueError for what a user can mend, Stopped after a signal."""
-    folder = Path(config.runs_dir) / config.name
-    if (folder / "run.json").exists():
-        raise ValueError(
-            f"name: {str(folder)!r} holds a run already; go on with `lorelei resume {folder}`, "
-            "or choose another with name=..."
-        )
-    asyncio.run(_main(config, folder, None))
+    asyncio.run(_main(config, Path(config.runs_dir) / config.name, None))
 
 
 def resume(folder: Path) -> None:
@@ -61,9 +55,13 @@ def resume(folder: Path) -> None:
 
 async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None:
     async with AsyncExitStack() as stack:
-        starts = _starts(config, store)
+        if store is None or store.latest is None:
+            starts, origin = warm_starts(config), "lora.init_from"
+        else:
+            starts, origin = {n: store.load(n) for n in store.latest.adapters}, str(folder)
         parts = await build(config, stack)
-        trainer = make_trainer(config, parts, starts, stack)
+        trainer = make_trainer(config, parts, stack)
+        _restore(trainer.engine, starts, origin)
         if store is None:  # last: what is refused before leaves nothing behind
             store = RunStore.create(folder, to_plain(config), keep=config.checkpoint.keep)
             stack.callback(store.close)
@@ -83,11 +81,12 @@ async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None
             raise Stopped(stopped)
 
 
-def _starts(config: RunConfig, store: RunStore | None) -> Mapping[str, AdapterSnapshot]:
-    """Where adapters start that are not fresh."""
-    if store is None or store.latest is None:
-        return warm_starts(config)
-    return {e.name: store.load(e.name) for e in config.experiments()}
+def _restore(engine: TrainEngine, starts: Mapping[str, AdapterSnapshot], origin: str) -> None:
+    for name, snapshot in starts.items():
+        try:
+            engine.restore(name, snapshot)
+        except ValueError as error:  # of another base model, or for other targets
+            raise ValueError(f"{origin}: {error}") from error
 
 
 async def _run(loop: Loop) -> int | None:

@@ -104,18 +104,14 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
     )
 
 
-def make_trainer(
-    config: RunConfig, parts: Parts, starts: Mapping[str, AdapterSnapshot], stack: AsyncExitStack
-) -> Trainer:
-    """The trainer with the run's adapters, each fresh or as in `starts`."""
+def make_trainer(config: RunConfig, parts: Parts, stack: AsyncExitStack) -> Trainer:
+    """The trainer with the run's adapters, all fresh; the stack closes it."""
     experiments = config.experiments()
     engine = _train_engine(config, parts.folder, parts.decoder)
     trainer = Trainer(engine, {e.name: e for e in experiments})
     stack.callback(trainer.close)
     for e in experiments:
         engine.add_adapter(e.name, e.lora.spec(), e.seed)
-        if e.name in starts:
-            engine.restore(e.name, starts[e.name])
     return trainer
 
 

@@ -82,7 +82,10 @@ def evaluate(
     folder: Path, n_prompts: int | None, base: bool
 ) -> dict[str, dict[str, dict[str, float]]]:
     """{adapter: {"base" (if asked) and version: held-out means}}, on the run's own problems."""
-    return asyncio.run(_evaluate(TrainedRun.read(folder), n_prompts, base))
+    run = TrainedRun.read(folder)
+    if not any(e.eval.every for e in run.config.experiments()):
+        raise ValueError("eval.every: 0 in every adapter: the run holds no problems out")
+    return asyncio.run(_evaluate(run, n_prompts, base))
 
 
 async def _evaluate(
@@ -91,10 +94,7 @@ async def _evaluate(
     found: dict[str, dict[str, dict[str, float]]] = {}
     async with AsyncExitStack() as stack:
         parts = await build(run.config, stack)
-        held_out = evaluators(run.config, parts)
-        if not held_out:
-            raise ValueError("eval.every: 0 in every adapter: the run holds no problems out")
-        for name, evaluator in held_out.items():
+        for name, evaluator in evaluators(run.config, parts).items():
             if n_prompts is not None:
                 evaluator = replace(evaluator, prompts=_first(evaluator.prompts, n_prompts))
             state = run.state(name)
@@ -107,7 +107,7 @@ async def _evaluate(
 
 def _first(prompts: Sequence[Prompt], n: int) -> Sequence[Prompt]:
     if n > len(prompts):
-        raise ValueError(f"--n: {n} is more than the {len(prompts)} problems that are held out")
+        raise ValueError(f"-n: {n} is more than the {len(prompts)} problems that are held out")
     return prompts[:n]
 
 

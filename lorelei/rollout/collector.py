@@ -218,8 +218,7 @@ class Collector:
 
 def unfit(group: Group, drop_flat: bool) -> str | None:
     """Why a group cannot be trained on, or None."""
-    sampled = [r for r in group.rollouts if any(len(t.completion.tokens) for t in r.turns)]
-    rewards = [r.reward for r in sampled if r.reward is not None]
+    rewards = [r.reward for r in group.rollouts if r.trainable and r.reward is not None]
     if len(rewards) < 2:
         errors = sorted({r.error for r in group.rollouts if r.error is not None})
         return f"{len(rewards)} of {len(group.rollouts)} rollouts have a reward: {errors[:1]}"

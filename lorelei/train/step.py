@@ -130,7 +130,7 @@ class Trainer:
         it from the pass it differentiates, at no cost.
         """
         algo, items = share.experiment.algo, batch.items
-        if algo.ppo_n_minibatches > 1 and algo.use_decoupled_loss:
+        if algo.ppo_n_minibatches > 1 and algo.needs_proximal:
             items = replace(items, proximal=self.engine.logprobs(batch, "current").logprobs)
         if algo.kl_ctl > 0:
             items = replace(items, reference=self.engine.logprobs(batch, "reference").logprobs)
@@ -138,7 +138,7 @@ class Trainer:
 
 
 def _share(experiment: Experiment, groups: Sequence[Group]) -> _Share:
-    kept = [tuple(r for r in g.rollouts if trainable(r)) for g in groups]
+    kept = [tuple(r for r in g.rollouts if r.trainable) for g in groups]
     rewards = np.array([r.reward for group in kept for r in group], dtype=np.float32)
     counts = [len(group) for group in kept]
     values = advantages(experiment.algo, rewards, np.repeat(np.arange(len(kept)), counts))
@@ -146,11 +146,6 @@ def _share(experiment: Experiment, groups: Sequence[Group]) -> _Share:
     return _Share(
         experiment=experiment, groups=groups, rollouts=tuple(kept), advantages=tuple(split)
     )
-
-
-def trainable(rollout: Rollout) -> bool:
-    """Whether a rollout has a reward and at least one sampled token."""
-    return rollout.reward is not None and any(len(t.completion.tokens) for t in rollout.turns)
 
 
 def _rollout_metrics(share: _Share, versions: Mapping[str, int]) -> dict[str, float]:
@@ -166,6 +161,9 @@ def _rollout_metrics(share: _Share, versions: Mapping[str, int]) -> dict[str, fl
         "reward_std": float(rewards.std()),
         "flat_groups": float(np.mean(flat)),
         "failed_rollouts": float(sum(r.error is not None for r in rollouts)),
+        "generated_tokens": float(
+            sum(len(t.completion.tokens) for r in rollouts for t in r.turns)
+        ),
         "trained_tokens": float(sum(len(t.completion.tokens) for t in turns)),
         "completion_tokens_mean": float(np.mean([len(t.completion.tokens) for t in turns])),
         "truncated": float(np.mean([t.completion.finish_reason == "length" for t in turns])),

@@ -221,6 +221,16 @@ def test_plain_and_decoupled_agree_when_the_proximal_policy_sampled() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
+def test_recomputed_ratio_ignores_what_the_sampler_says() -> None:
+    current, items = some_items()
+    lies = replace(items, behaviour=items.behaviour + 3.0)
+    totals = [grpo.loss(current, i, decoupled=False, recompute=True).total for i in (items, lies)]
+    assert totals[0] == totals[1]
+    assert items.proximal is not None
+    honest = replace(items, behaviour=items.proximal)  # then all forms are one
+    torch.testing.assert_close(totals[0], grpo.loss(current, honest, decoupled=False).total)
+
+
 def test_without_a_proximal_policy_the_current_one_is_it() -> None:
     current, items = some_items()
     gradients: list[Tensor | None] = []

@@ -1,0 +1,212 @@
+"""kill -9 at any moment loses nothing: the run resumes and ends as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from lorelei.launch.trained import TrainedRun
+from lorelei.store.check import check_run
+from lorelei.store.manifest import manifest_paths
+from lorelei.store.spool import Spool
+from tests.tiny_runs import ENVIRONMENT, make_workplace, records, write_run
+
+KILLS = 10
+STEPS = 60  # a few seconds
+
+
+class Lorelei:
+    """Runs commands in a workplace, and kills them."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.chaos.fork_server"],
+            cwd=place,
+            env={**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[2])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(
+        self, *arguments: str, until: Callable[[], bool] = lambda: False, send: int = signal.SIGKILL
+    ) -> int:
+        """The exit code; minus the signal for a command that died of `send` when `until` held."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps(arguments) + "\n")
+        self._server.stdin.flush()
+        pid = int(self._server.stdout.readline())
+        sent = False
+        while not select.select([self._server.stdout], [], [], 0.0005)[0]:
+            if not sent and until():
+                os.kill(pid, send)
+                sent = True
+        return os.waitstatus_to_exitcode(int(self._server.stdout.readline()))
+
+    def finish(self, *arguments: str) -> None:
+        """Run to the end, which must be a good one."""
+        code = self.run(*arguments)
+        assert code == 0, (self.place / "log.txt").read_text()[-2000:]
+
+    def close(self) -> None:
+        self._server.communicate()
+
+
+@pytest.fixture(scope="module")
+def lorelei(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Lorelei]:
+    place = make_workplace(tmp_path_factory.mktemp("place"), tiny_tokenizer)
+    write_run(place, "sync", steps=STEPS, eval={"every": 10})
+    write_run(place, "async", steps=STEPS, eval={"every": 0}, rollout={"max_head_offpolicyness": 2})
+    server = Lorelei(place)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(lorelei: Lorelei) -> tuple[str, float]:
+    """(the final snapshot, whose name has its digest, of a run left alone; how long it took)."""
+    start = time.monotonic()
+    lorelei.finish("train", "sync.yaml", "name=undisturbed")
+    return final(lorelei.place / "runs/undisturbed"), time.monotonic() - start
+
+
+def final(folder: Path) -> str:
+    """Where the adapter and Adam's moments lie: the name holds step and sha256."""
+    manifest = TrainedRun.read(folder).manifest
+    assert manifest.state["finished"] is True
+    return manifest.adapters["default"].snapshot
+
+
+def after(seconds: float) -> Callable[[], bool]:
+    deadline = time.monotonic() + seconds
+    return lambda: time.monotonic() > deadline
+
+
+def writing(folder: Path, since: int) -> Callable[[], bool]:
+    """Holds while a checkpoint after step `since` is being written: a temporary or unnamed file."""
+
+    def seen() -> bool:
+        steps = [int(path.stem) for path in manifest_paths(folder)]
+        if not steps or max(steps) < since:
+            return False
+        snapshots = (folder / "snapshots/default").glob("*")
+        return any(path.name[0] == "." or int(path.name[:6]) > max(steps) for path in snapshots)
+
+    return seen
+
+
+def start_or_resume(folder: Path) -> tuple[str, ...]:
+    if (folder / "run.json").exists():
+        return ("resume", f"runs/{folder.name}")
+    return ("train", "sync.yaml", f"name={folder.name}")
+
+
+def committed(folder: Path) -> int:
+    return max([int(path.stem) for path in manifest_paths(folder)], default=-1)
+
+
+def test_a_run_killed_at_ten_moments_ends_with_the_adapter_of_one_left_alone(
+    lorelei: Lorelei, undisturbed: tuple[str, float]
+) -> None:
+    expected, seconds = undisturbed
+    rng, folder = random.Random(0), lorelei.place / "runs/killed"
+    crumbs = 0
+    for number in range(KILLS):
+        before = committed(folder)
+        if number % 2:  # within the writing of a checkpoint, some steps on
+            until = writing(folder, since=before + rng.randint(1, 4))
+        else:  # whenever: while it starts, samples, trains or saves
+            until = after(rng.uniform(0, seconds / 3))
+        assert lorelei.run(*start_or_resume(folder), until=until) == -signal.SIGKILL
+        if (folder / "run.json").exists():
+            left = check_run(folder)
+            assert all("left over from a crash" in line or "cut off" in line for line in left), left
+            crumbs += bool(left)
+            assert committed(folder) >= before, "a committed step was lost"
+            stop(lorelei, folder, steps=1)
+            assert check_run(folder) == []
+    assert committed(folder) < STEPS, "the last kills came too late to test anything"
+    assert crumbs >= 3, "the kills did not hit the writing of checkpoints"
+    lorelei.finish("resume", "runs/killed")
+    assert check_run(folder) == []
+    assert final(folder) == expected
+    assert [r["step"] for r in records(folder, "step")] == list(range(1, STEPS + 1))
+
+
+def stop(lorelei: Lorelei, folder: Path, steps: int) -> None:
+    """Resume, and stop as a user would, after some steps."""
+    enough = committed(folder) + steps
+    code = lorelei.run(
+        *start_or_resume(folder), until=lambda: committed(folder) >= enough, send=signal.SIGTERM
+    )
+    assert code == 128 + signal.SIGTERM, (lorelei.place / "log.txt").read_text()[-2000:]
+
+
+def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(
+    lorelei: Lorelei, undisturbed: tuple[str, float]
+) -> None:
+    folder = lorelei.place / "runs/flipped"
+    lorelei.run("train", "sync.yaml", "name=flipped", until=lambda: committed(folder) >= 5)
+    newest = committed(folder)
+    (snapshot,) = (folder / "snapshots/default").glob(f"{newest:06d}-*")
+    data = bytearray(snapshot.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    snapshot.write_bytes(data)
+    assert any(str(snapshot) in line and "damaged" in line for line in check_run(folder))
+    (lorelei.place / "log.txt").unlink()
+    lorelei.finish("resume", "runs/flipped")
+    log = " ".join((lorelei.place / "log.txt").read_text().split())
+    assert f"warning: {newest:06d}.json passed over:" in log and snapshot.name in log
+    assert f"resuming after step {newest - 1}" in log
+    assert check_run(folder) == []
+    assert final(folder) == undisturbed[0]
+
+
+def test_an_asynchronous_run_keeps_finished_groups_over_a_kill(lorelei: Lorelei) -> None:
+    folder = lorelei.place / "runs/async"
+    reused = 0
+    arguments = ("train", "async.yaml")
+    for _ in range(4):
+        until = spooled(folder, since=committed(folder) + 3)
+        assert lorelei.run(*arguments, until=until) == -signal.SIGKILL
+        arguments = ("resume", "runs/async")
+        before = spool(folder)
+        assert before, "no group was waiting"
+        stop(lorelei, folder, steps=3)
+        assert check_run(folder) == []
+        after_it = spool(folder)
+        assert all(after_it[index] == before[index] for index in before.keys() & after_it.keys())
+        reused += len(before.keys() - after_it.keys())
+    assert reused > 0
+    lorelei.finish(*arguments)
+    assert check_run(folder) == [] and final(folder)
+    assert max(r["staleness_max"] for r in records(folder, "step")) <= 2
+    lines = (folder / "rollouts.jsonl").read_text().splitlines()
+    trained = [json.loads(line) for line in lines]
+    assert len(trained) == STEPS * 2 * 4
+    assert spool(folder) == {}, "all groups were used"
+
+
+def spool(folder: Path) -> dict[int, int]:
+    """{index of a waiting group: when it was written}."""
+    paths = (folder / "spool/default").glob("*.json")
+    return {int(path.stem): path.stat().st_mtime_ns for path in paths}
+
+
+def spooled(folder: Path, since: int) -> Callable[[], bool]:
+    """Holds when a group is waiting, some steps on."""
+    return lambda: committed(folder) >= since and bool(spool(folder))
