@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from lorelei.obs.console import Console
 from lorelei.publish.contract import Publisher
-from lorelei.rollout.collector import Collector, Lane
+from lorelei.rollout.collector import Collector, Lane, RolloutsFail
 from lorelei.rollout.evaluate import Evaluator
 from lorelei.store.manifest import AdapterRecord
 from lorelei.store.run import Pending, RunStore
@@ -96,9 +96,17 @@ async def begin(loop: Loop) -> None:
 
 
 async def evaluate(loop: Loop, refs: Mapping[str, AdapterRef]) -> None:
-    """Held-out scores of these versions, to the log and the console."""
+    """Held-out scores of these versions, to the log and the console.
+
+    Raises RolloutsFail when a run begins and not one problem can be scored.
+    """
     for name, ref in refs.items():
         scores = await loop.evaluators[name].run(ref)
+        if ref.version == 0 and len(scores.errors) == scores.n:
+            raise RolloutsFail(
+                f"adapter {name}: none of {scores.n} held-out problems could be scored; the first "
+                f"one: {scores.errors[0]}"
+            )
         loop.scores[name] = scores.means["strict" if "strict" in scores.means else "reward"]
         record = {"kind": "eval", "step": ref.version, "adapter": name, "scores": scores.means}
         loop.store.append_metrics(
@@ -143,8 +151,9 @@ async def _stage(loop: Loop, versions: Mapping[str, int], now: bool = False) -> 
 async def _commit(loop: Loop, pending: Pending | None, refs: Mapping[str, AdapterRef]) -> None:
     if pending is None:
         return
+    served = {n: lane.policy.ref for n, lane in loop.lanes.items() if lane.policy.ref is not None}
     # the scores of this very step came after the staging
-    await asyncio.to_thread(loop.store.commit, pending, refs, {"score": dict(loop.scores)})
+    await asyncio.to_thread(loop.store.commit, pending, served | refs, {"score": dict(loop.scores)})
     loop.unsaved.clear()
     for group in loop.consumed:
         loop.spool.remove(group.adapter, [group.index])

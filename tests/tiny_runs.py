@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny_models import make_tiny
 
 # rewards that differ between random completions, so that every step has a gradient
-REWARD = '''
+REWARD = """
 def vowels(completion, **row):
     share = sum(c in "aeiou " for c in completion) / max(len(completion), 1)
     return share, {"length": len(completion)}
-'''
+"""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -48,12 +48,14 @@ def tiny_run(**sections: Any) -> dict[str, Any]:
     }
     for name, value in sections.items():
         below = config.get(name, {})
-        both = isinstance(value, Mapping) and value.get("kind", below.get("kind")) == below.get("kind")
+        both = isinstance(value, Mapping) and value.get("kind", below.get("kind")) == below.get(
+            "kind"
+        )
         config[name] = {**below, **value} if both else value
     return config
 
 
-def write_run(folder: Path, name: str, **sections: Any) -> Path:
+def write_run(folder: Path, name: str, /, **sections: Any) -> Path:
     """The configuration as a YAML file of a workplace."""
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tiny_run(**sections), sort_keys=False))

@@ -29,8 +29,8 @@ def loss(
 
     decoupled: the ratio is current / proximal, and each item is weighted by proximal / behaviour;
     otherwise the ratio is current / behaviour, or current / proximal with `recompute`, which takes
-    the trainer's word for what the sampler's probabilities were. Items whose proximal / behaviour lies outside
-    [reject_below, reject_above] give no loss and no gradient.
+    the trainer's word for what the sampler's probabilities were. Items whose
+    proximal / behaviour lies outside [reject_below, reject_above] give no loss and no gradient.
     """
     proximal = items.proximal if items.proximal is not None else current_I.detach()
     correction = (proximal - items.behaviour).exp()

@@ -14,7 +14,7 @@ class ArchonTrain(Section):
 
     kind: Literal["archon"] = Field(default="archon", description="Which train engine.")
     max_tokens_per_mb: int = Field(
-        default=2048, ge=1, description="Tokens of one micro-batch; a longer sequence stands alone."
+        default=1024, ge=1, description="Tokens of one micro-batch; a longer sequence stands alone."
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations: less memory, about a third more time."

@@ -73,7 +73,10 @@ async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None
         try:
             stopped = await _run(loop)
         except (ValueError, EngineClosed, EngineFailed, PublishError) as error:
-            console.finished(_closing(store, finished=False))
+            if store.latest is None:  # what could not begin leaves nothing behind
+                store.discard()
+            else:
+                console.finished(_closing(store, finished=False))
             raise error if isinstance(error, ValueError) else Broken(str(error)) from error
         finished = all(lane.done for lane in loop.lanes.values())
         console.finished(_closing(store, finished))
@@ -128,10 +131,10 @@ def _opening(config: RunConfig, parts: Parts, loop: Loop) -> list[str]:
 
 
 def _closing(store: RunStore, finished: bool) -> list[str]:
-    folder, latest = store.folder, store.latest
+    folder = store.folder
     if not finished:
-        saved = f"saved after step {latest.step}" if latest else "stopped before the first step"
-        return [f"{saved}; go on with: lorelei resume {folder}"]
+        assert store.latest is not None
+        return [f"saved after step {store.latest.step}; go on with: lorelei resume {folder}"]
     return [
         f"done: {folder}",
         f"  look:   lorelei report {folder}    lorelei samples {folder}",

@@ -7,6 +7,7 @@ from lorelei.model.config import DecoderConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FP32 = 4
+LOGITS_CHUNK = 1 << 23  # elements, see model.head
 
 
 def estimate_memory(
@@ -19,11 +20,13 @@ def estimate_memory(
     """
     bytes_each, workers = BYTES[config.dtype], config.train.workers
     # a tied lm_head is multiplied in a layout of its own, besides the embedding
-    copies = base + (model.vocab * model.hidden if model.tied_embeddings else 0)
+    tied = model.vocab * model.hidden if model.tied_embeddings else 0
+    copies, turned = base + tied, linear - tied
     return {
         "base model": workers * copies * bytes_each,
-        # a CPU keeps fp32 matrices a second time, laid out for the backward pass
-        "backward copy": workers * linear * bytes_each if config.dtype == "float32" else 0,
+        # a CPU keeps fp32 matrices a second time, laid out for the backward pass; a tied head
+        # uses the embedding
+        "backward copy": workers * turned * bytes_each if config.dtype == "float32" else 0,
         # the linear layers of one version, packed or merged for fast decoding
         "decode copy": linear * bytes_each,
         # trained, and published
@@ -38,20 +41,20 @@ def estimate_memory(
 def activation_bytes(config: RunConfig, model: DecoderConfig) -> int:
     """What one micro-batch of T = train.max_tokens_per_mb tokens keeps for its backward pass.
 
-    A block keeps its input, both norms' outputs and the attention's residual (4 D a token),
-    queries before and after rotation and the attention's output (3 H d), keys and values likewise
-    (3 K d), gate and up (2 F) and their product (F). Recomputing keeps the input of every block
-    (D), and all of one block at a time. Logits are fp32, with their gradient: 2 V.
+    A block keeps its input and what the MLP reads (2 D a token), rotated queries and the
+    attention's output (2 H d), rotated keys and values (2 K d), gate and up (2 F); norms and the
+    product of gate and up are computed again. Recomputing keeps the input of every block (D), and
+    all of one block at a time. Sampled positions keep a hidden state and its gradient (2 D);
+    logits come in chunks of a fixed size, of which three are alive at once.
     """
     T, D = config.train.max_tokens_per_mb, model.hidden
     intermediate = model.intermediate
     if model.moe is not None:
         intermediate = model.moe.intermediate * model.moe.experts_per_token
-    attention = 3 * (model.heads + model.kv_heads) * model.head_dim
-    block = 4 * D + attention + 3 * intermediate
+    block = 2 * D + 2 * (model.heads + model.kv_heads) * model.head_dim + 2 * intermediate
     layers = model.layers
     kept = layers * D + block if config.train.gradient_checkpointing else layers * block
-    return T * (kept * BYTES[config.dtype] + 2 * model.vocab * _FP32)
+    return T * (kept + 2 * D) * BYTES[config.dtype] + 3 * LOGITS_CHUNK * _FP32
 
 
 def kv_cache_bytes(config: RunConfig, model: DecoderConfig) -> int:

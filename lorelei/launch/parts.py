@@ -67,7 +67,7 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
     """
     experiments = config.experiments()
     folder = resolve_model(config.model)
-    positions = DecoderConfig.from_hf(read_config(folder)).max_positions
+    model = DecoderConfig.from_hf(read_config(folder))
     tokenizer = load_tokenizer(folder)
     sources = {
         e.name: make_source(e.task, tokenizer, e.seed, eval_size=e.eval_size) for e in experiments
@@ -77,7 +77,7 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
         for e in experiments
     }
     for name, source in sources.items():
-        _check_prompts([source.prompt(0), *held_out[name]], config.rollout.max_context, positions)
+        _check_prompts([source.prompt(0), *held_out[name]], model, config.rollout.max_context)
     envs: dict[str, SingleTurn] = {}
     for e in experiments:
         pool = make_pool(e.reward)
@@ -211,15 +211,20 @@ def _lane(e: Experiment, parts: Parts, store: RunStore, spool: Spool) -> Lane:
     )
 
 
-def _check_prompts(prompts: Sequence[Prompt], asked: int | None, positions: int) -> None:
+def _check_prompts(prompts: Sequence[Prompt], model: DecoderConfig, asked: int | None) -> None:
     """A sample of the prompts; a longer one that comes later fails its own rollouts."""
-    context = min(asked or positions, positions)
+    context = min(asked or model.max_positions, model.max_positions)
     for prompt in prompts:
+        if (largest := prompt.tokens.max()) >= model.vocab:
+            raise ValueError(
+                f"model: its tokenizer makes token {largest} of the prompt {prompt.id}, the model "
+                f"has {model.vocab}; get the tokenizer files of this very model"
+            )
         if len(prompt.tokens) >= context:
             raise ValueError(
                 f"task: the prompt of {prompt.id} has {len(prompt.tokens)} tokens and leaves no "
                 f"room to answer in a context of {context}; shorten such problems"
-                + (", or raise rollout.max_context" if context < positions else "")
+                + (", or raise rollout.max_context" if context < model.max_positions else "")
             )
 
 

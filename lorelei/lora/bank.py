@@ -16,7 +16,7 @@ from lorelei.lora.state import AdapterState, tensor_names
 from lorelei.lora.targets import match_targets
 from lorelei.model.backend import Weight
 from lorelei.model.decoder import Decoder
-from lorelei.model.linear import FrozenLinear
+from lorelei.model.linear import FrozenLinear, Lift, lifted
 from lorelei.types import AdapterSpec
 
 
@@ -168,7 +168,7 @@ class BankRoute:
     ) -> None:
         self._stretches, self._tokens, self._dropout_seed = stretches, tokens, dropout_seed
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor) -> Tensor:
+    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: Lift | None = None) -> Tensor:
         assert len(x_TD) == self._tokens, f"route of {self._tokens} tokens, row of {len(x_TD)}"
         spans: list[Span] = []
         for s in self._stretches:
@@ -180,7 +180,7 @@ class BankRoute:
                 dropout = s.adapter.spec.dropout
                 seed = stable_seed(s.adapter.seed, self._dropout_seed, s.ordinal, parts[0].name)
             spans.append(Span(s.start, s.stop, s.adapter.spec.scale, parts, dropout, seed))
-        return lora_linear(layer, x_TD, tuple(spans))
+        return lora_linear(layer, x_TD, tuple(spans), lift)
 
     def adapts(self, layer: FrozenLinear) -> bool:
         """Whether any adapter of the row acts on this layer."""
@@ -202,8 +202,8 @@ class MergedRoute:
     def __init__(self, weights: Mapping[FrozenLinear, Weight]) -> None:
         self._weights = weights
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor) -> Tensor:
-        return self._weights.get(layer, layer.weight).product(x_TD, layer.bias)
+    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: Lift | None = None) -> Tensor:
+        return self._weights.get(layer, layer.weight).product(lifted(x_TD, lift), layer.bias)
 
     def take(self, index: Tensor) -> MergedRoute:
         return self

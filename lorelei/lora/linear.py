@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorelei.model.linear import FrozenLinear
+from lorelei.model.linear import FrozenLinear, Lift, lifted
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +48,27 @@ class Span:
         return (draw >= self.dropout).to(x_tD.dtype) / (1 - self.dropout)
 
 
-def lora_linear(layer: FrozenLinear, x_TD: Tensor, spans: tuple[Span, ...]) -> Tensor:
-    """[T, D] -> [T, O]. The gradient reaches x, A and B, never W."""
+def lora_linear(
+    layer: FrozenLinear, x: Tensor, spans: tuple[Span, ...], lift: Lift | None = None
+) -> Tensor:
+    """x [T, D'] -> [T, O] of lift(x) [T, D]. The gradient reaches x, A and B, never W."""
     weights = [w for span in spans for part in span.parts for w in (part.a, part.b)]
-    return _LoraLinear.apply(x_TD, layer, spans, *weights)  # type: ignore[no-any-return]
+    return _LoraLinear.apply(x, layer, spans, lift, *weights)  # type: ignore[no-any-return]
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Keeps x and x @ A.T; the products with W are never kept and W gets no gradient."""
+    """Keeps x before its lift, and lift(x) @ A.T; products with W and their gradients never."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, layer: FrozenLinear, spans: tuple[Span, ...], *weights: Tensor
+        ctx: Any,
+        x: Tensor,
+        layer: FrozenLinear,
+        spans: tuple[Span, ...],
+        lift: Lift | None,
+        *weights: Tensor,
     ) -> Tensor:
+        x_TD = lifted(x, lift)
         y_TO = layer.product(x_TD)
         lows: list[Tensor] = []
         for span in spans:
@@ -73,14 +81,15 @@ class _LoraLinear(torch.autograd.Function):
                 low = low_tR[:, r : r + b_OR.shape[1]]
                 y_TO[rows, part.o0 : part.o1].addmm_(low, b_OR.T, alpha=span.scale)
                 r += b_OR.shape[1]
-        ctx.layer, ctx.spans = layer, spans
+        ctx.layer, ctx.spans, ctx.lift = layer, spans, lift
         # weights are saved through the spans: the optimizer writes them only between passes
-        ctx.save_for_backward(x_TD, *lows)
+        ctx.save_for_backward(x, *lows)
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, *lows = ctx.saved_tensors
+        x, *lows = ctx.saved_tensors
+        x_TD = lifted(x, ctx.lift) if ctx.spans else x
         dy_TO = grads[0]
         dx_TD = ctx.layer.weight.transposed_product(dy_TO) if ctx.needs_input_grad[0] else None
         d_weights: list[Tensor] = []
@@ -101,7 +110,8 @@ class _LoraLinear(torch.autograd.Function):
                 d_weights += [d_a.to(part.a.dtype), d_b]
             if dx_TD is not None:
                 _add_input_grad(dx_TD[rows], d_low_tR, span, x_TD.dtype)
-        return dx_TD, None, None, *d_weights
+        dx = ctx.lift.backward(x, dx_TD) if ctx.lift is not None and dx_TD is not None else dx_TD
+        return dx, None, None, None, *d_weights
 
 
 def _add_input_grad(dx_tD: Tensor, d_low_tR: Tensor, span: Span, dtype: torch.dtype) -> None:

@@ -143,6 +143,7 @@ def unfolded(x: Tensor, t: int) -> Tensor:
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Block, ...]) -> Tensor:
+        v = v.contiguous()  # kept for the backward pass: a view would keep all of q, k and v
         kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse_TH = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))

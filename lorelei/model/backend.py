@@ -41,12 +41,13 @@ class Weight:
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, weight: Tensor) -> Weight:
+    def of(cls, weight: Tensor, kept: bool = False) -> Weight:
+        """kept: the plain tensor stays in memory anyway (a tied embedding), so use it too."""
         shape = (weight.shape[0], weight.shape[1])
         on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
         if on_cpu and weight.dtype == torch.float32:
             packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-            return cls(packed, None, shape)
+            return cls(packed, weight if kept else None, shape)
         return cls(weight, weight, shape)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,11 +58,11 @@ class Weight:
 
     def transposed_product(self, dy: Tensor) -> Tensor:
         """dy [T, O] -> dy @ W [T, D]."""
-        if not self.forward.is_mkldnn:
-            return dy @ self.forward
         if self.backward is None:
             transposed = self.dense().T.contiguous()
             self.backward = torch.ops.mkldnn._reorder_linear_weight(transposed)
+        if not self.backward.is_mkldnn:
+            return dy @ self.backward
         return torch.ops.mkldnn._linear_pointwise(dy, self.backward, None, "none", [], "")
 
     def dense(self) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from lorelei.model.config import DecoderConfig
 from lorelei.model.linear import FrozenLinear, Route
 from lorelei.model.mlp import Mlp, Moe
-from lorelei.model.norm import rms_norm
+from lorelei.model.norm import RmsNorm, rms_norm
 from lorelei.model.rope import RotaryTable, rotate
 
 
@@ -36,12 +36,12 @@ class Attend(Protocol):
 class Layer:
     """The frozen tensors of one block."""
 
-    input_norm: Tensor
+    input_norm: RmsNorm
     qkv: FrozenLinear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    q_norm: RmsNorm | None
+    k_norm: RmsNorm | None
     out: FrozenLinear
-    mlp_norm: Tensor
+    mlp_norm: RmsNorm
     mlp: Mlp | Moe
 
 
@@ -52,7 +52,7 @@ class Decoder:
     config: DecoderConfig
     embedding: Tensor  # [V, D]
     layers: tuple[Layer, ...]
-    norm: Tensor
+    norm: RmsNorm
     head: FrozenLinear
     rotary: RotaryTable
 
@@ -97,7 +97,7 @@ class Decoder:
                 )
             else:
                 x_TD = self._block(number, layer, x_TD, angles, route, attend)
-        return rms_norm(x_TD, self.norm, self.config.norm_eps)
+        return rms_norm(x_TD, self.norm)
 
     def _block(
         self,
@@ -109,12 +109,12 @@ class Decoder:
         attend: Attend,
     ) -> Tensor:
         config = self.config
-        qkv = route(layer.qkv, rms_norm(x_TD, layer.input_norm, config.norm_eps))
+        qkv = route(layer.qkv, x_TD, layer.input_norm)
         heads, kv, d = config.heads, config.kv_heads, config.head_dim
         q, k, v = qkv.view(len(x_TD), heads + 2 * kv, d).split([heads, kv, kv], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = rms_norm(q, layer.q_norm, config.norm_eps)
-            k = rms_norm(k, layer.k_norm, config.norm_eps)
+            q = rms_norm(q, layer.q_norm)
+            k = rms_norm(k, layer.k_norm)
         mixed_THd = attend(number, rotate(q, angles), rotate(k, angles), v)
         x_TD = x_TD + route(layer.out, mixed_THd.reshape(len(x_TD), heads * d))
-        return x_TD + layer.mlp(rms_norm(x_TD, layer.mlp_norm, config.norm_eps), route)
+        return x_TD + layer.mlp(x_TD, route, layer.mlp_norm)

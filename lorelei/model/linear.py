@@ -47,6 +47,11 @@ class FrozenLinear:
             torch.cat(biases) if has_bias else None,
         )
 
+    @classmethod
+    def tied(cls, name: str, weight: Tensor) -> FrozenLinear:
+        """A layer on a matrix [O, D] that the model keeps as it is, too."""
+        return cls((Part(name, 0, weight.shape[0]),), Weight.of(weight, kept=True), None)
+
     @property
     def in_features(self) -> int:
         return self.weight.shape[1]
@@ -56,11 +61,31 @@ class FrozenLinear:
         return self.weight.product(x_TD, self.bias)
 
 
+class Lift(Protocol):
+    """What a layer's input goes through first: a norm, a gate.
+
+    It is cheap, so a backward pass computes it again instead of keeping its output.
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, D'] -> [T, D], without gradient."""
+        ...
+
+    def backward(self, x: Tensor, dy: Tensor) -> Tensor:
+        """The gradient [T, D'] of the input from that of the output [T, D]."""
+        ...
+
+
+def lifted(x: Tensor, lift: Lift | None) -> Tensor:
+    """x, or lift(x)."""
+    return x if lift is None else lift(x)
+
+
 class Route(Protocol):
     """Says which adapters act on which tokens, and applies a layer with them."""
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor) -> Tensor:
-        """[T, D] -> [T, O]: the frozen product plus each token's adapter's."""
+    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: Lift | None = None) -> Tensor:
+        """[T, D'] -> [T, O]: of lift(x), the frozen product plus each token's adapter's."""
         ...
 
     def take(self, index: Tensor) -> Route:
@@ -71,8 +96,8 @@ class Route(Protocol):
 class BaseRoute:
     """Every token sees the base model alone. For inference: gives no gradients."""
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor) -> Tensor:
-        return layer.product(x_TD)
+    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: Lift | None = None) -> Tensor:
+        return layer.product(lifted(x_TD, lift))
 
     def take(self, index: Tensor) -> BaseRoute:
         return self

@@ -16,6 +16,7 @@ from lorelei.model.config import DecoderConfig, MoeConfig
 from lorelei.model.decoder import Decoder, Layer
 from lorelei.model.linear import FrozenLinear
 from lorelei.model.mlp import Mlp, Moe
+from lorelei.model.norm import RmsNorm
 from lorelei.model.rope import RotaryTable
 
 
@@ -158,7 +159,7 @@ def build_decoder(config: DecoderConfig, checkpoint: Checkpoint) -> Decoder:
     embedding = checkpoint.tensor("model.embed_tokens.weight", config.vocab, config.hidden)
     # a head of its own wins over the tie, as in transformers
     if config.tied_embeddings and "lm_head.weight" not in checkpoint:
-        head = FrozenLinear.fuse({"lm_head": (embedding, None)})
+        head = FrozenLinear.tied("lm_head", embedding)
     else:
         head = FrozenLinear.fuse(
             {"lm_head": checkpoint.linear("lm_head", config.vocab, config.hidden)}
@@ -167,7 +168,7 @@ def build_decoder(config: DecoderConfig, checkpoint: Checkpoint) -> Decoder:
         config=config,
         embedding=embedding,
         layers=tuple(_layer(config, checkpoint, i) for i in range(config.layers)),
-        norm=checkpoint.tensor("model.norm.weight", config.hidden),
+        norm=RmsNorm(checkpoint.tensor("model.norm.weight", config.hidden), config.norm_eps),
         head=head,
         rotary=RotaryTable(config, embedding.dtype, embedding.device),
     )
@@ -178,13 +179,17 @@ def _layer(config: DecoderConfig, checkpoint: Checkpoint, number: int) -> Layer:
     attention = f"{prefix}.self_attn"
     hidden, d = config.hidden, config.head_dim
     q, kv = config.heads * d, config.kv_heads * d
+
+    def norm(name: str, size: int) -> RmsNorm:
+        return RmsNorm(checkpoint.tensor(f"{name}.weight", size), config.norm_eps)
+
     return Layer(
-        input_norm=checkpoint.tensor(f"{prefix}.input_layernorm.weight", hidden),
+        input_norm=norm(f"{prefix}.input_layernorm", hidden),
         qkv=checkpoint.fused(attention, {"q_proj": q, "k_proj": kv, "v_proj": kv}, hidden),
-        q_norm=checkpoint.tensor(f"{attention}.q_norm.weight", d) if config.qk_norm else None,
-        k_norm=checkpoint.tensor(f"{attention}.k_norm.weight", d) if config.qk_norm else None,
+        q_norm=norm(f"{attention}.q_norm", d) if config.qk_norm else None,
+        k_norm=norm(f"{attention}.k_norm", d) if config.qk_norm else None,
         out=checkpoint.fused(attention, {"o_proj": hidden}, q),
-        mlp_norm=checkpoint.tensor(f"{prefix}.post_attention_layernorm.weight", hidden),
+        mlp_norm=norm(f"{prefix}.post_attention_layernorm", hidden),
         mlp=_moe(checkpoint, f"{prefix}.mlp", hidden, config.moe)
         if config.moe is not None and config.moe.is_sparse(number)
         else _mlp(checkpoint, f"{prefix}.mlp", hidden, config.intermediate),

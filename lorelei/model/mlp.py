@@ -6,33 +6,32 @@ Shapes: T tokens, D hidden, F intermediate, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lorelei.model.linear import FrozenLinear, Route
+from lorelei.model.norm import RmsNorm, rms_norm
 
 
-class _SwiGlu(torch.autograd.Function):
-    """silu(gate) * up of a fused [T, 2F]; keeps only its input."""
+class SwiGlu:
+    """silu(gate) * up of a fused [T, 2F]; a Lift. Source: Shazeer, 2020 (arXiv 2002.05202)."""
 
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        out = torch.empty_like(gate_up)
-        d_gate, d_up = out.chunk(2, dim=-1)
-        d_gate.copy_(torch.ops.aten.silu_backward(grads[0] * up, gate))
-        torch.mul(grads[0], F.silu(gate), out=d_up)
-        return out
+    def backward(self, x: Tensor, dy: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        dx = torch.empty_like(x)
+        d_gate, d_up = dx.chunk(2, dim=-1)
+        d_gate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
+        torch.mul(dy, F.silu(gate), out=d_up)
+        return dx
+
+
+SWIGLU = SwiGlu()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,9 +41,9 @@ class Mlp:
     gate_up: FrozenLinear
     down: FrozenLinear
 
-    def __call__(self, x_TD: Tensor, route: Route) -> Tensor:
-        hidden: Tensor = _SwiGlu.apply(route(self.gate_up, x_TD))  # type: ignore[assignment]
-        return route(self.down, hidden)
+    def __call__(self, x_TD: Tensor, route: Route, norm: RmsNorm | None = None) -> Tensor:
+        """norm: what x goes through first."""
+        return route(self.down, route(self.gate_up, x_TD, norm), SWIGLU)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +55,8 @@ class Moe:
     per_token: int
     normalise: bool
 
-    def __call__(self, x_TD: Tensor, route: Route) -> Tensor:
+    def __call__(self, x_TD: Tensor, route: Route, norm: RmsNorm) -> Tensor:
+        x_TD = rms_norm(x_TD, norm)  # kept: the router reads it too
         scores_TE = F.softmax(F.linear(x_TD, self.router), dim=-1, dtype=torch.float32)
         weights, chosen = scores_TE.topk(self.per_token, dim=-1)  # [T, k]
         if self.normalise:

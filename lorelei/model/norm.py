@@ -2,34 +2,58 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RmsNorm:
+    """x [..., D] / rms(x) * weight [D], statistics in at least fp32; a Lift."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide, rstd = self._statistics(x)
+        return (wide * rstd).to(x.dtype).mul_(self.weight)
+
+    def backward(self, x: Tensor, dy: Tensor) -> Tensor:
+        wide, rstd = self._statistics(x)
+        normed = wide * rstd
+        grad = (dy * self.weight).to(rstd.dtype)
+        inner = (grad * normed).mean(-1, keepdim=True)
+        return grad.addcmul_(normed, inner, value=-1).mul_(rstd).to(x.dtype)
+
+    def weight_grad(self, x: Tensor, dy: Tensor) -> Tensor:
+        """The gradient [D] of the weight."""
+        wide, rstd = self._statistics(x)
+        return (dy * wide * rstd).reshape(-1, x.shape[-1]).sum(0).to(self.weight.dtype)
+
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        return wide, torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(self.eps))
+
+
 class _RmsNorm(torch.autograd.Function):
-    """Keeps the input and one number a row; autograd's version keeps three tensors."""
+    """Keeps only the input; autograd's version keeps three tensors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
-        ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).to(x.dtype).mul_(weight)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return RmsNorm(weight, eps)(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, rstd = ctx.saved_tensors
-        normed = x.to(rstd.dtype) * rstd
-        grad = (grads[0] * weight).to(rstd.dtype)
-        d_weight = None
-        if ctx.needs_input_grad[1]:
-            d_weight = (grads[0] * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-        inner = (grad * normed).mean(-1, keepdim=True)
-        return grad.addcmul_(normed, inner, value=-1).mul_(rstd).to(x.dtype), d_weight, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        norm = RmsNorm(weight, ctx.eps)
+        d_weight = norm.weight_grad(x, grads[0]) if ctx.needs_input_grad[1] else None
+        return norm.backward(x, grads[0]), d_weight, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., D] / rms(x) * weight [D], statistics in at least fp32."""
-    return _RmsNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
+def rms_norm(x: Tensor, norm: RmsNorm) -> Tensor:
+    """The norm with its gradient, where no linear layer follows directly."""
+    return _RmsNorm.apply(x, norm.weight, norm.eps)  # type: ignore[no-any-return]

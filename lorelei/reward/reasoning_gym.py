@@ -44,8 +44,8 @@ def score(
     """The dataset's score of the answer in a completion.
 
     The answer is what stands after the last `answer_after`, else in the last <answer> tags, else
-    the whole text. Metrics: `strict`, the same score, and `lenient`, 1.0 if that text ends on the gold answer,
-    whatever stands before (equal to `strict` where a question has no single gold answer).
+    the whole text. Metrics: `strict`, the same score, and `lenient`, 1.0 if the answer ends on the
+    gold one, whatever stands before (equal to `strict` where a question has no single gold one).
     """
     answer = _answer(completion, answer_after)
     name = data["dataset"]

@@ -17,6 +17,7 @@ from pathlib import Path
 TEMPORARY = ".*.tmp"  # glob of temporary names; a crash may leave them, RunStore.open removes them
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -34,6 +35,8 @@ def write_error(path: Path, error: OSError) -> StoreError:
     free = shutil.disk_usage(parent).free
     if error.errno in _FULL:
         fix = "free some space or move the run to a larger disk"
+    elif error.errno in _IN_THE_WAY:
+        fix = "move away what is there, or choose another folder"
     elif error.errno in _FORBIDDEN:
         fix = "make the folder writable or choose another one"
     else:

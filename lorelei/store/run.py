@@ -16,6 +16,7 @@ at a time, from an event loop through asyncio.to_thread.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import shutil
@@ -107,7 +108,6 @@ class RunStore:
             raise ValueError(f"run name: {folder.name!r} must match {NAME.pattern}")
         identity = new_identity(config, seed_run_id)
         data = identity_bytes(identity)
-        fresh = not folder.exists()
         make_folder(folder / "manifests")
         make_folder(folder / "snapshots")
         with ExitStack() as undo:
@@ -115,8 +115,7 @@ class RunStore:
             undo.callback(lock.release)
             if (folder / "run.json").exists() or manifest_paths(folder):
                 raise StoreError(f"{folder}: has a run already; resume it or choose another name")
-            if fresh:  # and locked: whatever is in it is ours
-                undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            undo.callback(_delete_run, folder)
             write_incarnation(folder, 1)
             store = cls(folder, lock, identity, 1, keep=keep)
             write_file(folder / "run.json", data)  # last: now the run exists
@@ -274,6 +273,12 @@ class RunStore:
         """Add lines to rollouts.jsonl; part of the next commit. NaN and infinities become null."""
         self._logs["rollouts.jsonl"].append(records)
 
+    def discard(self) -> None:
+        """Delete a run in which no step was committed, and close it."""
+        assert self.latest is None
+        _delete_run(self.folder)
+        self.close()
+
     def close(self) -> None:
         """Free the folder. Idempotent."""
         for log in self._logs.values():
@@ -308,6 +313,17 @@ class RunStore:
                 )
             else:
                 log.truncate(committed)
+
+
+def _delete_run(folder: Path) -> None:
+    """Everything that a run writes, and the folder if nothing else is in it."""
+    with contextlib.suppress(OSError):
+        (folder / "run.json").unlink(missing_ok=True)  # first: now there is no run
+        for name in ("incarnation.json", "index.sqlite", *LOGS, "lock"):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("manifests", "snapshots", "spool"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        folder.rmdir()
 
 
 def _check_keep(keep: int) -> None:

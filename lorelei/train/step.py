@@ -161,9 +161,7 @@ def _rollout_metrics(share: _Share, versions: Mapping[str, int]) -> dict[str, fl
         "reward_std": float(rewards.std()),
         "flat_groups": float(np.mean(flat)),
         "failed_rollouts": float(sum(r.error is not None for r in rollouts)),
-        "generated_tokens": float(
-            sum(len(t.completion.tokens) for r in rollouts for t in r.turns)
-        ),
+        "generated_tokens": float(sum(len(t.completion.tokens) for r in rollouts for t in r.turns)),
         "trained_tokens": float(sum(len(t.completion.tokens) for t in turns)),
         "completion_tokens_mean": float(np.mean([len(t.completion.tokens) for t in turns])),
         "truncated": float(np.mean([t.completion.finish_reason == "length" for t in turns])),

@@ -220,9 +220,7 @@ def test_a_signal_saves_the_run_and_resume_ends_as_if_nothing_had_been(
     assert steps == list(range(1, 41)), "every step is in the log once"
 
 
-def test_a_second_run_in_the_folder_of_the_first_is_refused(
-    place: Path, stopped: Stopped
-) -> None:
+def test_a_second_run_in_the_folder_of_the_first_is_refused(place: Path, stopped: Stopped) -> None:
     errors = lorelei(place, "train", "long.yaml", "name=alone", code=2)
     assert errors.startswith("error: name: 'runs/alone' holds a run already; go on with")
 

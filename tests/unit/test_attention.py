@@ -9,9 +9,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lorelei.lora.linear import LoraPart, Span, lora_linear
 from lorelei.model.attention import _BlockAttention, masked_attention, tree_blocks
-from lorelei.model.linear import FrozenLinear
-from lorelei.model.mlp import _SwiGlu
-from lorelei.model.norm import rms_norm
+from lorelei.model.linear import FrozenLinear, Lift
+from lorelei.model.mlp import SWIGLU
+from lorelei.model.norm import RmsNorm, rms_norm
 from lorelei.model.rope import rotate
 
 TREES = {
@@ -136,23 +136,41 @@ def double(*shape: int) -> Tensor:
 
 def test_rms_norm_passes_gradcheck_and_agrees_with_torch() -> None:
     x, weight = double(3, 2, 8), double(8)
-    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-2), (x, weight))
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, RmsNorm(w, 1e-2)), (x, weight))
     expected = torch.nn.functional.rms_norm(x, (8,), weight, 1e-2)
-    assert relative(rms_norm(x, weight, 1e-2), expected) < 1e-14
+    assert relative(rms_norm(x, RmsNorm(weight, 1e-2)), expected) < 1e-14
 
 
 def test_rms_norm_of_bf16_is_bit_equal_to_transformers() -> None:
     norm = LlamaRMSNorm(64, 1e-5).to(torch.bfloat16)
     norm.weight.data.copy_(double(64))
     x = double(9, 64).to(torch.bfloat16)
-    assert rms_norm(x, norm.weight, 1e-5).equal(norm(x))
+    assert rms_norm(x, RmsNorm(norm.weight, 1e-5)).equal(norm(x))
 
 
-def test_swiglu_passes_gradcheck_and_agrees_with_torch() -> None:
+@pytest.mark.parametrize("lift", [SWIGLU, RmsNorm(torch.rand(10, dtype=torch.float64), 1e-2)])
+def test_lifts_are_recomputed_with_their_exact_gradient(lift: Lift) -> None:
+    """Through a linear layer with an adapter, which keeps the input of the lift only."""
+    x = double(3, 10)
+    inner = lift(x.detach())
+    layer = FrozenLinear.fuse({"q": (double(4, inner.shape[1]).detach(), None)})
+    a, b = double(2, inner.shape[1]), double(4, 2)
+
+    def apply(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return lora_linear(layer, x, (Span(1, 3, 0.5, (LoraPart("q", a, b, 0, 4),), 0.0, 0),), lift)
+
+    assert torch.autograd.gradcheck(apply, (x, a, b))
+    assert torch.autograd.gradcheck(lambda x: lora_linear(layer, x, (), lift), (x,))
+    with torch.no_grad():
+        assert relative(apply(x, a, b), lora_linear(layer, inner, (), None) + torch.cat(
+            [torch.zeros(1, 4, dtype=torch.float64), 0.5 * inner[1:] @ a.T @ b.T]
+        )) < 1e-14  # fmt: skip
+
+
+def test_swiglu_is_silu_of_the_gate_times_up() -> None:
     gate_up = double(3, 10)
-    assert torch.autograd.gradcheck(_SwiGlu.apply, (gate_up,))
     gate, up = gate_up.chunk(2, -1)
-    assert relative(_SwiGlu.apply(gate_up), torch.nn.functional.silu(gate) * up) < 1e-14
+    assert relative(SWIGLU(gate_up), torch.nn.functional.silu(gate) * up) < 1e-14
 
 
 def test_rotation_passes_gradcheck_and_turns_by_the_angle() -> None:

@@ -215,9 +215,7 @@ def test_a_failed_rollout_is_recorded_and_its_siblings_are_kept(tmp_path: Path) 
 
 def test_a_group_with_fewer_than_two_rewards_gives_way_to_the_next_prompt(tmp_path: Path) -> None:
     script = Script()
-    script.reward = lambda _, index, sample: (
-        float(sample) if index != 1 or sample == 0 else None
-    )
+    script.reward = lambda _, index, sample: float(sample) if index != 1 or sample == 0 else None
     assert taken(run(finish(make(tmp_path, script)))) == [[0, 2], [3, 4], [5, 6]]
 
 

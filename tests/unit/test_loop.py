@@ -119,9 +119,7 @@ def test_every_rollout_of_a_step_is_logged_with_what_it_was_sampled_from(
 
 def test_replaced_versions_are_retired(tmp_path: Path, place: Path) -> None:
     async def body() -> None:
-        async with loop_of(
-            tmp_path / "run", place, adapters={"a": {}, "b": {"steps": 2}}
-        ) as loop:
+        async with loop_of(tmp_path / "run", place, adapters={"a": {}, "b": {"steps": 2}}) as loop:
             await whole(loop)
             engine = next(iter(loop.evaluators.values())).engine
             served = (await engine.health()).adapters

@@ -237,8 +237,8 @@ def test_recomputing_activations_keeps_one_block_and_the_inputs_of_all(config_of
         activation_bytes(config_of(SMOLLM2, f"train.gradient_checkpointing={flag}"), model)
         for flag in ("false", "true")
     )
-    block = 4 * 576 + 3 * (9 + 3) * 64 + 3 * 1536
-    assert plain - recomputed == 2048 * 4 * (29 * block - 30 * 576)
+    block = 2 * 576 + 2 * (9 + 3) * 64 + 2 * 1536
+    assert plain - recomputed == 1024 * 4 * (29 * block - 30 * 576)
 
 
 def test_the_cache_holds_no_more_sequences_than_are_ever_in_flight(config_of):

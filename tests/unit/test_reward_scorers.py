@@ -125,7 +125,7 @@ def test_the_lists_of_scorers_that_run_answers_are_complete():
         ("x__y", False),
         ("'a'", False),
         ("x[0]", False),
-        ("ｅxit()", False),  # noqa: RUF001 - Python would read the first letter as 'e'
+        ("ｅxit()", False),
     ],
 )
 def test_plain_formulas_have_numbers_letters_and_known_functions_only(text, plain):

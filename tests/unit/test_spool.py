@@ -30,7 +30,12 @@ def group(index: int, adapter: str = "a", seed: int = 0) -> Group:
     )
     turn = Turn(prompt=prompt.tokens, completion=completion, text="1 \x1b[2J\ud7ff")
     good = Rollout(
-        adapter=adapter, sample=0, turns=(turn, turn), reward=0.1, metrics={"strict": 1.0}, seconds=2
+        adapter=adapter,
+        sample=0,
+        turns=(turn, turn),
+        reward=0.1,
+        metrics={"strict": 1.0},
+        seconds=2,
     )
     failed = Rollout(adapter=adapter, sample=1, turns=(), reward=None, error="timeout")
     return Group(adapter=adapter, index=index, prompt=prompt, rollouts=(good, failed))

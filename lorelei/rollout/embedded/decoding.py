@@ -70,7 +70,7 @@ class Decoding:
         self._plan = None
         if last == 0:
             self._cache.release()
-            self._published.idle()
+            self._published.drop_merged()
 
     def release(self) -> None:
         """Forget private weight copies; rows that still run keep their keys and values."""

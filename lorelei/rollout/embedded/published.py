@@ -25,7 +25,6 @@ class PublishedAdapters:
         self._bank = AdapterBank(decoder)
         self._layers: dict[str, Mapping[FrozenLinear, LowRank]] = {}
         self._merged: tuple[str, MergedRoute] | None = None
-        self._decoding: str | None = None  # decoded through the merged copy until the burst ends
 
     def install(self, name: str, state: AdapterState) -> str:
         """Copy a version's tensors and return the digest of the copy, taken from the copy.
@@ -53,7 +52,8 @@ class PublishedAdapters:
             self.drop_merged()
 
     def drop_merged(self) -> None:
-        self._merged = self._decoding = None
+        """Forget the private copy: no rows are left, or memory is wanted elsewhere."""
+        self._merged = None
 
     def settle(self, names: set[str | None], pending_tokens: int) -> None:
         """Choose how rows of these adapters are decoded, at most `pending_tokens` of them.
@@ -61,25 +61,17 @@ class PublishedAdapters:
         The choice depends on the rows since the engine was last idle and on nothing else, so
         the same requests always give the same bits.
         """
-        if len(names) != 1:
-            self._decoding = None
+        name = next(iter(names)) if len(names) == 1 else None
+        held = self._merged[0] if self._merged is not None else None
+        if name is not None and name == held:
             return
-        (name,) = names
-        if name is None or (name != self._decoding and pending_tokens < MERGE_TOKENS):
-            self._decoding = None
-            return
-        self._decoding = name
-        if self._merged is None or self._merged[0] != name:
-            self._merged = None  # first: two copies need not fit into memory
+        self.drop_merged()  # first: two copies need not fit into memory
+        if name is not None and pending_tokens >= MERGE_TOKENS:
             self._merged = (name, self._bank.merged(name))
-
-    def idle(self) -> None:
-        """No rows are left: the next ones choose anew. The copy stays for them."""
-        self._decoding = None
 
     def route(self, names: Sequence[str | None]) -> Route:
         """The route of tokens by adapter, by the choice that was settled for them."""
-        if self._decoding is not None and self._merged is not None:
+        if self._merged is not None:
             return self._merged[1]
         return self.unmerged([(name, len(list(run))) for name, run in groupby(names)])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorelei.lora.bank import Adapter
-from lorelei.model.linear import FrozenLinear
+from lorelei.model.linear import FrozenLinear, Lift, lifted
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,8 @@ class PublishedRoute:
     def __init__(self, spans: Sequence[RoutedSpan]) -> None:
         self._spans = tuple(spans)
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor) -> Tensor:
+    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: Lift | None = None) -> Tensor:
+        x_TD = lifted(x_TD, lift)
         y_TO = layer.product(x_TD)
         for span in self._spans:
             if (delta := span.layers.get(layer)) is not None:

@@ -41,7 +41,7 @@ class ArchonEngine:
     def __init__(
         self,
         decoder: Decoder,
-        max_tokens_per_mb: int = 2048,
+        max_tokens_per_mb: int = 1024,
         recompute: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
