@@ -7,7 +7,7 @@ BIN := .venv/bin
 CACHE := $(or $(LORELEI_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lorelei)
 MODEL := $(CACHE)/models/HuggingFaceTB--SmolLM2-135M-Instruct/config.json
 
-.PHONY: train test unit lint curve setup model clean
+.PHONY: train test unit lint curve bench peers setup model clean
 
 train: setup model
 	$(BIN)/lorelei train recipes/chain_sum/run.yaml $(ARGS)
@@ -26,6 +26,13 @@ lint: setup
 # three seeds of the main job, about 15 minutes on 2 cores; draws docs/learning_curve.png
 curve: setup model
 	$(BIN)/python -m benchmarks.learning_curve $(ARGS)
+
+# a GRPO step beside TRL, in turns; about 15 minutes on 2 quiet cores for each case
+bench: setup model peers
+	$(BIN)/python -m benchmarks.grpo_step $(ARGS)
+
+peers: setup
+	$(BIN)/python -m benchmarks.peers.environment
 
 setup: .venv/installed
 

@@ -7,13 +7,12 @@ Writes benchmarks/results/learning_curve.json and docs/learning_curve.png.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from benchmarks.machine import machine
 from lorelei.obs.curves import render_curves
 from lorelei.obs.history import read_metrics
 
@@ -38,8 +37,7 @@ def main() -> None:
             | {f"{k}_first": first.scores[k] for k in ("strict", "lenient")}
             | {f"{k}_last": last.scores[k] for k in ("strict", "lenient")}
         )
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    record = {"recipe": RECIPE, "machine": machine, "runs": results}
+    record = {"recipe": RECIPE, "machine": machine(), "runs": results}
     Path("benchmarks/results/learning_curve.json").write_text(json.dumps(record, indent=2) + "\n")
     title = "SmolLM2-135M learns to answer sums, LoRA r=16, on 2 CPU cores"
     render_curves(runs, Path("docs/learning_curve.png"), title)

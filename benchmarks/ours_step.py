@@ -1,4 +1,7 @@
-"""GRPO steps of one case by Lorelei: archon + embedded.  usage: -m benchmarks.ours_step CASE STEPS"""
+"""GRPO steps of one case by Lorelei: archon + embedded.
+
+usage: -m benchmarks.ours_step CASE STEPS
+"""
 
 from __future__ import annotations
 

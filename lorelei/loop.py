@@ -151,9 +151,10 @@ async def _stage(loop: Loop, versions: Mapping[str, int], now: bool = False) -> 
 async def _commit(loop: Loop, pending: Pending | None, refs: Mapping[str, AdapterRef]) -> None:
     if pending is None:
         return
-    served = {n: lane.policy.ref for n, lane in loop.lanes.items() if lane.policy.ref is not None}
+    older = {n: lane.policy.ref for n, lane in loop.lanes.items() if lane.policy.ref is not None}
+    state = {"score": dict(loop.scores)}
     # the scores of this very step came after the staging
-    await asyncio.to_thread(loop.store.commit, pending, served | refs, {"score": dict(loop.scores)})
+    await asyncio.to_thread(loop.store.commit, pending, {**older, **refs}, state)
     loop.unsaved.clear()
     for group in loop.consumed:
         loop.spool.remove(group.adapter, [group.index])

@@ -47,7 +47,7 @@ class Checkpoint:
                 f"model: tensor {name!r} of {self._folder} has shape {list(tensor.shape)}, "
                 f"config.json asks for {list(shape)}"
             )
-        return tensor.to(self._device, self._dtype)
+        return tensor.to(self._device, self._dtype, copy=True)
 
     def linear(self, name: str, out: int, inputs: int) -> tuple[Tensor, Tensor | None]:
         """Weight [out, inputs] and, where there is one, bias of a linear module."""

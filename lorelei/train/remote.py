@@ -231,6 +231,7 @@ def _environment(number: int, size: int, port: int, python: str) -> dict[str, st
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there; no rank opens one
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         "OMP_NUM_THREADS": str(max(threads // size, 1)),
+        "MALLOC_ARENA_MAX": "1",  # see config.threads
     }
     if python == sys.executable:  # another environment has a Lorelei of its own
         package = str(Path(lorelei.__file__).parents[1])

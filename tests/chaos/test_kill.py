@@ -41,9 +41,16 @@ class Lorelei:
         )
 
     def run(
-        self, *arguments: str, until: Callable[[], bool] = lambda: False, send: int = signal.SIGKILL
+        self,
+        *arguments: str,
+        until: Callable[[], bool] = lambda: False,
+        send: int = signal.SIGKILL,
+        to: Callable[[int], int] = lambda pid: pid,
     ) -> int:
-        """The exit code; minus the signal for a command that died of `send` when `until` held."""
+        """The exit code; minus the signal for a command that died of `send` when `until` held.
+
+        to: which process gets the signal, given the command's.
+        """
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps(arguments) + "\n")
         self._server.stdin.flush()
@@ -51,7 +58,7 @@ class Lorelei:
         sent = False
         while not select.select([self._server.stdout], [], [], 0.0005)[0]:
             if not sent and until():
-                os.kill(pid, send)
+                os.kill(to(pid), send)
                 sent = True
         return os.waitstatus_to_exitcode(int(self._server.stdout.readline()))
 
@@ -71,6 +78,7 @@ def lorelei(
     place = make_workplace(tmp_path_factory.mktemp("place"), tiny_tokenizer)
     algo = {"lr": 2e-3}  # slow enough that there is something to learn to the end
     write_run(place, "sync", steps=STEPS, eval={"every": 20}, algo=algo)
+    write_run(place, "workers", steps=6, eval={"every": 0}, train={"workers": 2})
     limits = {"max_head_offpolicyness": 2}
     write_run(place, "async", steps=ASYNC_STEPS, eval={"every": 0}, algo=algo, rollout=limits)
     server = Lorelei(place)
@@ -201,6 +209,28 @@ def test_an_asynchronous_run_keeps_finished_groups_over_a_kill(lorelei: Lorelei)
     trained = [json.loads(line) for line in lines]
     assert len(trained) == ASYNC_STEPS * 2 * 4
     assert spool(folder) == {}, "all groups were used"
+
+
+def test_a_killed_train_worker_stops_the_run_which_can_be_resumed(lorelei: Lorelei) -> None:
+    folder = lorelei.place / "runs/workers"
+    (lorelei.place / "log.txt").unlink(missing_ok=True)
+    until: Callable[[], bool] = lambda: committed(folder) >= 2  # noqa: E731
+    assert lorelei.run("train", "workers.yaml", until=until, to=train_worker) == 2
+    log = (lorelei.place / "log.txt").read_text()
+    assert "Traceback" not in log and log.count("error: ") == 1
+    assert "was killed by SIGKILL" in log and "all workers were stopped" in log
+    assert f"saved after step {committed(folder)}; go on with: lorelei resume" in log
+    assert check_run(folder) == []
+    lorelei.finish("resume", "runs/workers")
+    assert final(folder) and check_run(folder) == []
+
+
+def train_worker(pid: int) -> int:
+    """One of the processes that a command has started to train."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if b"lorelei.train.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+            return int(child)
+    raise AssertionError("there is no train worker")
 
 
 def spool(folder: Path) -> dict[int, int]:

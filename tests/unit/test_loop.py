@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
-import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -19,6 +19,7 @@ from lorelei.loop import Loop
 from lorelei.obs.console import Console
 from lorelei.publish.contract import PublishError
 from lorelei.publish.memory import MemoryPublisher
+from lorelei.rollout.collector import RolloutsFail
 from lorelei.store.check import check_run
 from lorelei.store.index import list_runs
 from lorelei.store.manifest import manifest_paths
@@ -45,11 +46,11 @@ async def loop_of(folder: Path, place: Path, **sections: object) -> AsyncIterato
         else:
             store = RunStore.create(folder, to_plain(config))
         stack.callback(store.close)
-        starts = {e.name: store.load(e.name) for e in config.experiments() if store.latest}
         parts = await build(config, stack)
-        trainer = make_trainer(config, parts, starts, stack)
-        quiet = stack.enter_context(open(os.devnull, "w"))
-        console = Console({e.name: e.steps for e in config.experiments()}, quiet)
+        trainer = make_trainer(config, parts, stack)
+        for name in store.latest.adapters if store.latest else ():
+            trainer.engine.restore(name, store.load(name))
+        console = Console({e.name: e.steps for e in config.experiments()}, io.StringIO())
         loop = make_loop(config, parts, trainer, store, console)
         stack.push_async_callback(loop.collector.close)
         yield loop
@@ -170,6 +171,8 @@ def test_a_stop_between_two_checkpoints_saves_the_step(tmp_path: Path, place: Pa
             await the_loop.run(loop)
             assert loop.store.latest is not None and loop.store.latest.step == 1
             assert loop.store.load("default").state.digest() == digest(loop)
+            ref = loop.store.latest.adapters["default"].ref
+            assert ref is not None and ref.digest == digest(loop), "what the engine was given"
 
     asyncio.run(body())
 
@@ -219,6 +222,23 @@ def test_a_resumed_run_remembers_its_scores(tmp_path: Path, place: Path) -> None
             assert before and loop.scores == before and loop.reward is not None
 
     asyncio.run(body())
+
+
+def test_a_run_of_which_no_problem_can_be_scored_does_not_begin(
+    tmp_path: Path, place: Path
+) -> None:
+    (place / "raises.py").write_text("def score(completion): return 1 / 0")
+
+    async def body() -> None:
+        reward = {"path": "raises.py:score"}
+        async with loop_of(tmp_path / "run", place, reward=reward) as loop:
+            with pytest.raises(RolloutsFail, match=r"none of 4 .* raised ZeroDivisionError"):
+                await the_loop.begin(loop)
+            assert loop.store.latest is None
+            loop.store.discard()
+
+    asyncio.run(body())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_evaluation_happens_when_it_is_due_and_at_the_end(tmp_path: Path, place: Path) -> None:

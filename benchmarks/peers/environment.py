@@ -1,0 +1,38 @@
+"""The peers' own virtual environment, in the cache folder under a hash of its recipe.
+
+usage: python -m benchmarks.peers.environment   (make peers)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+from lorelei.config.paths import cache_folder
+
+RECIPE = Path(__file__).with_name("requirements.txt")
+
+
+def peers_python() -> Path:
+    """The interpreter, whether it is there or not."""
+    digest = hashlib.sha256(RECIPE.read_bytes()).hexdigest()[:12]
+    return cache_folder() / "envs" / f"peers-{digest}" / "bin" / "python"
+
+
+def main() -> None:
+    python = peers_python()
+    done = python.parents[1] / "installed"
+    if done.exists():
+        return
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(python.parents[1])], check=True)
+    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    torch, *rest = RECIPE.read_text().split()
+    subprocess.run([*pip, torch], check=True)  # first and alone: see the Makefile
+    subprocess.run([*pip, torch, *rest], check=True)
+    done.touch()
+
+
+if __name__ == "__main__":
+    main()
