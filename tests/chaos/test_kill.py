@@ -16,14 +16,16 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from lorelei.data.source import make_source
 from lorelei.launch.trained import TrainedRun
+from lorelei.model.tokenizer import load_tokenizer
 from lorelei.store.check import check_run
 from lorelei.store.manifest import manifest_paths
 from tests.tiny_runs import ENVIRONMENT, make_workplace, records, write_run
 
 KILLS = 10
 STEPS = 90  # some seconds
-ASYNC_STEPS = 40
+ASYNC_STEPS = 30  # of 2 prompts: fewer than there are rows
 
 
 class Lorelei:
@@ -205,10 +207,27 @@ def test_an_asynchronous_run_keeps_finished_groups_over_a_kill(lorelei: Lorelei)
     lorelei.finish(*arguments)
     assert check_run(folder) == [] and final(folder)
     assert max(r["staleness_max"] for r in records(folder, "step")) <= 2
-    lines = (folder / "rollouts.jsonl").read_text().splitlines()
-    trained = [json.loads(line) for line in lines]
-    assert len(trained) == ASYNC_STEPS * 2 * 4
     assert spool(folder) == {}, "all groups were used"
+    trained = prompts(folder)
+    assert len(trained) == len(set(trained)) == ASYNC_STEPS * 2, "a prompt was trained on twice"
+    stale = sum(r["errors"].get("stale", 0) for r in records(folder, "step"))
+    order = order_of_prompts(folder)
+    last = max(order[prompt] for prompt in trained)
+    assert last < ASYNC_STEPS * 2 + stale, "a prompt was lost"
+
+
+def prompts(folder: Path) -> list[str]:
+    """The prompts that were trained on; each has 4 rollouts."""
+    lines = (folder / "rollouts.jsonl").read_text().splitlines()
+    return [record["prompt_id"] for record in map(json.loads, lines) if record["sample"] == 0]
+
+
+def order_of_prompts(folder: Path) -> dict[str, int]:
+    """{prompt: its place in the data order}."""
+    (experiment,) = TrainedRun.read(folder).config.experiments()
+    tokenizer = load_tokenizer(folder.parents[1] / "model")
+    source = make_source(experiment.task, tokenizer, experiment.seed, eval_size=0)
+    return {source.prompt(index).id: index for index in range(64)}
 
 
 def test_a_killed_train_worker_stops_the_run_which_can_be_resumed(lorelei: Lorelei) -> None:
@@ -240,5 +259,14 @@ def spool(folder: Path) -> dict[int, int]:
 
 
 def spooled(folder: Path, since: int) -> Callable[[], bool]:
-    """Holds when a group is waiting, some steps on."""
-    return lambda: committed(folder) >= since and bool(spool(folder))
+    """Holds, some steps on, when a group has been started and finished since the last commit."""
+
+    def seen() -> bool:
+        newest = committed(folder)
+        if newest < since:
+            return False
+        manifest = json.loads((folder / f"manifests/{newest:06d}.json").read_text())
+        position = manifest["adapters"]["default"]["record"]["data_position"]
+        return max(spool(folder), default=-1) >= position
+
+    return seen
