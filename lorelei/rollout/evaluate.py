@@ -17,7 +17,7 @@ from lorelei.types import AdapterRef, Prompt
 class Scores:
     """Means over the problems; an episode without a reward counts as zero."""
 
-    means: dict[str, float]  # what the scorer reports, and 'reward' unless it is 'strict'
+    means: dict[str, float]  # what the scorer reports, and 'reward' unless that has 'strict'
     n: int
     errors: tuple[str, ...]  # why episodes have no reward
     seconds: float
@@ -40,9 +40,8 @@ class Evaluator:
         names = sorted({name for e in episodes for name in e.metrics})
         total = len(episodes)
         means = {n: sum(e.metrics.get(n, 0.0) for e in episodes) / total for n in names}
-        reward = sum(e.reward or 0.0 for e in episodes) / total
-        if reward != means.get("strict"):  # a scorer's strict score mostly is the reward
-            means = {"reward": reward, **means}
+        if "strict" not in means:  # a scorer that tells strict from lenient has said it all
+            means = {"reward": sum(e.reward or 0.0 for e in episodes) / total, **means}
         return Scores(
             means=means,
             n=total,

@@ -1,11 +1,14 @@
-"""What a crash may leave in a run folder."""
+"""What a crash may leave in a run folder, and a run that never began."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorelei.store.durable import TEMPORARY
+from lorelei.store.log import LOGS
 from lorelei.store.manifest import Manifest
 
 
@@ -22,3 +25,14 @@ def temporary_files(folder: Path) -> Iterator[Path]:
     for path in folder.rglob(TEMPORARY):
         if path.is_file() and not path.is_relative_to(folder / "snapshots"):
             yield path
+
+
+def delete_run(folder: Path) -> None:
+    """Everything that a run writes, and the folder if nothing else is in it."""
+    with contextlib.suppress(OSError):
+        (folder / "run.json").unlink(missing_ok=True)  # first: now there is no run
+        for name in ("incarnation.json", "index.sqlite", *LOGS, "lock"):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("manifests", "snapshots", "spool"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        folder.rmdir()

@@ -16,10 +16,8 @@ at a time, from an event loop through asyncio.to_thread.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -44,7 +42,7 @@ from lorelei.store.identity import (
     read_identity,
     write_incarnation,
 )
-from lorelei.store.leftover import temporary_files, unnamed_snapshots
+from lorelei.store.leftover import delete_run, temporary_files, unnamed_snapshots
 from lorelei.store.lock import FolderLock
 from lorelei.store.log import LOGS, JsonLog
 from lorelei.store.manifest import (
@@ -115,7 +113,7 @@ class RunStore:
             undo.callback(lock.release)
             if (folder / "run.json").exists() or manifest_paths(folder):
                 raise StoreError(f"{folder}: has a run already; resume it or choose another name")
-            undo.callback(_delete_run, folder)
+            undo.callback(delete_run, folder)
             write_incarnation(folder, 1)
             store = cls(folder, lock, identity, 1, keep=keep)
             write_file(folder / "run.json", data)  # last: now the run exists
@@ -276,7 +274,7 @@ class RunStore:
     def discard(self) -> None:
         """Delete a run in which no step was committed, and close it."""
         assert self.latest is None
-        _delete_run(self.folder)
+        delete_run(self.folder)
         self.close()
 
     def close(self) -> None:
@@ -313,17 +311,6 @@ class RunStore:
                 )
             else:
                 log.truncate(committed)
-
-
-def _delete_run(folder: Path) -> None:
-    """Everything that a run writes, and the folder if nothing else is in it."""
-    with contextlib.suppress(OSError):
-        (folder / "run.json").unlink(missing_ok=True)  # first: now there is no run
-        for name in ("incarnation.json", "index.sqlite", *LOGS, "lock"):
-            (folder / name).unlink(missing_ok=True)
-        for name in ("manifests", "snapshots", "spool"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        folder.rmdir()
 
 
 def _check_keep(keep: int) -> None:

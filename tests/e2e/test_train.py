@@ -34,7 +34,7 @@ CHAIN_SUM = {
     "name": "chain_sum",
     "config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
 }
-LONG = {"steps": 40, "eval": {"every": 20}}  # about two seconds
+LONG = {"steps": 25, "eval": {"every": 20}}  # about two seconds
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_a_signal_saves_the_run_and_resume_ends_as_if_nothing_had_been(
         last(place / "runs/alone").adapters["default"].snapshot
     )
     steps = [r["step"] for r in records(place / "runs" / name, "step")]
-    assert steps == list(range(1, 41)), "every step is in the log once"
+    assert steps == list(range(1, 26)), "every step is in the log once"
 
 
 def test_a_second_run_in_the_folder_of_the_first_is_refused(place: Path, stopped: Stopped) -> None:

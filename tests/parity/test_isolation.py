@@ -141,14 +141,14 @@ def distance(got: Tensor, expected: Tensor) -> float:
 def base_digest(decoder: Decoder) -> str:
     """sha256 over every weight of the base model, as the products use it."""
     sha = hashlib.sha256()
-    tensors = [decoder.embedding, decoder.norm]
+    tensors = [decoder.embedding, decoder.norm.weight]
     for linear in decoder.linears():
         tensors.append(linear.weight.dense())
         if linear.bias is not None:
             tensors.append(linear.bias)
     for layer in decoder.layers:
         norms = (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
-        tensors += [norm for norm in norms if norm is not None]
+        tensors += [norm.weight for norm in norms if norm is not None]
         if isinstance(layer.mlp, Moe):
             tensors.append(layer.mlp.router)
     for tensor in tensors:
