@@ -21,7 +21,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "copy the tokenizer files of the model into it"
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            folder,
+            trust_remote_code=False,
+            local_files_only=True,
+            clean_up_tokenization_spaces=False,  # it drops spaces that the model wrote
+        )
     except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(

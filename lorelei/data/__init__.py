@@ -1,0 +1,1 @@
+"""Prompt sources: endless training problems by index, and a fixed held-out set."""

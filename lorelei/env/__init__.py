@@ -1,0 +1,1 @@
+"""Environments: what happens between a prompt and its reward."""

@@ -1,0 +1,1 @@
+"""Publishers: how a new adapter version reaches a rollout engine."""

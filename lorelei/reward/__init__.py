@@ -1,0 +1,1 @@
+"""Scorers, and the worker pool that runs them under a deadline."""

@@ -1,0 +1,1 @@
+"""Rollout engines, the collector and its admission."""

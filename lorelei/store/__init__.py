@@ -1,0 +1,1 @@
+"""The run folder: durable writes, manifests, checkpoints, index."""

@@ -1,0 +1,1 @@
+"""Train engines, batches and the training step."""
