@@ -115,10 +115,14 @@ def runs(
     from rich.text import Text
 
     columns = ("run", "model", "steps", "adapters", "reward", "score", "updated", "status")
-    table = Table(*columns, box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        # on a narrow terminal these two give way
+        table.add_column(column, no_wrap=column not in ("model", "adapters"), overflow="ellipsis")
     for r in found:
         numbers = ["" if x is None else f"{x:.3f}" for x in (r.reward, r.score)]
-        cells = (r.name, r.model, str(r.steps), " ".join(r.adapters), *numbers, r.updated, r.status)
+        model, updated = Path(r.model).name, r.updated[:16].replace("T", " ")
+        cells = (r.name, model, str(r.steps), " ".join(r.adapters), *numbers, updated, r.status)
         table.add_row(*map(Text, cells))
     Console().print(table)
 
