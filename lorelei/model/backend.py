@@ -33,7 +33,7 @@ class Weight:
     """A matrix W [O, D] that is multiplied often and never written.
 
     On a CPU in fp32 it is kept in oneDNN's blocked layout only, one copy for x @ W.T and, once
-    a backward pass asks for it, one for dy @ W: 1.3 to 2 times faster than the plain layout.
+    a backward pass asks for it, one for dy @ W; products are faster than with the plain layout.
     """
 
     forward: Tensor

@@ -7,10 +7,11 @@ import pytest
 
 from lorelei import cli
 from lorelei.config.load import load_config
-from lorelei.launch.memory import activation_bytes, kv_cache_bytes
+from lorelei.launch.memory import LOGITS_CHUNK, activation_bytes, kv_cache_bytes
 from lorelei.launch.plan import plan
 from lorelei.lora.targets import match_targets, module_shapes
 from lorelei.model.config import DecoderConfig
+from lorelei.model.head import CHUNK_ELEMENTS
 from lorelei.types import AdapterSpec
 
 SMOLLM2 = {
@@ -239,6 +240,10 @@ def test_recomputing_activations_keeps_one_block_and_the_inputs_of_all(config_of
     )
     block = 2 * 576 + 2 * (9 + 3) * 64 + 2 * 1536
     assert plain - recomputed == 1024 * 4 * (29 * block - 30 * 576)
+
+
+def test_the_plan_counts_the_logits_chunk_that_the_model_uses():
+    assert LOGITS_CHUNK == CHUNK_ELEMENTS  # twice, because a plan imports no torch
 
 
 def test_the_cache_holds_no_more_sequences_than_are_ever_in_flight(config_of):
