@@ -7,7 +7,7 @@ BIN := .venv/bin
 CACHE := $(or $(LORELEI_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lorelei)
 MODEL := $(CACHE)/models/HuggingFaceTB--SmolLM2-135M-Instruct/config.json
 
-.PHONY: train test unit lint curve bench peers setup model clean
+.PHONY: train test unit lint curve bench page peers setup model clean
 
 train: setup model
 	$(BIN)/lorelei train recipes/chain_sum/run.yaml $(ARGS)
@@ -27,9 +27,13 @@ lint: setup
 curve: setup model
 	$(BIN)/python -m benchmarks.learning_curve $(ARGS)
 
-# a GRPO step beside TRL, in turns; about 15 minutes on 2 quiet cores for each case
+# all benchmarks but the GPU's, hours on 2 quiet cores; ARGS='grpo_step 2x8': one, or one case of it
 bench: setup model peers
-	$(BIN)/python -m benchmarks.grpo_step $(ARGS)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# writes docs/benchmarks.md from benchmarks/results
+page: setup
+	$(BIN)/python -m benchmarks page
 
 peers: setup
 	$(BIN)/python -m benchmarks.peers.environment

@@ -1,6 +1,6 @@
 """A GRPO step of SmolLM2-135M with LoRA r=16 on all linear layers, fp32: Lorelei beside TRL.
 
-usage: python -m benchmarks.grpo_step [CASE ...]   (make bench)
+usage: python -m benchmarks.grpo_step [CASE ...]   (make bench ARGS='grpo_step 2x8')
 The two take turns (A B A B), each turn in a fresh process; the first step of a turn warms up and
 is left out. Writes benchmarks/results/grpo_step.json: medians, spread, ratios.
 """
@@ -8,50 +8,32 @@ is left out. Writes benchmarks/results/grpo_step.json: medians, spread, ratios.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.cases import MODEL, STEP_CASES
-from benchmarks.machine import machine
 from benchmarks.peers.environment import peers_python
+from benchmarks.turns import Line, keep, pinned, run
 from lorelei.config.paths import resolve_model
-from lorelei.config.threads import physical_cores
 
-RESULT = Path("benchmarks/results/grpo_step.json")
-TURNS, STEPS = 2, 3
-
-Step = dict[str, Any]
+TURNS, STEPS = 2, 3  # steps of one turn, the first included
 
 
-def run(command: list[str], **settings: str) -> list[Step]:
-    """The steps that a program prints, without the first."""
-    threads = {"OMP_NUM_THREADS": str(physical_cores()), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command, env={**os.environ, **threads, **settings}, stdout=subprocess.PIPE, check=True
-    )
-    lines = [line for line in done.stdout.decode().splitlines() if line.startswith('{"')]
-    return [json.loads(line) for line in lines][1:]
-
-
-def ours(case: str) -> list[Step]:
+def ours(case: str) -> list[Line]:
     # one malloc arena, as the command line sets it
-    return run(
-        [sys.executable, "-m", "benchmarks.ours_step", case, str(STEPS)], MALLOC_ARENA_MAX="1"
-    )
+    command = [sys.executable, "-m", "benchmarks.ours_step", case, str(STEPS)]
+    return run(command, MALLOC_ARENA_MAX="1")[1:]
 
 
-def trl(case: str) -> list[Step]:
+def trl(case: str) -> list[Line]:
     # waiting threads that spin: the faster setting for TRL on a quiet machine
     folder = str(resolve_model(MODEL))
     command = [str(peers_python()), "-m", "benchmarks.peers.trl_step", case, str(STEPS), folder]
-    return run(command, OMP_WAIT_POLICY="active")
+    return run(command, OMP_WAIT_POLICY="active")[1:]
 
 
-def summary(steps: list[Step]) -> dict[str, Any]:
+def summary(steps: list[Line]) -> dict[str, Any]:
     """Medians of wall-clock and CPU seconds by phase, the spread of the step, and peak memory."""
     found: dict[str, Any] = {"steps": len(steps), "peak_gib": max(s["peak_gib"] for s in steps)}
     for phase in ("step", "generate", "train"):
@@ -66,8 +48,8 @@ def summary(steps: list[Step]) -> dict[str, Any]:
 def main() -> None:
     results: dict[str, Any] = {}
     for name in sys.argv[1:] or STEP_CASES:
-        mine: list[Step] = []
-        theirs: list[Step] = []
+        mine: list[Line] = []
+        theirs: list[Line] = []
         for _ in range(TURNS):
             mine += ours(name)
             theirs += trl(name)
@@ -83,8 +65,38 @@ def main() -> None:
         }
         sys.stdout.write(json.dumps({name: results[name]}, indent=2) + "\n")
         sys.stdout.flush()
-        record = {"machine": machine(), "peer": "trl 1.16.0", "cases": results}
-        RESULT.write_text(json.dumps(record, indent=2) + "\n")
+        keep("grpo_step", {"peer": pinned("trl"), "cases": results})
+
+
+def section(record: Line) -> str:
+    """Its part of docs/benchmarks.md."""
+    rows = []
+    for name, case in record["cases"].items():
+        for side, label in (("lorelei", "Lorelei"), ("trl", record["peer"])):
+            s = case[side]
+            low, high = s["step_s_range"]
+            seconds = f"{s['step_s']} ({low} to {high})"
+            cells = (name, label, seconds, s["generate_s"], s["train_s"], s["step_cpu_s"])
+            rows.append(f"| {' | '.join(map(str, cells))} | {s['peak_gib']:.2f} |")
+        faster, cpu = case["times_faster"], case["times_less_cpu"]
+        memory = f"{case['share_of_memory']:.2f} of it"
+        rows.append(f"| {name} | ratio | {faster} times faster | | | {cpu} times less | {memory} |")
+    table = "\n".join(rows)
+    return f"""## A GRPO step
+
+Sampling, scoring, forward, backward, optimizer step and, for Lorelei, publishing the new version:
+SmolLM2-135M, fp32, LoRA r=16 on all linear layers, beside {record["peer"]} with peft. `2x8` is
+2 prompts with 8 samples of exactly 64 new tokens each; `prompt512` has prompts of about 512
+tokens, `new512` has 512 new tokens. Both sides have the same prompts and rewards and take turns
+in fresh processes; the first step of a process is left out. Numbers are medians, with the
+smallest and largest step in parentheses.
+
+`make bench ARGS=grpo_step`
+
+| case | side | step, s | generate, s | train, s | step, CPU s | peak, GiB |
+|---|---|---|---|---|---|---|
+{table}
+"""
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -23,15 +25,22 @@ from lorelei.train.step import Trainer
 from lorelei.types import GenerateRequest, Group, Prompt, Rollout, SamplingParams, Turn
 
 
-async def main(case: StepCase, steps: int) -> None:
+async def main(
+    case: StepCase,
+    steps: int,
+    lora: Mapping[str, Any],
+    lr: float = LR,
+    after: Callable[[ArchonEngine, Meter], None] = lambda *_: None,
+) -> None:
+    """lora: that section of the configuration. after: called when the steps are done."""
     folder = resolve_model(MODEL)
     tokenizer = load_tokenizer(folder)
     config = validate(
         {
             "model": MODEL,
-            "lora": {"lora_rank": RANK, "lora_alpha": ALPHA},
+            "lora": dict(lora),
             "task": {"kind": "reasoning_gym", "name": "chain_sum"},
-            "algo": {"lr": LR, "batch_size": case.prompts},
+            "algo": {"lr": lr, "batch_size": case.prompts},
             "rollout": {"n_samples": case.samples, "max_new_tokens": case.new_tokens},
         }
     )
@@ -91,13 +100,16 @@ async def main(case: StepCase, steps: int) -> None:
             ]
             with meter.phase("train"):
                 await trainer.step({"default": groups}, {"default": step})
-            old, ref = ref, (await publisher.publish(engine, {"default": step + 1}))["default"]
-            await publisher.retire(old)
+            with meter.phase("publish"):
+                old, ref = ref, (await publisher.publish(engine, {"default": step + 1}))["default"]
+                await publisher.retire(old)
         prompt_tokens = sum(len(t) for t in prompts)
         meter.emit(generated=sum(len(c.tokens) for c in completions), prompt=prompt_tokens)
+    after(engine, meter)
     await rollout.close()
     trainer.close()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(STEP_CASES[sys.argv[1]], int(sys.argv[2])))
+    shape = {"lora_rank": RANK, "lora_alpha": ALPHA}
+    asyncio.run(main(STEP_CASES[sys.argv[1]], int(sys.argv[2]), shape))

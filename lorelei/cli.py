@@ -160,7 +160,10 @@ def export(
     adapter: AdapterName = None,
     out: Annotated[Path | None, typer.Option(help="Default: RUN/export/NAME-vN.")] = None,
 ) -> None:
-    """Write an adapter as a PEFT folder, which peft, vLLM and others read."""
+    """Write an adapter as a PEFT folder, which peft, vLLM and others read.
+
+    A run with lora.use_lora: false is written as a checkpoint folder.
+    """
     folder = _prepared(run)
     from lorelei.launch import trained
 

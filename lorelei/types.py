@@ -32,7 +32,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSpec:
-    """The shape of an adapter; everything that decides which tensors it has."""
+    """The shape of an adapter; everything that decides which tensors it has.
+
+    Rank 0 is full fine-tuning (FULL_WEIGHTS): every weight of the model, under the checkpoint's
+    names; the other fields then mean nothing.
+    """
 
     rank: int
     alpha: float
@@ -42,9 +46,19 @@ class AdapterSpec:
     dropout: float = 0.0
 
     @property
+    def full(self) -> bool:
+        """Whether it is the whole model, and not LoRA matrices on it."""
+        return self.rank == 0
+
+    @property
     def scale(self) -> float:
         """Factor on B @ A: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
+        if self.full:
+            return 1.0
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+FULL_WEIGHTS = AdapterSpec(rank=0, alpha=1.0, target_modules=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,8 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from pydantic import ValidationError
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # programs that only compute run where there is no pydantic
+    from pydantic import ValidationError
     from pydantic_core import ErrorDetails
 
 

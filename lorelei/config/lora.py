@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from lorelei.config.errors import FieldError
 from lorelei.config.section import Section
-from lorelei.types import AdapterSpec
+from lorelei.types import FULL_WEIGHTS, AdapterSpec
 
 
 class LoraConfig(Section):
     """LoRA matrices on the base model's linear layers."""
 
     use_lora: bool = Field(
-        default=True, description="Train an adapter; false (full fine-tuning) is not available yet."
+        default=True,
+        description="Train an adapter. false: train all weights of the model (full fine-tuning, "
+        "one experiment, float32); the other fields then mean nothing.",
     )
     lora_rank: int = Field(default=16, ge=1, le=512, description="Rank r of A [r, in], B [out, r].")
     lora_alpha: float = Field(default=32.0, gt=0, description="The adapter acts with alpha / r.")
@@ -43,15 +46,20 @@ class LoraConfig(Section):
     def _one_or_many(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
-    @field_validator("use_lora")
-    @classmethod
-    def _adapters_only(cls, value: bool) -> bool:
-        if not value:
-            raise ValueError("full fine-tuning is not available yet; set lora.use_lora: true")
-        return value
+    @model_validator(mode="after")
+    def _starts_from_an_adapter(self) -> LoraConfig:
+        if self.init_from is not None and not self.use_lora:
+            raise FieldError(
+                "init_from",
+                f"{self.init_from!r} is an adapter, and use_lora: false trains none; remove it "
+                "(a checkpoint to start from is `model`)",
+            )
+        return self
 
     def spec(self) -> AdapterSpec:
         """What engines need to know of it."""
+        if not self.use_lora:
+            return FULL_WEIGHTS
         return AdapterSpec(
             rank=self.lora_rank,
             alpha=self.lora_alpha,

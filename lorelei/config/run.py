@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from lorelei.config.checkpoint import CheckpointConfig
+from lorelei.config.errors import FieldError
 from lorelei.config.experiment import AdapterOverrides, Experiment, ExperimentDefaults, resolve
 from lorelei.config.publish import PublishConfig
 from lorelei.config.section import Name, is_mapping
@@ -14,6 +15,7 @@ from lorelei.config.train import TrainConfig
 
 DEFAULT_ADAPTER = "default"
 LOW_LORA_LR = 1e-5
+HIGH_FULL_LR = 1e-4
 
 
 class RunConfig(ExperimentDefaults):
@@ -56,8 +58,29 @@ class RunConfig(ExperimentDefaults):
 
     @model_validator(mode="after")
     def _every_adapter_can_run(self) -> RunConfig:
-        self.experiments()
+        experiments = self.experiments()
+        if not all(e.lora.use_lora for e in experiments):
+            self._check_full_fine_tuning(experiments)
         return self
+
+    def _check_full_fine_tuning(self, experiments: tuple[Experiment, ...]) -> None:
+        if len(experiments) > 1:
+            raise FieldError(
+                "lora.use_lora",
+                f"false with {len(experiments)} adapters; full fine-tuning trains one model: "
+                "leave one entry in adapters, or use LoRA",
+            )
+        allowed: dict[str, tuple[str, str]] = {
+            # a narrower one would round away most updates, and the sampler would round others
+            "dtype": (self.dtype, "float32"),
+            "train.kind": (self.train.kind, "archon"),
+            "rollout.kind": (self.rollout.kind, "embedded"),
+        }
+        for field, (value, only) in allowed.items():
+            if value != only:
+                raise FieldError(
+                    field, f"{value!r} is not allowed with lora.use_lora: false; use {only}"
+                )
 
     def experiments(self) -> tuple[Experiment, ...]:
         """What each adapter trains on, in the order of `adapters`."""
@@ -69,7 +92,12 @@ class RunConfig(ExperimentDefaults):
         found: list[str] = []
         for experiment in self.experiments():
             algo, where = experiment.algo, f"adapter {experiment.name}: algo"
-            if algo.lr < LOW_LORA_LR:
+            if not experiment.lora.use_lora and algo.lr > HIGH_FULL_LR:
+                found.append(
+                    f"{where}.lr: {algo.lr:g} is a rate for LoRA; "
+                    "full fine-tuning wants about ten times less, 1e-6 to 1e-4"
+                )
+            if experiment.lora.use_lora and algo.lr < LOW_LORA_LR:
                 found.append(
                     f"{where}.lr: {algo.lr:g} is a rate for full fine-tuning; "
                     "LoRA wants about ten times more, 1e-5 to 1e-3"

@@ -122,9 +122,9 @@ def _opening(config: RunConfig, parts: Parts, loop: Loop) -> list[str]:
     if loop.store.latest is not None:
         lines.append(f"resuming after step {loop.step}")
     for e in config.experiments():
-        lora = e.lora
+        trained = f"rank {e.lora.lora_rank}" if e.lora.use_lora else "all weights"
         lines.append(
-            f"  {e.name}: {e.algo.kind} on {parts.tasks[e.name]}, rank {lora.lora_rank}, "
+            f"  {e.name}: {e.algo.kind} on {parts.tasks[e.name]}, {trained}, "
             f"{e.algo.batch_size} prompts x {e.rollout.n_samples} samples, {e.steps} steps"
         )
     return lines

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lorelei.config.errors import ConfigError
 from lorelei.config.experiment import Experiment
@@ -15,7 +15,9 @@ from lorelei.config.paths import resolve_model
 from lorelei.config.run import RunConfig
 from lorelei.config.section import is_mapping
 from lorelei.config.task import JsonlTask, ParquetTask
-from lorelei.launch.memory import estimate_memory
+from lorelei.launch.adapter_size import AdapterSize, full_size, lora_size
+from lorelei.launch.device import has_accelerator
+from lorelei.launch.memory import BYTES, Footprint, estimate_memory
 from lorelei.lora.targets import HEAD, Shape, match_targets, module_shapes
 from lorelei.model.config import DecoderConfig
 
@@ -30,8 +32,8 @@ class AdapterPlan:
     algo: str
     steps: int
     rollouts_per_step: int
-    rank: int
-    modules: tuple[str, ...]  # the linear layers that get an adapter
+    rank: int  # 0: full fine-tuning
+    modules: tuple[str, ...]  # the linear layers that get an adapter, or that are trained
     parameters: int  # trained
 
 
@@ -46,7 +48,8 @@ class Plan:
     dtype: str
     parameters: Mapping[str, int]  # of the base model, by part
     adapters: tuple[AdapterPlan, ...]
-    memory: Mapping[str, int]  # bytes, estimated, by part
+    device: Literal["cpu", "accelerator"]  # whose memory it is
+    memory: Mapping[str, Mapping[str, int]]  # bytes, estimated, by phase and part
     warnings: tuple[str, ...]
 
     @property
@@ -55,7 +58,8 @@ class Plan:
 
     @property
     def total_memory(self) -> int:
-        return sum(self.memory.values())
+        """Of the phase that needs most."""
+        return max(sum(parts.values()) for parts in self.memory.values())
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with the totals."""
@@ -83,7 +87,11 @@ def plan(config: RunConfig) -> Plan:
     _check_context(config, model)
     _check_files(config)
     parameters = count_parameters(model, shapes, hf_config)
-    adapters = tuple(_adapter_plan(e, config, shapes, model) for e in config.experiments())
+    adapters = tuple(
+        _adapter_plan(e, config, shapes, model, sum(parameters.values()))
+        for e in config.experiments()
+    )
+    on_cpu = not has_accelerator()
     return Plan(
         run=config.name,
         model=config.model,
@@ -92,12 +100,16 @@ def plan(config: RunConfig) -> Plan:
         dtype=config.dtype,
         parameters=parameters,
         adapters=adapters,
+        device="cpu" if on_cpu else "accelerator",
         memory=estimate_memory(
-            config,
-            model,
-            base=sum(parameters.values()),
-            linear=sum(out * wide for out, wide in shapes.values()),
-            trained=sum(adapter.parameters for adapter in adapters),
+            Footprint(
+                config=config,
+                model=model,
+                base=sum(parameters.values()),
+                stored=_stored(hf_config),
+                adapters=tuple(_size(a, model, shapes) for a in adapters),
+                on_cpu=on_cpu,
+            )
         ),
         warnings=tuple(config.warnings()),
     )
@@ -133,11 +145,16 @@ def _biases(model: DecoderConfig, hf_config: Mapping[str, Any]) -> tuple[tuple[s
 
 
 def _adapter_plan(
-    experiment: Experiment, config: RunConfig, shapes: Mapping[str, Shape], model: DecoderConfig
+    experiment: Experiment,
+    config: RunConfig,
+    shapes: Mapping[str, Shape],
+    model: DecoderConfig,
+    base: int,
 ) -> AdapterPlan:
+    """base: parameters of the base model."""
     spec = experiment.lora.spec()
     try:
-        modules = match_targets(shapes, spec, model.architecture)
+        modules = list(shapes) if spec.full else match_targets(shapes, spec, model.architecture)
     except ValueError as error:
         where = f"adapters.{experiment.name}." if config.adapters else ""
         raise ConfigError(f"{where}{error}") from error
@@ -150,8 +167,20 @@ def _adapter_plan(
         rollouts_per_step=experiment.algo.batch_size * experiment.rollout.n_samples,
         rank=spec.rank,
         modules=tuple(modules),
-        parameters=sum(spec.rank * sum(shapes[name]) for name in modules),
+        parameters=base if spec.full else sum(spec.rank * sum(shapes[n]) for n in modules),
     )
+
+
+def _size(adapter: AdapterPlan, model: DecoderConfig, shapes: Mapping[str, Shape]) -> AdapterSize:
+    if adapter.rank == 0:
+        return full_size(model, adapter.parameters)
+    return lora_size(model, shapes, adapter.modules, adapter.rank)
+
+
+def _stored(hf_config: Mapping[str, Any]) -> str:
+    """The dtype of the checkpoint's tensors; older files name it torch_dtype, or not at all."""
+    named = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    return named if named in BYTES else "float32"
 
 
 def _task_name(experiment: Experiment) -> str:

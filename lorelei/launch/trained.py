@@ -16,11 +16,12 @@ from lorelei.config.run import RunConfig
 from lorelei.launch.parts import build, decoder_of, evaluators
 from lorelei.lora.state import AdapterState
 from lorelei.model.backend import DTYPES, default_device
-from lorelei.model.load import load_decoder
+from lorelei.model.load import load_decoder, read_config
 from lorelei.model.tokenizer import load_tokenizer, stop_token_ids
 from lorelei.rollout.embedded.engine import EmbeddedEngine
 from lorelei.store.identity import read_identity
 from lorelei.store.manifest import Manifest, read_checkpoints
+from lorelei.store.model_folder import write_model_folder
 from lorelei.store.peft_folder import write_peft_folder
 from lorelei.store.snapshot import read_snapshot
 from lorelei.types import AdapterRef, GenerateRequest, Prompt, SamplingParams
@@ -70,11 +71,16 @@ class TrainedRun:
 
 
 def export(folder: Path, name: str | None, out: Path | None) -> Path:
-    """Write an adapter in PEFT's format. Returns the folder."""
+    """Write an adapter in PEFT's format, full weights as a checkpoint. Returns the folder."""
     run = TrainedRun.read(folder)
     name = run.adapter(name)
     out = out or folder / "export" / f"{name}-v{run.manifest.adapters[name].record.version}"
-    write_peft_folder(out, run.state(name), run.config.model)
+    state = run.state(name)
+    if state.spec.full:
+        base = resolve_model(run.config.model)
+        write_model_folder(out, state, base, read_config(base))
+    else:
+        write_peft_folder(out, state, run.config.model)
     return out
 
 

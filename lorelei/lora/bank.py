@@ -1,4 +1,7 @@
-"""AdapterBank: any number of adapters of different rank, alpha and targets on one base model."""
+"""AdapterBank: any number of adapters of different rank, alpha and targets on one base model.
+
+Or one model that is trained as a whole, see lora.full.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from lorelei.lora.full import FullRoute, FullWeights
 from lorelei.lora.linear import LoraPart, Span, lora_linear
 from lorelei.lora.state import AdapterState, tensor_names
 from lorelei.lora.targets import match_targets
@@ -46,7 +50,7 @@ class AdapterBank:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self._dtype = torch.promote_types(decoder.dtype, torch.float32)
-        self._adapters: dict[str, Adapter] = {}
+        self._adapters: dict[str, Adapter | FullWeights] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,19 +63,34 @@ class AdapterBank:
     def __iter__(self) -> Iterator[str]:
         return iter(self._adapters)
 
-    def __getitem__(self, name: str) -> Adapter:
+    def __getitem__(self, name: str) -> Adapter | FullWeights:
         if name not in self._adapters:
             known = ", ".join(sorted(self._adapters)) or "none"
             raise KeyError(f"no adapter {name!r}; there are: {known}")
         return self._adapters[name]
 
-    def add(self, name: str, spec: AdapterSpec, seed: int = 0) -> Adapter:
-        """A fresh adapter: A kaiming-uniform, B zero.
+    def lora(self, name: str) -> Adapter:
+        """An adapter that is not full weights."""
+        adapter = self[name]
+        assert isinstance(adapter, Adapter), f"{name} is full weights"
+        return adapter
 
-        Raises ValueError when the name is taken or a target matches nothing.
+    def add(self, name: str, spec: AdapterSpec, seed: int = 0) -> Adapter | FullWeights:
+        """A fresh adapter: A kaiming-uniform, B zero. Full weights: those of the base.
+
+        Raises ValueError when the name is taken, a target matches nothing or full weights would
+        not be alone.
         """
         if name in self._adapters:
             raise ValueError(f"adapter {name!r} exists already; drop it first")
+        if self._adapters and (spec.full or self._full() is not None):
+            raise ValueError(
+                f"adapter {name!r}: full fine-tuning trains one model and nothing beside it, and "
+                f"{min(self._adapters)!r} is there; drop it first, or use LoRA"
+            )
+        if spec.full:
+            self._adapters[name] = FullWeights.copy_of(self.decoder, self._dtype)
+            return self._adapters[name]
         linears = self.decoder.linears()
         parts = {part.name: layer for layer in linears for part in layer.parts}
         targets = set(match_targets(list(parts), spec, self.decoder.config.architecture))
@@ -82,6 +101,10 @@ class AdapterBank:
         }
         self._adapters[name] = Adapter(spec, seed, layers)
         return self._adapters[name]
+
+    def _full(self) -> FullWeights | None:
+        alone = next(iter(self._adapters.values()), None)
+        return alone if isinstance(alone, FullWeights) else None
 
     def _fresh_parts(
         self, layer: FrozenLinear, targets: set[str], rank: int, seed: int
@@ -119,6 +142,15 @@ class AdapterBank:
             for tensor_name, tensor in live.items():
                 tensor.copy_(tensors[tensor_name])
 
+    def model(
+        self, spans: Sequence[tuple[str | None, int]], dropout_seed: int | None = None
+    ) -> RoutedModel:
+        """The decoder that a row of tokens goes through, and its route; see `route`."""
+        full = self._full()
+        if full is not None and all(name is not None for name, _ in spans):
+            return full.decoder, FullRoute(full)
+        return self.decoder, self.route(spans, dropout_seed)
+
     def route(
         self, spans: Sequence[tuple[str | None, int]], dropout_seed: int | None = None
     ) -> BankRoute:
@@ -131,7 +163,7 @@ class AdapterBank:
         start = 0
         for name, neighbours in groupby(spans, key=lambda span: span[0]):
             stop = start + sum(length for _, length in neighbours)
-            adapter = self[name] if name is not None else None
+            adapter = self.lora(name) if name is not None else None
             stretches.append(_Stretch(start, stop, adapter, counts[name]))
             counts[name] += 1
             start = stop
@@ -139,7 +171,7 @@ class AdapterBank:
 
     def merged(self, name: str) -> MergedRoute:
         """A route for decoding with one adapter, over a private packed copy of W + scale * B A."""
-        adapter = self[name]
+        adapter = self.lora(name)
         weights: dict[FrozenLinear, Weight] = {}
         with torch.no_grad():
             for layer, parts in adapter.layers.items():
@@ -194,6 +226,9 @@ class BankRoute:
             if stop > start:
                 stretches.append(_Stretch(start, stop, s.adapter, s.ordinal))
         return BankRoute(tuple(stretches), len(chosen), self._dropout_seed)
+
+
+RoutedModel = tuple[Decoder, BankRoute | FullRoute]
 
 
 class MergedRoute:

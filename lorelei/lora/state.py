@@ -1,4 +1,7 @@
-"""Adapter state and snapshot: an adapter's tensors under PEFT's standard names."""
+"""Adapter state and snapshot: an adapter's tensors under PEFT's standard names.
+
+Full weights (spec.full) have the checkpoint's names instead.
+"""
 
 from __future__ import annotations
 

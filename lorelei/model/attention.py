@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorelei.model.backend import fuses_attention
+from lorelei.model.backend import flashes, fuses_attention
+from lorelei.model.flash_attention import Level, flash_with_lse, levels, packed_flash
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -77,6 +78,8 @@ def attention_with_lse(
     """
     if fuses_attention(q.device):
         return _flash(q, k, v, 0.0, False, attn_mask=mask)
+    if flashes(q):
+        return flash_with_lse(q, k, v, mask)
     return plain_attention_with_lse(q, k, v, mask)
 
 
@@ -98,10 +101,15 @@ class PackedAttention:
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self._blocks = tuple(blocks)
+        self._levels: tuple[Level, ...] | None = None
 
     def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
         if fuses_attention(q_THd.device):
             return _BlockAttention.apply(q_THd, k_TKd, v_TKd, self._blocks)  # type: ignore[no-any-return]
+        if flashes(q_THd):
+            if self._levels is None:  # the same for every layer
+                self._levels = levels(self._blocks, q_THd.device)
+            return packed_flash(q_THd, k_TKd, v_TKd, self._levels)
         return masked_attention(q_THd, k_TKd, v_TKd, self._blocks)
 
 

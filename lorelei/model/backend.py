@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lorelei.model.kernels import fused
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -18,9 +21,12 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-def dist_backend(device: torch.device) -> str:
+def dist_backend(device: torch.device, local_ranks: int) -> str:
     """The torch.distributed backends for tensors on `device` and on the CPU."""
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # NCCL refuses two ranks on one GPU
+    if device.type == "cuda" and local_ranks <= torch.cuda.device_count():
+        return "cpu:gloo,cuda:nccl"
+    return "gloo"
 
 
 def fuses_attention(device: torch.device) -> bool:
@@ -28,12 +34,35 @@ def fuses_attention(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def flashes(x: Tensor) -> bool:
+    """Whether CUDA's fused attention takes tensors like x [..., d] (see model.flash_attention)."""
+    halves = x.dtype in (torch.bfloat16, torch.float16)
+    return halves and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256 and _has_flash(x.device)
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    """NVIDIA's GPUs from Ampere on; AMD's call themselves cuda too and have other kernels."""
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return nvidia and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def fuses_rms_norm(x: Tensor) -> bool:
+    """Whether torch has one kernel for it; launching several costs more than their work."""
+    return x.is_cuda
+
+
+def logits_factor(device: torch.device) -> int:
+    """How many times the logits of a CPU's chunk to hold at once: a GPU needs long products."""
+    return 16 if device.type == "cuda" else 1
+
+
 @dataclass(slots=True)
 class Weight:
     """A matrix W [O, D] that is multiplied often and never written.
 
-    On a CPU in fp32 it is kept in oneDNN's blocked layout only, one copy for x @ W.T and, once
-    a backward pass asks for it, one for dy @ W; products are faster than with the plain layout.
+    Where there are kernels it is kept in their layout only, one copy for x @ W.T and, once a
+    backward pass asks for it, one for dy @ W; see model.kernels.
     """
 
     forward: Tensor
@@ -44,27 +73,51 @@ class Weight:
     def of(cls, weight: Tensor, kept: bool = False) -> Weight:
         """kept: the plain tensor stays in memory anyway (a tied embedding), so use it too."""
         shape = (weight.shape[0], weight.shape[1])
-        on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if on_cpu and weight.dtype == torch.float32:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-            return cls(packed, weight if kept else None, shape)
+        if fused.fuses(weight):
+            return cls(fused.pack(weight), weight if kept else None, shape)
         return cls(weight, weight, shape)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, D] -> x @ W.T + bias [T, O]."""
-        if self.forward.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x, self.forward, bias, "none", [], "")
-        return F.linear(x, self.forward, bias)
+        if not _is_packed(self.forward):
+            return F.linear(x, self.forward, bias)
+        y = fused.product(x, self.forward, self.shape[0])
+        return y if bias is None else y.add_(bias)
 
     def transposed_product(self, dy: Tensor) -> Tensor:
         """dy [T, O] -> dy @ W [T, D]."""
         if self.backward is None:
-            transposed = self.dense().T.contiguous()
-            self.backward = torch.ops.mkldnn._reorder_linear_weight(transposed)
-        if not self.backward.is_mkldnn:
+            self.backward = fused.pack(self.dense().T)
+        if not _is_packed(self.backward):
             return dy @ self.backward
-        return torch.ops.mkldnn._linear_pointwise(dy, self.backward, None, "none", [], "")
+        return fused.product(dy, self.backward, self.shape[1])
+
+    def raised(self, a_DR: Tensor, b_RO: Tensor) -> Weight:
+        """W + (a @ b).T for products x @ W.T only; the sum is rounded once to a narrower dtype."""
+        if _is_packed(self.forward):
+            return Weight(fused.raised(self.forward, a_DR, b_RO), None, self.shape)
+        sums = (self.forward + (a_DR @ b_RO).T).to(self.forward.dtype)
+        return Weight(sums, sums, self.shape)
 
     def dense(self) -> Tensor:
         """W [O, D] in the plain layout, a copy where the weight is packed."""
-        return self.forward.to_dense() if self.forward.is_mkldnn else self.forward
+        if _is_packed(self.forward):
+            return fused.unpack(self.forward, self.shape[0])
+        return self.forward
+
+
+def _is_packed(weight: Tensor) -> bool:
+    return weight.dim() == 3
+
+
+def add_product(
+    y_TO: Tensor, x_TD: Tensor, p_DO: Tensor, scale: float = 1.0, fresh: bool = False
+) -> None:
+    """y += scale * x @ p; fresh: y = scale * x @ p. For factors that are narrow in some way.
+
+    Of y and p the columns are neighbours; x may be a transposed view.
+    """
+    if fused.multiplies(x_TD, p_DO):
+        fused.add_product(y_TO, x_TD, p_DO, scale, not fresh)
+    else:
+        torch.addmm(y_TO, x_TD, p_DO, beta=0 if fresh else 1, alpha=scale, out=y_TO)

@@ -21,7 +21,7 @@ from lorelei.model.config import DecoderConfig
 from lorelei.model.linear import FrozenLinear, Route
 from lorelei.model.mlp import Mlp, Moe
 from lorelei.model.norm import RmsNorm, rms_norm
-from lorelei.model.rope import RotaryTable, rotate
+from lorelei.model.rope import RotaryTable, rotate, split_rotated
 
 
 class Attend(Protocol):
@@ -111,10 +111,13 @@ class Decoder:
         config = self.config
         qkv = route(layer.qkv, x_TD, layer.input_norm)
         heads, kv, d = config.heads, config.kv_heads, config.head_dim
-        q, k, v = qkv.view(len(x_TD), heads + 2 * kv, d).split([heads, kv, kv], dim=1)
+        qkv_THd = qkv.view(len(x_TD), heads + 2 * kv, d)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = rms_norm(q, layer.q_norm)
-            k = rms_norm(k, layer.k_norm)
-        mixed_THd = attend(number, rotate(q, angles), rotate(k, angles), v)
+            q, k, v = qkv_THd.split([heads, kv, kv], dim=1)
+            q = rotate(rms_norm(q, layer.q_norm), angles)
+            k = rotate(rms_norm(k, layer.k_norm), angles)
+        else:
+            q, k, v = split_rotated(qkv_THd, heads, kv, angles)
+        mixed_THd = attend(number, q, k, v)
         x_TD = x_TD + route(layer.out, mixed_THd.reshape(len(x_TD), heads * d))
         return x_TD + layer.mlp(x_TD, route, layer.mlp_norm)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lorelei.model.backend import logits_factor
 from lorelei.model.linear import FrozenLinear, Route
 
-CHUNK_ELEMENTS = 1 << 23  # logits held at once: 32 MiB in fp32
+CHUNK_ELEMENTS = 1 << 23  # logits held at once on a CPU: 32 MiB in fp32
 
 
 def target_logprobs(
@@ -39,7 +40,7 @@ class _TargetLogprobs(torch.autograd.Function):
         logprobs = torch.empty(len(target_I), dtype=dtype, device=hidden_ID.device)
         entropy = torch.empty_like(logprobs)
         unit_ID = torch.empty_like(hidden_ID) if wants_grad else None
-        for rows in _chunks(len(target_I), head.weight.shape[0]):
+        for rows in _chunks(len(target_I), head.weight.shape[0], hidden_ID.device):
             scale_C = temperature_I[rows].to(dtype).reciprocal()
             logits_CV = head.product(hidden_ID[rows]).to(dtype).mul_(scale_C[:, None])
             picked, lse, mean = _statistics(logits_CV, target_I[rows])
@@ -84,7 +85,7 @@ def routed_target_logprobs(
     """The same where an adapter acts on the head itself: chunks are recomputed in the backward."""
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
-    for rows in _chunks(len(target_I), head.weight.shape[0]):
+    for rows in _chunks(len(target_I), head.weight.shape[0], hidden_ID.device):
         index = torch.arange(rows.start, rows.stop, device=hidden_ID.device)
         logprob, entropy = checkpoint(
             _chunk_logprobs,
@@ -110,7 +111,7 @@ def _chunk_logprobs(
     return logprobs_CV.gather(1, target_C[:, None])[:, 0], entropy
 
 
-def _chunks(items: int, vocab: int) -> Iterator[slice]:
-    size = max(CHUNK_ELEMENTS // vocab, 1)
+def _chunks(items: int, vocab: int, device: torch.device) -> Iterator[slice]:
+    size = max(CHUNK_ELEMENTS * logits_factor(device) // vocab, 1)
     for start in range(0, items, size):
         yield slice(start, min(start + size, items))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorelei.model.kernels import fused
 from lorelei.model.linear import FrozenLinear, Route
 from lorelei.model.norm import RmsNorm, rms_norm
 
@@ -19,10 +20,14 @@ class SwiGlu:
     """silu(gate) * up of a fused [T, 2F]; a Lift. Source: Shazeer, 2020 (arXiv 2002.05202)."""
 
     def __call__(self, x: Tensor) -> Tensor:
+        if fused.fuses(x):
+            return fused.swiglu(x)
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
     def backward(self, x: Tensor, dy: Tensor) -> Tensor:
+        if fused.fuses(x):
+            return fused.swiglu_backward(x, dy)
         gate, up = x.chunk(2, dim=-1)
         dx = torch.empty_like(x)
         d_gate, d_up = dx.chunk(2, dim=-1)

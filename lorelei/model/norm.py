@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from lorelei.model.backend import fuses_rms_norm
+from lorelei.model.kernels import fused
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,10 +21,16 @@ class RmsNorm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
+        if fused.fuses(x):
+            return fused.rms_norm(x, self.weight, self.eps)
+        if fuses_rms_norm(x):
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide, rstd = self._statistics(x)
         return (wide * rstd).to(x.dtype).mul_(self.weight)
 
     def backward(self, x: Tensor, dy: Tensor) -> Tensor:
+        if fused.fuses(x):
+            return fused.rms_norm_backward(x, self.weight, self.eps, dy)
         wide, rstd = self._statistics(x)
         normed = wide * rstd
         grad = (dy * self.weight).to(rstd.dtype)

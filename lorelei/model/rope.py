@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorelei.model.config import DecoderConfig
+from lorelei.model.kernels import fused
 
 
 def frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
@@ -94,29 +95,71 @@ class RotaryTable:
         return cos[positions_T][:, None], sin[positions_T][:, None]
 
 
+def rotate(x_THd: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate queries or keys [T, H, d] by their positions' angles."""
+    return _Rotate.apply(x_THd, *cos_sin)  # type: ignore[no-any-return]
+
+
+def split_rotated(
+    qkv_THd: Tensor, heads: int, kv_heads: int, cos_sin: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries and keys, and values, of a fused [T, H + 2 K, d]."""
+    return _SplitRotated.apply(qkv_THd, heads, kv_heads, *cos_sin)  # type: ignore[no-any-return]
+
+
 class _Rotate(torch.autograd.Function):
     """The transpose of a rotation rotates back, so the backward pass needs the angles alone."""
 
     @staticmethod
     def forward(ctx: Any, x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x_THd, cos, sin)
+        return _rotate(x_THd, cos, sin, 1.0, torch.empty_like(x_THd))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _rotate(grads[0], *ctx.saved_tensors, -1.0, torch.empty_like(grads[0])), None, None
+
+
+class _SplitRotated(torch.autograd.Function):
+    """The three gradients are written into one tensor, where autograd would copy them together."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv_THd: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        rotated = heads + kv_heads
+        out = torch.empty_like(qkv_THd)
+        _rotate(qkv_THd[:, :rotated], cos, sin, 1.0, out[:, :rotated])
+        out[:, rotated:] = qkv_THd[:, rotated:]
+        q, k, v = out.split([heads, kv_heads, kv_heads], dim=1)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(grads[0], cos, -sin), None, None
+        d_q, d_k, d_v = grads
+        tokens, heads, d = d_q.shape
+        kv_heads = d_k.shape[1]
+        out = d_q.new_empty(tokens, heads + 2 * kv_heads, d)
+        _rotate(d_q, cos, sin, -1.0, out[:, :heads])
+        _rotate(d_k, cos, sin, -1.0, out[:, heads:-kv_heads])
+        out[:, -kv_heads:] = d_v
+        return out, None, None, None, None
 
 
-def _rotated(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x_THd: Tensor, cos: Tensor, sin: Tensor, direction: float, out: Tensor) -> Tensor:
+    """Into `out`; direction: 1, or -1 for back."""
+    if fused.fuses(x_THd):
+        fused.rotate(_inner_contiguous(x_THd), cos, sin, direction, out)
+        return out
     half = x_THd.shape[-1] // 2
-    out = torch.empty(x_THd.shape, dtype=x_THd.dtype, device=x_THd.device)
     first, second = x_THd[..., :half], x_THd[..., half:]
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=direction)
     return out
 
 
-def rotate(x_THd: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate queries or keys [T, H, d] by their positions' angles."""
-    return _Rotate.apply(x_THd, *cos_sin)  # type: ignore[no-any-return]
+def _inner_contiguous(x_THd: Tensor) -> Tensor:
+    """x whose heads lie together, as a part of a wider row may."""
+    return x_THd if x_THd.stride()[1:] == (x_THd.shape[2], 1) else x_THd.contiguous()

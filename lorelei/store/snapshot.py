@@ -14,7 +14,7 @@ from torch import Tensor
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.store.durable import CorruptFile, read_file
 from lorelei.store.record import FORMAT, json_object, migrate, parse_record
-from lorelei.store.tensor_file import lora_modules, parse_tensors, tensor_bytes
+from lorelei.store.tensor_file import check_floating, lora_modules, parse_tensors, tensor_bytes
 from lorelei.types import AdapterSpec
 
 _METADATA = "lorelei"
@@ -72,7 +72,10 @@ def read_snapshot(path: Path, sha256: str | None) -> AdapterSnapshot:
 
 def _check(snapshot: AdapterSnapshot) -> None:
     tensors = snapshot.state.tensors
-    lora_modules(tensors, snapshot.state.spec.rank)
+    if snapshot.state.spec.full:
+        check_floating(tensors)
+    else:
+        lora_modules(tensors, snapshot.state.spec.rank)
     if snapshot.step < 0:
         raise ValueError(f"step is {snapshot.step}, must be 0 or more")
     for prefix, moments in ((_AVG, snapshot.exp_avg), (_AVG_SQ, snapshot.exp_avg_sq)):

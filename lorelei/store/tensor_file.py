@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -26,12 +25,16 @@ def tensor_bytes(tensors: Mapping[str, Tensor], metadata: tuple[str, str]) -> by
 
     One metadata entry only: safetensors writes several in random order.
     """
-    # safetensors refuses tensors that share memory, and tied modules share their A
-    copies = {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
-    return safetensors.torch.save(copies, metadata=dict([metadata]))
+    # safetensors refuses tensors that share memory, and tied modules share their A; the others
+    # are not copied: full weights and their moments are three times the model
+    seen: set[int] = set()
+    held: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        held[name] = tensor.detach().clone() if storage in seen else tensor.detach()
+        held[name] = held[name].contiguous()
+        seen.add(storage)
+    return safetensors.torch.save(held, metadata=dict([metadata]))
 
 
 def parse_tensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -59,11 +62,17 @@ def lora_modules(tensors: Mapping[str, Tensor], rank: int) -> tuple[str, ...]:
             if tensor.ndim != 2 or tensor.shape[axis] != rank:
                 want = f"[{rank}, in]" if axis == 0 else f"[out, {rank}]"
                 raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, must be {want}")
-            if not tensor.dtype.is_floating_point:
-                raise ValueError(f"tensor {name} is {tensor.dtype}, must be floating point")
-    if not modules:
-        raise ValueError("no tensors")
+    check_floating(tensors)
     return tuple(sorted(modules))
+
+
+def check_floating(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError naming a tensor that is not floating point, or when there is none."""
+    if not tensors:
+        raise ValueError("no tensors")
+    for name, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f"tensor {name} is {tensor.dtype}, must be floating point")
 
 
 def _module(name: str) -> str:

@@ -1,4 +1,4 @@
-"""One AdamW for one adapter: clip, step, clear, and its state under PEFT names."""
+"""One AdamW for one adapter: clip, step, clear, and its state under the adapter's names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class AdapterOptimizer:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
-        self._adam = torch.optim.AdamW(self._tensors.values(), lr=0.0, foreach=True)
+        # fused: no temporary copies of the tensors, which full weights would feel
+        self._adam = torch.optim.AdamW(self._tensors.values(), lr=0.0, fused=True)
         self.step_count = 0
 
     def grad_norm(self) -> Tensor | None:
@@ -50,12 +51,12 @@ class AdapterOptimizer:
         self._adam.zero_grad(set_to_none=True)
 
     def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Copies of (exp_avg, exp_avg_sq) by PEFT name; zeros before the first step."""
+        """Copies of (exp_avg, exp_avg_sq) by name; zeros before the first step."""
         both: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         for name, tensor in self._tensors.items():
             held = self._adam.state.get(tensor, {})
             for found, key in zip(both, ("exp_avg", "exp_avg_sq"), strict=True):
-                moment = held.get(key, torch.zeros_like(tensor))
+                moment = held[key] if held else torch.zeros_like(tensor)
                 found[name] = moment.detach().to("cpu", copy=True)
         return both
 
@@ -70,7 +71,7 @@ class AdapterOptimizer:
                 self._adam.state.pop(tensor, None)
                 continue
             self._adam.state[tensor] = {
-                "step": torch.tensor(float(step)),
+                "step": torch.tensor(float(step), device=tensor.device),
                 "exp_avg": exp_avg[name].to(tensor.device, tensor.dtype, copy=True),
                 "exp_avg_sq": exp_avg_sq[name].to(tensor.device, tensor.dtype, copy=True),
             }

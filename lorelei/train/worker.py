@@ -68,7 +68,8 @@ def _start(start: Start) -> TrainEngine:
         local = int(os.environ["LOCAL_RANK"])
         torch.accelerator.set_device_index(local % torch.accelerator.device_count())
     timeout = timedelta(seconds=start.timeout)
-    dist.init_process_group(dist_backend(default_device()), timeout=timeout)
+    backend = dist_backend(default_device(), int(os.environ["LOCAL_WORLD_SIZE"]))
+    dist.init_process_group(backend, timeout=timeout)
     return build_engine(start.spec, Ranks.joined())
 
 

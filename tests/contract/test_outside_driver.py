@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lorelei.model.load import load_decoder
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.types import AdamHyper, AdapterSpec, Batch, Items, LossSpec, Segment
+from tests.decoders import load_decoder
 from tests.tiny_models import make_tiny
 
 LIKELIHOOD = LossSpec(path="tests.contract.losses:likelihood", params={"factor": 1.0})

@@ -15,7 +15,6 @@ import torch
 from safetensors import safe_open
 
 from lorelei.lora.state import AdapterState, tensor_names
-from lorelei.model.load import load_decoder
 from lorelei.rollout.contract import EngineClosed, RolloutEngine
 from lorelei.rollout.embedded.engine import EmbeddedEngine
 from lorelei.types import AdapterRef, AdapterSpec, Completion, GenerateRequest, Ints, SamplingParams
@@ -25,6 +24,7 @@ from tests.contract.reference_rollout import (
     reference_logprobs,
     reference_model,
 )
+from tests.decoders import load_decoder
 from tests.tiny_models import make_tiny
 
 FAMILIES = ("llama", "qwen3", "qwen3_moe")

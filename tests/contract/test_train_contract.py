@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from lorelei.lora.state import AdapterState
-from lorelei.model.load import load_decoder
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.batch import concatenate
 from lorelei.train.contract import TrainEngine
@@ -31,6 +30,7 @@ from tests.contract.train_engines import (
     make_engine,
     randomise,
 )
+from tests.decoders import load_decoder
 from tests.episodes import random_group, rollout, turn, weighted_batch
 from tests.tiny_models import make_tiny
 

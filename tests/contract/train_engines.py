@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lorelei.lora.state import AdapterSnapshot, AdapterState
-from lorelei.model.load import load_decoder
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.contract import TrainEngine
 from lorelei.train.remote import RemoteEngine
 from lorelei.train.spec import ArchonSpec
 from lorelei.types import AdamHyper, AdapterSpec, Batch, LossSpec
+from tests.decoders import load_decoder
 
 ENGINES = ("archon", "archon-two-ranks")
 SMALL = 24  # tokens of a micro-batch: less than most trees of the tests

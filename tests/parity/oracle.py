@@ -21,7 +21,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 def relative(got: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of the reference."""
-    got, expected = got.detach().double(), expected.detach().double()
+    got, expected = (x.detach().cpu().double() for x in (got, expected))
     return float((got - expected).norm() / expected.norm())
 
 

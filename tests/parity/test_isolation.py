@@ -29,7 +29,6 @@ from torch import Tensor
 
 from lorelei.lora.state import AdapterSnapshot
 from lorelei.model.decoder import Decoder
-from lorelei.model.load import load_decoder
 from lorelei.model.mlp import Moe
 from lorelei.rollout.embedded.engine import EmbeddedEngine
 from lorelei.train.archon.engine import ArchonEngine
@@ -45,6 +44,7 @@ from lorelei.types import (
     SamplingParams,
 )
 from tests.contract.train_engines import randomise
+from tests.decoders import load_decoder
 from tests.episodes import random_group, weighted_batch
 from tests.tiny_models import make_tiny
 
@@ -152,7 +152,7 @@ def base_digest(decoder: Decoder) -> str:
         if isinstance(layer.mlp, Moe):
             tensors.append(layer.mlp.router)
     for tensor in tensors:
-        sha.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        sha.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

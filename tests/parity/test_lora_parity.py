@@ -14,8 +14,8 @@ from torch.func import functional_call
 
 from lorelei.lora.bank import AdapterBank
 from lorelei.model.attention import PackedAttention, tree_blocks
-from lorelei.model.load import load_decoder
 from lorelei.types import AdapterSpec
+from tests.decoders import load_decoder
 from tests.parity.oracle import TOLERANCE, gradients, hf_logits, hf_model, peft_model, relative
 from tests.tiny_models import make_tiny
 
@@ -86,23 +86,24 @@ def ours(
     decoder = bank.decoder
     lengths = [len(p.tokens) for p in pieces]
     starts = [len(path(pieces, i)) - length for i, length in enumerate(lengths)]
+    positions = [torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]
     route = bank.route([(p.adapter, len(p.tokens)) for p in pieces], dropout_seed)
     hidden = decoder(
-        torch.tensor([t for p in pieces for t in p.tokens]),
-        torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]),
+        torch.tensor([t for p in pieces for t in p.tokens]).to(decoder.device),
+        torch.cat(positions).to(decoder.device),
         route,
         PackedAttention(tree_blocks(lengths, [p.parent for p in pieces])),
         recompute,
     )
     logits = route(decoder.head, hidden)
     live = {(name, n): t for name in bank for n, t in bank[name].tensors().items()}
-    cotangent = torch.cat([p.cotangent for p in pieces]).to(logits.dtype)
+    cotangent = torch.cat([p.cotangent for p in pieces]).to(logits.device, logits.dtype)
     grads = torch.autograd.grad(logits, list(live.values()), cotangent, allow_unused=True)
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for (name, tensor_name), grad in zip(live, grads, strict=True):
         if grad is not None:
-            found[name][tensor_name] = grad
-    return list(logits.detach().split(lengths)), found
+            found[name][tensor_name] = grad.cpu()
+    return list(logits.detach().cpu().split(lengths)), found
 
 
 def assert_agrees_with_peft(

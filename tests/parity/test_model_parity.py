@@ -15,7 +15,7 @@ from torch import Tensor
 from lorelei.model.attention import PackedAttention, masked_attention, tree_blocks
 from lorelei.model.decoder import Decoder
 from lorelei.model.linear import BaseRoute
-from lorelei.model.load import load_decoder
+from tests.decoders import load_decoder
 from tests.parity.oracle import TOLERANCE, hf_logits, hf_model, relative, smollm2_folder
 from tests.tiny_models import make_tiny
 
@@ -82,9 +82,9 @@ def packed_logits(decoder: Decoder, rows: Sequence[Sequence[int]], masked: bool 
         return masked_attention(q, k, v, blocks) if masked else packed(layer, q, k, v)
 
     route = BaseRoute()
-    tokens = torch.tensor([token for row in rows for token in row])
-    positions = torch.cat([torch.arange(len(row)) for row in rows])
-    return route(decoder.head, decoder(tokens, positions, route, attend))
+    tokens = torch.tensor([token for row in rows for token in row]).to(decoder.device)
+    positions = torch.cat([torch.arange(len(row)) for row in rows]).to(decoder.device)
+    return route(decoder.head, decoder(tokens, positions, route, attend)).cpu()
 
 
 def assert_parity(folder: Path, oracle: Path, dtype: torch.dtype, masked: bool = False) -> None:
@@ -154,7 +154,8 @@ def test_positions_far_beyond_the_first_table_agree(tmp_path: Path) -> None:
     row = torch.arange(9)
     route, attend = BaseRoute(), PackedAttention(tree_blocks([9], [-1]))
     for start in (0, 100_000, 3):  # the table grows, and is kept
-        hidden = decoder(row, row + start, route, attend)
+        here = row.to(decoder.device)
+        hidden = decoder(here, here + start, route, attend)
         expected = model(row[None], position_ids=row[None] + start, use_cache=False).logits[0]
         assert relative(route(decoder.head, hidden), expected) < 1e-10
 

@@ -15,7 +15,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lorelei.lora.state import AdapterSnapshot, AdapterState
-from lorelei.model.load import load_decoder
 from lorelei.rollout.embedded.engine import EmbeddedEngine
 from lorelei.store.peft_folder import write_peft_folder
 from lorelei.train.archon.engine import ArchonEngine
@@ -31,6 +30,7 @@ from lorelei.types import (
     SamplingParams,
     Turn,
 )
+from tests.decoders import load_decoder
 from tests.parity.oracle import smollm2_folder
 
 SPEC = AdapterSpec(rank=16, alpha=32)

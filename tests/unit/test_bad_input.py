@@ -58,7 +58,22 @@ BAD = [
     (GOOD + "adapters: {Math Two: {}}", "adapters.Math Two: 'Math Two' is not allowed; a name"),
     (GOOD + "adapters: {a: {steps: 0}}", "adapters.a.steps: 0 is not allowed"),
     # what cannot work
-    (GOOD + "lora: {use_lora: false}", "lora.use_lora: False is not allowed; full fine-tuning is"),
+    (
+        GOOD + "lora: {use_lora: false}\nadapters: {a: {}, b: {}}",
+        "lora.use_lora: false with 2 adapters; full fine-tuning trains one model: leave one",
+    ),
+    (
+        GOOD + "adapters: {a: {}, b: {lora: {use_lora: false}}}",
+        "lora.use_lora: false with 2 adapters; full fine-tuning trains one model: leave one",
+    ),
+    (
+        GOOD + "lora: {use_lora: false}\ndtype: bfloat16",
+        "dtype: 'bfloat16' is not allowed with lora.use_lora: false; use float32",
+    ),
+    (
+        GOOD + "lora: {use_lora: false, init_from: x}",
+        "is an adapter, and use_lora: false trains none; remove it",
+    ),
     (GOOD + "rollout: {temperature: 0}", "rollout.temperature: 0 is not allowed; greedy samples"),
     (GOOD + "rollout: {top_k: 5}", "rollout.top_k: is refused in training"),
     (GOOD + "adapters: {a: {rollout: {top_p: 0.9}}}", "adapters.a.rollout.top_p: is refused"),

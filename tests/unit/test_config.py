@@ -165,6 +165,13 @@ def test_a_rate_for_full_fine_tuning_is_warned_of(write):
     assert "algo.lr: 1e-06" in warning
 
 
+def test_in_full_fine_tuning_a_rate_for_lora_is_warned_of(write):
+    full = "lora.use_lora=false"
+    assert load_config(write(SHORT), [full, "algo.lr=1e-6"]).warnings() == []
+    (warning,) = load_config(write(SHORT), [full, "algo.lr=2e-4"]).warnings()
+    assert "algo.lr: 0.0002 is a rate for LoRA" in warning
+
+
 def test_the_schema_describes_every_field():
     schema = json_schema()
     sections = [schema, *schema["$defs"].values()]

@@ -15,7 +15,7 @@ from torch import Tensor
 from lorelei.lora.state import AdapterSnapshot, AdapterState, tensor_names
 from lorelei.store.durable import CorruptFile, StoreError
 from lorelei.store.snapshot import read_snapshot, snapshot_bytes
-from lorelei.types import AdapterSpec
+from lorelei.types import FULL_WEIGHTS, AdapterSpec
 
 SPEC = AdapterSpec(rank=2, alpha=3.5, target_modules=("q_proj",), rslora=True, dropout=0.1)
 A, B = tensor_names("model.layers.0.mlp.experts.3.gate_proj")
@@ -65,6 +65,21 @@ def test_modules_that_share_one_a_can_be_written(tmp_path: Path) -> None:
     )
     got = read_snapshot(path, None)
     assert all(torch.equal(got.state.tensors[name], tensors[name]) for name in tensors)
+
+
+def test_full_weights_have_the_names_of_the_checkpoint(tmp_path: Path) -> None:
+    path, fused = tmp_path / "s.safetensors", torch.arange(12.0).view(4, 3)
+    tensors = {"model.norm.weight": torch.ones(3), "k": fused[2:], "q": fused[:2]}  # views
+    state = AdapterState(spec=FULL_WEIGHTS, tensors=tensors)
+    want = AdapterSnapshot(state=state, exp_avg=tensors, exp_avg_sq=tensors, step=1)
+    path.write_bytes(snapshot_bytes(want))
+    got = read_snapshot(path, None)
+    assert got.state.spec == FULL_WEIGHTS and got.state.spec.full
+    assert got.state.digest() == state.digest()
+    assert all(torch.equal(got.exp_avg[name], tensor) for name, tensor in tensors.items())
+    empty = AdapterState(spec=FULL_WEIGHTS, tensors={})
+    with pytest.raises(ValueError, match="no tensors"):
+        snapshot_bytes(AdapterSnapshot(state=empty, exp_avg={}, exp_avg_sq={}, step=0))
 
 
 def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from lorelei.model.attention import (
     tree_blocks,
     unfolded,
 )
+from lorelei.model.kernels import fused
 from lorelei.rollout.embedded.kv_cache import PromptCache, RowCache
 
 
@@ -101,3 +102,43 @@ class StepAttention:
             outs.append(unfolded(out, n))
             lses.append(unfolded(lse[..., None], n)[..., 0])
         return torch.cat(outs), torch.cat(lses)
+
+
+class FusedStepAttention:
+    """The same in one call a layer; see model.kernels."""
+
+    def __init__(
+        self,
+        cache: RowCache,
+        prompts_LB3: Tensor,
+        slots_B: Tensor | None,
+        lengths_B: Tensor,
+        longest: int,
+    ) -> None:
+        """prompts: from `prompt_table`. The others are those of StepAttention."""
+        self._cache, self._prompts = cache, prompts_LB3
+        self._slots = torch.arange(len(lengths_B)) if slots_B is None else slots_B
+        self._lengths = lengths_B
+        self._scores = longest + 1 + int(prompts_LB3[0, :, 2].max())  # of a query head, at most
+        self._scratch = torch.empty(0)
+
+    def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+        if not len(self._scratch):
+            self._scratch = torch.empty(q_THd.shape[0] * q_THd.shape[1] * (self._scores + 1))
+        return fused.step_attention(
+            *(q_THd, k_TKd, v_TKd, *self._cache.layer(layer)),
+            *(self._slots, self._lengths, self._prompts[layer], self._scratch),
+        )
+
+
+def prompt_table(groups: Sequence[PromptRows]) -> Tensor:
+    """[L, B, 3]: the addresses of each row's prompt's keys and values in a layer, its length."""
+    rows: list[tuple[int, int, int]] = []
+    for group in groups:
+        keys, values = group.cache.keys, group.cache.values
+        rows += [(keys.data_ptr(), values.data_ptr(), keys.shape[2])] * (group.stop - group.start)
+    layers, kv_heads, _, d = groups[0].cache.keys.shape
+    table_LB3 = torch.tensor(rows).repeat(layers, 1, 1)
+    layer_bytes_LB = torch.arange(layers)[:, None] * table_LB3[:, :, 2] * (4 * kv_heads * d)
+    table_LB3[:, :, :2] += layer_bytes_LB[..., None]
+    return table_LB3

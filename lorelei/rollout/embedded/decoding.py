@@ -12,9 +12,16 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from lorelei.model.decoder import Decoder
+from lorelei.model.decoder import Attend, Decoder
+from lorelei.model.kernels.fused import fuses
 from lorelei.model.linear import Route
-from lorelei.rollout.embedded.attention import PrefillAttention, PromptRows, StepAttention
+from lorelei.rollout.embedded.attention import (
+    FusedStepAttention,
+    PrefillAttention,
+    PromptRows,
+    StepAttention,
+    prompt_table,
+)
 from lorelei.rollout.embedded.kv_cache import PromptCache, RowCache
 from lorelei.rollout.embedded.published import PublishedAdapters
 from lorelei.rollout.embedded.sampler import RowParams, sample
@@ -32,6 +39,7 @@ class _Plan:
     lengths: tuple[int, ...]  # of the prompts
     slots: torch.Tensor | None  # [B], none: row = slot
     groups: tuple[PromptRows, ...]
+    prompts: torch.Tensor | None  # where there are kernels: `prompt_table` of the groups
     route: Route
     params: RowParams
 
@@ -52,7 +60,7 @@ class Decoding:
     def step(self) -> list[tuple[Row, Outcome]]:
         """Sample one token for every running row. Returns the rows that ended, and how."""
         ended: list[tuple[Row, Outcome]] = []
-        if admitted := self._scheduler.admit():
+        if admitted := self._scheduler.admit(self._published.share_steps):
             self._plan = None
             self._settle()
             self._prefill(admitted)
@@ -89,7 +97,7 @@ class Decoding:
         device = self._decoder.device
         lengths = [len(p.tokens) for p in prompts]
         caches = [PromptCache(self._decoder, length) for length in lengths]
-        hidden_TD = self._decoder(
+        hidden_TD = self._published.decoder(prompts[0].adapter)(
             torch.from_numpy(np.concatenate([p.tokens for p in prompts])).long().to(device),
             torch.cat([torch.arange(length, device=device) for length in lengths]),
             self._published.route([p.adapter for p in prompts for _ in p.tokens]),
@@ -113,7 +121,8 @@ class Decoding:
         route = self._published.route([p.adapter for p in prompts])
         number = {p: i for i, p in enumerate(prompts)}
         index = torch.tensor([number[r.prompt] for r in rows])
-        logits_BV = route(self._decoder.head, hidden_ND)[index.to(hidden_ND.device)]
+        head = self._published.decoder(prompts[0].adapter).head
+        logits_BV = route(head, hidden_ND)[index.to(hidden_ND.device)]
         params = RowParams.of([r.request.sampling for r in rows], hidden_ND.device)
         return self._sample(rows, logits_BV, params)
 
@@ -125,13 +134,19 @@ class Decoding:
         longest = max(held)
         self._cache.reserve(len(held), longest + 1)
         lengths_B = torch.tensor(held, device=device)
-        hidden_BD = self._decoder(
+        decoder = self._published.decoder(plan.rows[0].prompt.adapter)
+        hidden_BD = decoder(
             torch.tensor([row.tokens[-1] for row in plan.rows], device=device),
             lengths_B + torch.tensor(plan.lengths, device=device),
             plan.route,
-            StepAttention(self._cache, plan.groups, plan.slots, lengths_B, longest),
+            self._attention(plan, lengths_B, longest),
         )
-        return self._sample(plan.rows, plan.route(self._decoder.head, hidden_BD), plan.params)
+        return self._sample(plan.rows, plan.route(decoder.head, hidden_BD), plan.params)
+
+    def _attention(self, plan: _Plan, lengths_B: torch.Tensor, longest: int) -> Attend:
+        if plan.prompts is not None:
+            return FusedStepAttention(self._cache, plan.prompts, plan.slots, lengths_B, longest)
+        return StepAttention(self._cache, plan.groups, plan.slots, lengths_B, longest)
 
     def _make_plan(self) -> _Plan:
         self._settle()
@@ -151,6 +166,7 @@ class Decoding:
             tuple(len(prompt.tokens) for prompt in prompts),
             None if order == sorted(order) else torch.tensor(order, device=device),
             tuple(groups),
+            prompt_table(groups) if fuses(self._decoder.embedding) else None,
             self._published.route([prompt.adapter for prompt in prompts]),
             RowParams.of([row.request.sampling for row in rows], device),
         )

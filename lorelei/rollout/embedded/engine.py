@@ -45,7 +45,7 @@ class EmbeddedEngine:
         prefill_tokens: how many prompt tokens one step reads (a longer prompt is read alone).
         """
         positions = decoder.config.max_positions
-        self._decoder, self._tokenizer = decoder, tokenizer
+        self._tokenizer = tokenizer
         self._limits = Limits(
             vocab=decoder.config.vocab,
             context=min(max_context or positions, positions),
@@ -86,9 +86,7 @@ class EmbeddedEngine:
         for sequence in sequences:
             self._limits.check_sequence(sequence)
         name = adapter.served_name if adapter is not None else None
-        return await self._call(
-            lambda: score(self._decoder, self._published, sequences, name, temperature)
-        )
+        return await self._call(lambda: score(self._published, sequences, name, temperature))
 
     async def load(self, ref: AdapterRef, state: AdapterState) -> str | None:
         digest = await self._call(lambda: self._published.install(ref.served_name, state))

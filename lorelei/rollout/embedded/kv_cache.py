@@ -72,6 +72,10 @@ class RowCache:
         """Views [B, K, length, d] of the first `rows` slots."""
         return self._keys[layer, :rows, :, :length], self._values[layer, :rows, :, :length]
 
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Views [S, K, C, d] of all slots."""
+        return self._keys[layer], self._values[layer]
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a row's first `length` tokens into another slot."""
         for cache in (self._keys, self._values):

@@ -8,9 +8,11 @@ from itertools import groupby
 import torch
 
 from lorelei.lora.bank import AdapterBank, MergedRoute
+from lorelei.lora.full import serving_copy
 from lorelei.lora.state import AdapterState
 from lorelei.model.decoder import Decoder
 from lorelei.model.linear import FrozenLinear, Route
+from lorelei.model.weights import named_tensors
 from lorelei.rollout.embedded.route import LowRank, PublishedRoute, RoutedSpan, low_rank
 
 # merging a version costs about as much as this many tokens save
@@ -24,6 +26,7 @@ class PublishedAdapters:
         self._decoder = decoder
         self._bank = AdapterBank(decoder)
         self._layers: dict[str, Mapping[FrozenLinear, LowRank]] = {}
+        self._models: dict[str, Decoder] = {}  # of full weights
         self._merged: tuple[str, MergedRoute] | None = None
 
     def install(self, name: str, state: AdapterState) -> str:
@@ -36,18 +39,37 @@ class PublishedAdapters:
         for tensor_name, tensor in state.tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"adapter {name!r}: {tensor_name} has values that are not finite")
-        adapter = self._bank.add(name, state.spec)
+        if state.spec.full:
+            return self._install_model(name, state)
+        self._bank.add(name, state.spec)
         try:
             self._bank.load(name, state.tensors)
         except ValueError:
             self._bank.drop(name)
             raise
-        self._layers[name] = low_rank(adapter, self._decoder.dtype)
+        self._layers[name] = low_rank(self._bank.lora(name), self._decoder.dtype)
         return self._bank.state(name).digest()
 
+    def _install_model(self, name: str, state: AdapterState) -> str:
+        if name not in self._models:
+            self._models[name] = serving_copy(self._decoder, name, state)
+            self._layers[name] = {}
+            return state.digest()  # the copy was compared with it
+        held = dict(named_tensors(self._models[name]))
+        return AdapterState(spec=state.spec, tensors=held).digest()
+
+    def decoder(self, name: str | None) -> Decoder:
+        """What rows of this adapter go through: the base, or its own full weights."""
+        return self._models.get(name or "", self._decoder)
+
+    def share_steps(self, one: str | None, other: str | None) -> bool:
+        """Whether rows of both adapters can be decoded in one step."""
+        return self.decoder(one) is self.decoder(other)
+
     def remove(self, name: str) -> None:
-        self._bank.drop(name)
         del self._layers[name]
+        if self._models.pop(name, None) is None:
+            self._bank.drop(name)
         if self._merged is not None and self._merged[0] == name:
             self.drop_merged()
 
@@ -66,7 +88,7 @@ class PublishedAdapters:
         if name is not None and name == held:
             return
         self.drop_merged()  # first: two copies need not fit into memory
-        if name is not None and pending_tokens >= MERGE_TOKENS:
+        if name is not None and name not in self._models and pending_tokens >= MERGE_TOKENS:
             self._merged = (name, self._bank.merged(name))
 
     def route(self, names: Sequence[str | None]) -> Route:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from asyncio import Future
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,13 +74,20 @@ class Scheduler:
             self._prompts[key] = Prompt(key, self._arrived, request.tokens)
         return self._prompts[key]
 
-    def admit(self) -> list[Row]:
-        """Start waiting rows while there are slots and the step's prefill budget lasts."""
+    def admit(
+        self, share_steps: Callable[[str | None, str | None], bool] = lambda *_: True
+    ) -> list[Row]:
+        """Start waiting rows while there are slots and the step's prefill budget lasts.
+
+        share_steps: whether rows of two adapters can run at once; else the later ones wait.
+        """
         admitted: list[Row] = []
         fresh: set[Prompt] = set()
         budget = self._prefill_tokens
         while self.waiting and len(self.running) < self._max_running:
             prompt = self.waiting[0].prompt
+            if self.running and not share_steps(self.running[0].prompt.adapter, prompt.adapter):
+                break
             if prompt.cache is None and prompt not in fresh:
                 if fresh and len(prompt.tokens) > budget:
                     break

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from lorelei.model.attention import PackedAttention, tree_blocks
-from lorelei.model.decoder import Decoder
 from lorelei.model.head import routed_target_logprobs
 from lorelei.rollout.embedded.published import PublishedAdapters
 from lorelei.types import Floats, Ints
@@ -21,7 +20,6 @@ _PACK_TOKENS = 4096  # of one forward pass
 
 @torch.no_grad()
 def score(
-    decoder: Decoder,
     published: PublishedAdapters,
     sequences: Sequence[Ints],
     adapter: str | None,
@@ -31,6 +29,7 @@ def score(
 
     Never through a merged copy: what is said of a version does not depend on what is decoded.
     """
+    decoder = published.decoder(adapter)
     scored: list[Floats] = []
     for pack in _packs(sequences):
         device, lengths = decoder.device, [len(sequence) for sequence in pack]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorelei.algo.loss import LossItems, LossResult, load_loss
-from lorelei.lora.bank import AdapterBank, BankRoute, check_tensors, stable_seed
+from lorelei.lora.bank import AdapterBank, RoutedModel, check_tensors, stable_seed
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.attention import PackedAttention, tree_blocks
 from lorelei.model.decoder import Decoder
@@ -45,7 +45,6 @@ class ArchonEngine:
         recompute: bool = False,
         ranks: Ranks | None = None,
     ) -> None:
-        self._decoder = decoder
         self._bank, self._references = AdapterBank(decoder), AdapterBank(decoder)
         self._optimizers: dict[str, AdapterOptimizer] = {}
         self._max_tokens, self._recompute = max_tokens_per_mb, recompute
@@ -80,8 +79,8 @@ class ArchonEngine:
         outputs = _Outputs(len(batch.items), self._bank.dtype)
         with self._ranks.together():
             for part in self._micro_batches(batch):
-                route = self._route(part.batch, policy)
-                outputs.put(part, *self._item_logprobs(part.batch, route))
+                model = self._model(part.batch, policy)
+                outputs.put(part, *self._item_logprobs(part.batch, model))
         self._ranks.add_up([outputs.logprobs, outputs.entropy])
         return outputs.items()
 
@@ -112,8 +111,8 @@ class ArchonEngine:
     def _micro_step(self, part: Piece, losses: Mapping[str, LossSpec], outputs: _Outputs) -> None:
         steps = (self._optimizers[name].step_count for name in part.batch.adapters)
         seed = stable_seed(*steps, part.items[0])  # other micro-batches and ranks draw other masks
-        route = self._route(part.batch, "current", dropout_seed=seed)
-        logprobs_I, entropy_I = self._item_logprobs(part.batch, route)
+        model = self._model(part.batch, "current", dropout_seed=seed)
+        logprobs_I, entropy_I = self._item_logprobs(part.batch, model)
         totals: list[Tensor] = []
         for name, rows in _item_rows(part.batch).items():
             items = _loss_items(part.batch.items, rows, logprobs_I)
@@ -124,14 +123,15 @@ class ArchonEngine:
         torch.stack(totals).sum().backward()
         outputs.put(part, logprobs_I.detach(), entropy_I)
 
-    def _item_logprobs(self, batch: Batch, route: BankRoute) -> tuple[Tensor, Tensor]:
-        device, segments, items = self._decoder.device, batch.segments, batch.items
+    def _item_logprobs(self, batch: Batch, model: RoutedModel) -> tuple[Tensor, Tensor]:
+        decoder, route = model
+        device, segments, items = decoder.device, batch.segments, batch.items
         tokens_T = np.concatenate([s.tokens for s in segments]).astype(np.int64)
         positions_T = np.concatenate(
             [np.arange(s.start, s.start + len(s.tokens)) for s in segments]
         )
         blocks = tree_blocks([len(s.tokens) for s in segments], [s.parent for s in segments])
-        hidden_TD = self._decoder(
+        hidden_TD = decoder(
             torch.from_numpy(tokens_T).to(device),
             torch.from_numpy(positions_T).to(device),
             route,
@@ -141,16 +141,16 @@ class ArchonEngine:
         hidden_ID = hidden_TD[torch.from_numpy(items.source).to(device)]
         target_I = torch.from_numpy(items.target).to(device)
         temperature_I = torch.from_numpy(items.temperature).to(device)
-        head = self._decoder.head
+        head = decoder.head
         if route.adapts(head):
             head_route = route.take(torch.from_numpy(items.source))
             return routed_target_logprobs(hidden_ID, head, head_route, target_I, temperature_I)
         return target_logprobs(hidden_ID, head, target_I, temperature_I)
 
-    def _route(self, batch: Batch, policy: Policy, dropout_seed: int | None = None) -> BankRoute:
+    def _model(self, batch: Batch, policy: Policy, dropout_seed: int | None = None) -> RoutedModel:
         bank = self._references if policy == "reference" else self._bank
         spans = [(s.adapter if s.adapter in bank else None, len(s.tokens)) for s in batch.segments]
-        return bank.route(spans, dropout_seed)
+        return bank.model(spans, dropout_seed)
 
     def _micro_batches(self, batch: Batch) -> list[Piece]:
         if self._ranks.size == 1:
@@ -186,10 +186,16 @@ class ArchonEngine:
         )
 
     def restore(self, name: str, snapshot: AdapterSnapshot) -> None:
-        if snapshot.state.spec != self._bank[name].spec:
+        theirs, own = snapshot.state.spec, self._bank[name].spec
+        if theirs.full != own.full:
+            there, here = (f"lora.use_lora: {str(not s.full).lower()}" for s in (theirs, own))
             raise ValueError(
-                f"adapter {name!r}: the snapshot is of {snapshot.state.spec}, "
-                f"the engine holds {self._bank[name].spec}"
+                f"adapter {name!r}: the snapshot is of {there}, the engine trains {here}; what a "
+                "run trains cannot change, start a new one"
+            )
+        if theirs != own:
+            raise ValueError(
+                f"adapter {name!r}: the snapshot is of {theirs}, the engine holds {own}"
             )
         shapes = {n: tuple(t.shape) for n, t in self._bank[name].tensors().items()}
         for tensors in (snapshot.state.tensors, snapshot.exp_avg, snapshot.exp_avg_sq):

@@ -1,0 +1,122 @@
+"""Full fine-tuning: a model of its own, every weight of which is trained.
+
+It stands where an adapter stands, so that LoRA's saving can be measured.
+Shapes: T tokens, D inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorelei.lora.state import AdapterState
+from lorelei.model.decoder import Decoder
+from lorelei.model.linear import FrozenLinear, Lift, lifted
+from lorelei.model.norm import RmsNorm
+from lorelei.model.weights import named_tensors, rebuilt, ties_head, unpack
+from lorelei.types import FULL_WEIGHTS, AdapterSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FullWeights:
+    """The trained copy of a base model."""
+
+    spec: AdapterSpec
+    decoder: Decoder
+    layers: Mapping[FrozenLinear, tuple[Tensor, ...]]  # weight of each part, bias of each part
+    named: Mapping[str, Tensor]
+
+    @classmethod
+    def copy_of(cls, base: Decoder, dtype: torch.dtype) -> FullWeights:
+        """A copy that starts as the base, in the plain layout: it is written at every step."""
+        decoder = rebuilt(base, dict(named_tensors(base)), dtype)
+        unpack(decoder)
+        # the parts of a fused layer are trained as views of it
+        named = {name: tensor.requires_grad_() for name, tensor in named_tensors(decoder)}
+        layers: dict[FrozenLinear, tuple[Tensor, ...]] = {}
+        for layer in decoder.linears():
+            names = [f"{part.name}.weight" for part in layer.parts]
+            if layer.bias is not None:
+                names += [f"{part.name}.bias" for part in layer.parts]
+            layers[layer] = tuple(named[name] for name in names if name in named)
+        if ties_head(decoder):
+            layers[decoder.head] = (decoder.embedding,)
+        return cls(FULL_WEIGHTS, decoder, layers, dict(sorted(named.items())))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors by the checkpoint's names, sorted."""
+        return dict(self.named)
+
+
+class FullRoute:
+    """Every token through the trained model; with `FullWeights.decoder` only."""
+
+    def __init__(self, weights: FullWeights) -> None:
+        self._weights = weights
+
+    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: Lift | None = None) -> Tensor:
+        trained = self._weights.layers[layer]
+        # norms outside of a linear layer, the embedding and routers are autograd's
+        norm = (lift.weight,) if isinstance(lift, RmsNorm) else ()
+        return _FullLinear.apply(x_TD, layer, lift, *trained, *norm)  # type: ignore[no-any-return]
+
+    def adapts(self, layer: FrozenLinear) -> bool:
+        """Whether the layer is trained."""
+        return True
+
+    def take(self, index: Tensor) -> FullRoute:
+        return self
+
+
+class _FullLinear(torch.autograd.Function):
+    """Keeps x before its lift."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layer: FrozenLinear, lift: Lift | None, *trained: Tensor
+    ) -> Tensor:
+        ctx.layer, ctx.lift = layer, lift
+        # weights are saved through the layer: the optimizer writes them only between passes
+        ctx.save_for_backward(x)
+        return layer.product(lifted(x, lift))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), (dy_TO,) = ctx.saved_tensors, grads
+        layer, lift = ctx.layer, ctx.lift
+        x_TD = lifted(x, lift)
+        d_weight_OD = dy_TO.T @ x_TD
+        found = [d_weight_OD[part.start : part.stop] for part in layer.parts]
+        if layer.bias is not None:
+            d_bias_O = dy_TO.sum(0)
+            found += [d_bias_O[part.start : part.stop] for part in layer.parts]
+        dx_TD = layer.weight.transposed_product(dy_TO)
+        if isinstance(lift, RmsNorm):
+            found.append(lift.weight_grad(x, dx_TD))
+        dx = dx_TD if lift is None else lift.backward(x, dx_TD)
+        return dx, None, None, *found
+
+
+def serving_copy(base: Decoder, name: str, state: AdapterState) -> Decoder:
+    """A private decoder on a copy of full weights, laid out for inference.
+
+    Raises ValueError when the weights are not those of a model like `base`, or the copy, which is
+    in its dtype, does not hold what was sent.
+    """
+    decoder = rebuilt(base, state.tensors, base.dtype)
+    extra = set(state.tensors)
+    for tensor_name, tensor in named_tensors(decoder):
+        extra.discard(tensor_name)
+        sent = state.tensors[tensor_name]
+        if sent.dtype != tensor.dtype or not torch.equal(tensor.to("cpu"), sent):
+            raise ValueError(
+                f"adapter {name!r}: {tensor_name} is {sent.dtype}, the engine holds "
+                f"{tensor.dtype}; full weights need a run with dtype: float32"
+            )
+    if extra:
+        raise ValueError(f"adapter {name!r}: tensor {min(extra)!r} is of no layer of the model")
+    return decoder

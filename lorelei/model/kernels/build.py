@@ -1,0 +1,64 @@
+"""Compiles kernels.c once for this processor and keeps the library in the cache folder.
+
+Where there is no C compiler, no glibc or no OpenMP of torch's own, there are no kernels, and
+the decoder uses torch's operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from lorelei.config.paths import cache_folder
+
+SOURCE = Path(__file__).with_name("kernels.c")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, or none where they cannot be had."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    if compiler is None or not openmp or platform.system() != "Linux":
+        return None
+    built = cache_folder() / "kernels" / f"{_key(compiler)}.so"
+    if not built.is_file() and not _compile(compiler, built):
+        return None
+    # the threads of torch itself: a second OpenMP in the process would bring threads of its own
+    ctypes.CDLL(str(openmp[0]), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(built))
+
+
+def _key(compiler: str) -> str:
+    """Changes with the source, the compiler and the processor's instructions."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    info = Path("/proc/cpuinfo")
+    lines = info.read_bytes().splitlines() if info.is_file() else []
+    flags = next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
+    parts = (SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version, flags)
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _compile(compiler: str, target: Path) -> bool:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+        # two steps: linking with -fopenmp would name an OpenMP library besides torch's
+        for command in (
+            [compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), "-o", str(linked), "-lm"],
+        ):
+            if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+                return False
+        linked.replace(target)  # whole or not at all, whoever else builds it now
+    return True

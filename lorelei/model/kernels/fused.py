@@ -1,0 +1,183 @@
+"""The kernels of kernels.c as functions of tensors.
+
+Every function takes fp32 CPU tensors for which `fuses` is true. Shapes: T tokens, B rows,
+D inputs, O outputs, F intermediate, H query heads, K key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorelei.model.kernels.build import library
+
+_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "lanes": (),
+    "pack": (_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG),
+    "unpack": (_POINTER, _POINTER, _LONG, _LONG),
+    "product": (
+        *(_POINTER, _LONG, _LONG) * 3,
+        *(_LONG, _LONG, _LONG, _FLOAT, ctypes.c_int),
+    ),
+    "rms_norm": (_POINTER, _POINTER, _FLOAT, _POINTER, _LONG, _LONG),
+    "rms_norm_backward": (_POINTER, _POINTER, _FLOAT, _POINTER, _POINTER, _LONG, _LONG),
+    "swiglu": (_POINTER, _POINTER, _LONG, _LONG),
+    "swiglu_backward": (_POINTER, _POINTER, _POINTER, _LONG, _LONG),
+    "rotate": (_POINTER, _LONG, _POINTER, _POINTER, _FLOAT, _POINTER, *(_LONG,) * 4),
+    "step_attention": (
+        *(_POINTER, _LONG) * 3,
+        *(_POINTER,) * 6,
+        _LONG,
+        _POINTER,
+        *(_LONG,) * 5,
+    ),
+}
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether there are kernels for tensors like this one."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and library() is not None
+
+
+@cache
+def _kernel(name: str) -> Callable[..., None]:
+    kernel = getattr(library(), name)
+    kernel.argtypes, kernel.restype = _SIGNATURES[name], _LONG if name == "lanes" else None
+    return kernel
+
+
+@cache
+def lanes() -> int:
+    """The columns of a product come in multiples of this number."""
+    return _kernel("lanes")()
+
+
+def pack(weight_OD: Tensor) -> Tensor:
+    """The panels [O / P, D, P] of a matrix of any strides, filled up with zeros."""
+    (outputs, inputs), width = weight_OD.shape, 2 * lanes()
+    panels = torch.empty(-(-outputs // width), inputs, width)
+    steps = weight_OD.stride()
+    _kernel("pack")(weight_OD.data_ptr(), *steps, panels.data_ptr(), outputs, inputs)
+    return panels
+
+
+def unpack(panels: Tensor, outputs: int) -> Tensor:
+    """The matrix [O, D] of panels."""
+    weight_OD = torch.empty(outputs, panels.shape[1])
+    _kernel("unpack")(panels.data_ptr(), weight_OD.data_ptr(), *weight_OD.shape)
+    return weight_OD
+
+
+def product(x_TD: Tensor, panels: Tensor, outputs: int) -> Tensor:
+    """x @ W.T [T, O] for the panels of W."""
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    y_TO = torch.empty(len(x_TD), outputs)
+    width = panels.shape[2]
+    _kernel("product")(
+        *(x_TD.data_ptr(), *x_TD.stride(), panels.data_ptr(), width, panels.stride(0)),
+        *(y_TO.data_ptr(), outputs, width, *x_TD.shape, outputs, 1.0, False),
+    )
+    return y_TO
+
+
+def raised(panels: Tensor, a_DR: Tensor, b_RO: Tensor) -> Tensor:
+    """The panels of W + (a @ b).T."""
+    raised, width = panels.clone(), panels.shape[2]
+    a_DR, deltas = a_DR.contiguous(), pack(b_RO.T)
+    inputs, rank = a_DR.shape
+    _kernel("product")(
+        *(a_DR.data_ptr(), rank, 1, deltas.data_ptr(), width, deltas.stride(0)),
+        *(raised.data_ptr(), width, raised.stride(0)),
+        *(inputs, rank, len(panels) * width, 1.0, True),
+    )
+    return raised
+
+
+def multiplies(x_TD: Tensor, p_DO: Tensor) -> bool:
+    """Whether `add_product` takes these factors."""
+    return fuses(x_TD) and p_DO.stride(1) == 1 and p_DO.shape[1] % lanes() == 0
+
+
+def add_product(y_TO: Tensor, x_TD: Tensor, p_DO: Tensor, scale: float, add: bool) -> None:
+    """y = scale * x @ p, or added to y. Rows of y are contiguous, x may have any strides."""
+    width = 2 * lanes()
+    _kernel("product")(
+        *(x_TD.data_ptr(), *x_TD.stride(), p_DO.data_ptr(), p_DO.stride(0), width),
+        *(y_TO.data_ptr(), y_TO.stride(0), width),
+        *(*x_TD.shape, p_DO.shape[1], scale, add),
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D] / rms(x) * weight [D]."""
+    x, y = x.contiguous(), torch.empty(x.shape)
+    _kernel("rms_norm")(
+        x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), x.numel() // len(weight), len(weight)
+    )
+    return y
+
+
+def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor) -> Tensor:
+    """The gradient of x [..., D]."""
+    x, dy, dx = x.contiguous(), dy.contiguous(), torch.empty(x.shape)
+    _kernel("rms_norm_backward")(
+        *(x.data_ptr(), weight.data_ptr(), eps, dy.data_ptr(), dx.data_ptr()),
+        *(x.numel() // len(weight), len(weight)),
+    )
+    return dx
+
+
+def swiglu(x_TF: Tensor) -> Tensor:
+    """silu(gate) * up [T, F] of [T, 2F]."""
+    x, y = x_TF.contiguous(), torch.empty(len(x_TF), x_TF.shape[1] // 2)
+    _kernel("swiglu")(x.data_ptr(), y.data_ptr(), *y.shape)
+    return y
+
+
+def swiglu_backward(x_TF: Tensor, dy_TF: Tensor) -> Tensor:
+    """The gradient [T, 2F] of x."""
+    x, dy, dx = x_TF.contiguous(), dy_TF.contiguous(), torch.empty(x_TF.shape)
+    _kernel("swiglu_backward")(x.data_ptr(), dy.data_ptr(), dx.data_ptr(), *dy.shape)
+    return dx
+
+
+def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor, direction: float, out: Tensor) -> None:
+    """Rotate x [T, H, d] into `out` by angles [T, d / 2], or back where direction is -1.
+
+    Both may be parts of wider rows, and the same.
+    """
+    _kernel("rotate")(
+        *(x_THd.data_ptr(), x_THd.stride(0), cos.data_ptr(), sin.data_ptr(), direction),
+        *(out.data_ptr(), out.stride(0), *x_THd.shape),
+    )
+
+
+def step_attention(
+    q_BHd: Tensor,
+    k_BKd: Tensor,
+    v_BKd: Tensor,
+    keys_SKCd: Tensor,
+    values_SKCd: Tensor,
+    slots_B: Tensor,
+    lengths_B: Tensor,
+    prompts_B3: Tensor,
+    scratch: Tensor,
+) -> Tensor:
+    """[B, H, d]; writes k and v into the cache. See kernels.c."""
+    rows, heads, d = q_BHd.shape
+    _, kv_heads, capacity, _ = keys_SKCd.shape
+    out = torch.empty(rows, heads, d)
+    pointers = (keys_SKCd, values_SKCd, slots_B, lengths_B, prompts_B3, scratch)
+    _kernel("step_attention")(
+        *(q_BHd.data_ptr(), q_BHd.stride(0), k_BKd.data_ptr(), k_BKd.stride(0)),
+        *(v_BKd.data_ptr(), v_BKd.stride(0), *(t.data_ptr() for t in pointers)),
+        *(scratch.numel() // (rows * kv_heads), out.data_ptr()),
+        *(rows, heads, kv_heads, capacity, d),
+    )
+    return out

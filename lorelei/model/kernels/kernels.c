@@ -1,0 +1,366 @@
+/* The decoder's matrix products and what stands between them, in fp32 on a CPU.
+ *
+ * Decoding multiplies a few rows with every weight of the model: it is as fast as memory when the
+ * next weights are on their way while these are multiplied. What stands between the products
+ * PyTorch runs as five to twenty small operations each, whose overhead costs more than the work.
+ * Every row is computed by one thread in one order, so its bits depend neither on the number of
+ * threads nor on the rows beside it.
+ *
+ * Shapes: T tokens, B rows, D inputs, O outputs, F intermediate, H query heads, K key/value heads,
+ * d head size, G = H / K.
+ */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define PARALLEL_FROM 16384 /* elements: below, waking the other threads costs more */
+
+/* e^x to 2e-7 relative; below -87 it is 1e-38, NaN stays NaN. Written out because a call of
+ * expf keeps a loop scalar. Cephes' reduction and polynomial. */
+static inline float exponential(float x) {
+    x = x > 88.0f ? 88.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    float n = rintf(x * 1.44269504088896341f);
+    float r = x - n * 0.693359375f - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    union { int32_t bits; float value; } power = { ((int32_t)n + 127) << 23 };
+    return p * power.value;
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+static inline float inverse_rms(const float *x, float eps, long D) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (long i = 0; i < D; i++) sum += x[i] * x[i];
+    return 1.0f / sqrtf(sum / (float)D + eps);
+}
+
+/* y [T, D] = x / rms(x) * weight */
+void rms_norm(const float *x, const float *weight, float eps, float *y, long T, long D) {
+#pragma omp parallel for schedule(static) if (T * D >= PARALLEL_FROM)
+    for (long t = 0; t < T; t++) {
+        const float *in = x + t * D;
+        float *out = y + t * D;
+        float scale = inverse_rms(in, eps, D);
+#pragma omp simd
+        for (long i = 0; i < D; i++) out[i] = in[i] * scale * weight[i];
+    }
+}
+
+/* dx [T, D] */
+void rms_norm_backward(const float *x, const float *weight, float eps, const float *dy, float *dx,
+                       long T, long D) {
+#pragma omp parallel for schedule(static) if (T * D >= PARALLEL_FROM)
+    for (long t = 0; t < T; t++) {
+        const float *in = x + t * D, *grad = dy + t * D;
+        float *out = dx + t * D;
+        float scale = inverse_rms(in, eps, D), inner = 0;
+#pragma omp simd reduction(+ : inner)
+        for (long i = 0; i < D; i++) inner += grad[i] * weight[i] * in[i];
+        float pull = inner * scale * scale / (float)D;
+#pragma omp simd
+        for (long i = 0; i < D; i++) out[i] = (grad[i] * weight[i] - in[i] * pull) * scale;
+    }
+}
+
+/* y [T, F] = silu(gate) * up of x [T, 2F] */
+void swiglu(const float *x, float *y, long T, long F) {
+#pragma omp parallel for schedule(static) if (T * F >= PARALLEL_FROM)
+    for (long t = 0; t < T; t++) {
+        const float *gate = x + 2 * t * F, *up = gate + F;
+        float *out = y + t * F;
+#pragma omp simd
+        for (long i = 0; i < F; i++) out[i] = gate[i] * sigmoid(gate[i]) * up[i];
+    }
+}
+
+/* dx [T, 2F] */
+void swiglu_backward(const float *x, const float *dy, float *dx, long T, long F) {
+#pragma omp parallel for schedule(static) if (T * F >= PARALLEL_FROM)
+    for (long t = 0; t < T; t++) {
+        const float *gate = x + 2 * t * F, *up = gate + F, *grad = dy + t * F;
+        float *d_gate = dx + 2 * t * F, *d_up = d_gate + F;
+#pragma omp simd
+        for (long i = 0; i < F; i++) {
+            float s = sigmoid(gate[i]), silu = gate[i] * s;
+            d_gate[i] = grad[i] * up[i] * (s + silu * (1.0f - s));
+            d_up[i] = grad[i] * silu;
+        }
+    }
+}
+
+/* y [T, H, d] = x rotated by angles [T, d / 2]; direction -1 rotates back. x and y may be parts
+ * of wider rows, and the same. */
+void rotate(const float *x, long x_stride, const float *cosines, const float *sines,
+            float direction, float *y, long y_stride, long T, long H, long d) {
+    long half = d / 2;
+#pragma omp parallel for schedule(static) if (T * H * d >= PARALLEL_FROM)
+    for (long t = 0; t < T; t++) {
+        const float *c = cosines + t * half, *s = sines + t * half;
+        for (long h = 0; h < H; h++) {
+            const float *in = x + t * x_stride + h * d;
+            float *out = y + t * y_stride + h * d;
+#pragma omp simd
+            for (long i = 0; i < half; i++) {
+                float first = in[i], second = in[i + half], sine = direction * s[i];
+                out[i] = first * c[i] - second * sine;
+                out[i + half] = second * c[i] + first * sine;
+            }
+        }
+    }
+}
+
+/* scores [G, N] at n columns = queries [G, d] times keys [n, d]; raises the G maxima */
+static inline __attribute__((always_inline)) void score(const float *restrict q,
+                                                        const float *restrict keys, long n, long G,
+                                                        long d, float scale, long N,
+                                                        float *restrict scores, float *largest) {
+    for (long j = 0; j < n; j++) {
+        const float *key = keys + j * d;
+        for (long g = 0; g < G; g++) {
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (long i = 0; i < d; i++) sum += q[g * d + i] * key[i];
+            sum *= scale;
+            scores[g * N + j] = sum;
+            largest[g] = sum > largest[g] ? sum : largest[g];
+        }
+    }
+}
+
+#define TILE 64 /* floats of a sum that stay in registers */
+
+/* out [d] += weights [n] times values [n, d] */
+static inline __attribute__((always_inline)) void mix(const float *restrict weights,
+                                                      const float *restrict values, long n, long d,
+                                                      float *restrict out) {
+    long start = 0;
+    for (; start + TILE <= d; start += TILE) {
+        float sum[TILE];
+        memcpy(sum, out + start, sizeof sum);
+        for (long j = 0; j < n; j++) {
+            const float *value = values + j * d + start;
+#pragma omp simd
+            for (long i = 0; i < TILE; i++) sum[i] += weights[j] * value[i];
+        }
+        memcpy(out + start, sum, sizeof sum);
+    }
+    for (long j = 0; j < n; j++)
+        for (long i = start; i < d; i++) out[i] += weights[j] * values[j * d + i];
+}
+
+static inline __attribute__((always_inline)) void attend(const float *q, const float *prompt_keys,
+                                                         const float *prompt_values, long P,
+                                                         const float *keys, const float *values,
+                                                         long n, long G, long d, float *scores,
+                                                         float *out) {
+    long N = P + n;
+    float *largest = scores + G * N, scale = 1.0f / sqrtf((float)d);
+    for (long g = 0; g < G; g++) largest[g] = -INFINITY;
+    score(q, prompt_keys, P, G, d, scale, N, scores, largest);
+    score(q, keys, n, G, d, scale, N, scores + P, largest);
+    for (long g = 0; g < G; g++) {
+        float *weights = scores + g * N, *mixed = out + g * d, total = 0;
+#pragma omp simd reduction(+ : total)
+        for (long j = 0; j < N; j++) {
+            weights[j] = exponential(weights[j] - largest[g]);
+            total += weights[j];
+        }
+        memset(mixed, 0, d * sizeof(float));
+        mix(weights, prompt_values, P, d, mixed);
+        mix(weights + P, values, n, d, mixed);
+#pragma omp simd
+        for (long i = 0; i < d; i++) mixed[i] /= total;
+    }
+}
+
+/* One token a row: writes its key and value into the row's cache, then attends over the prompt
+ * and the row's tokens.
+ *
+ * q [B, H, d]; k, v [B, K, d]; each may be parts of wider rows. keys, values [S, K, C, d]: the
+ * cache of one layer. slots, lengths [B]: where a row is cached, and how many tokens it had.
+ * prompts [B, 3]: the addresses of its prompt's keys and values [K, P, d] of this layer, and P.
+ * scratch [B, K, each]: each at least G * (longest P + length + 2) floats. out [B, H, d].
+ */
+void step_attention(const float *q, long q_stride, const float *k, long k_stride, const float *v,
+                    long v_stride, float *keys, float *values, const int64_t *slots,
+                    const int64_t *lengths, const int64_t *prompts, float *scratch, long each,
+                    float *out, long B, long H, long K, long C, long d) {
+    long G = H / K;
+#pragma omp parallel for schedule(static) collapse(2)
+    for (long b = 0; b < B; b++) {
+        for (long h = 0; h < K; h++) {
+            long P = prompts[3 * b + 2], n = lengths[b];
+            const float *prompt_keys = (const float *)(intptr_t)prompts[3 * b] + h * P * d;
+            const float *prompt_values = (const float *)(intptr_t)prompts[3 * b + 1] + h * P * d;
+            const float *query = q + b * q_stride + h * G * d;
+            float *row_keys = keys + (slots[b] * K + h) * C * d;
+            float *row_values = values + (slots[b] * K + h) * C * d;
+            float *mine = scratch + (b * K + h) * each, *result = out + (b * H + h * G) * d;
+            memcpy(row_keys + n * d, k + b * k_stride + h * d, d * sizeof(float));
+            memcpy(row_values + n * d, v + b * v_stride + h * d, d * sizeof(float));
+            if (d == 64) /* a length known here makes the inner loops straight vector code */
+                attend(query, prompt_keys, prompt_values, P, row_keys, row_values, n + 1, G, 64,
+                       mine, result);
+            else if (d == 128)
+                attend(query, prompt_keys, prompt_values, P, row_keys, row_values, n + 1, G, 128,
+                       mine, result);
+            else
+                attend(query, prompt_keys, prompt_values, P, row_keys, row_values, n + 1, G, d,
+                       mine, result);
+        }
+    }
+}
+
+/* --- products
+ *
+ * W [O, D] is kept as panels [O / PANEL, D, PANEL], the last one filled with zeros. A tile of
+ * ROWS x PANEL sums stays in registers; DEPTH inputs of a panel stay in the first cache while
+ * BLOCK rows pass.
+ */
+#ifdef __AVX512F__
+#define LANES 16
+#define ROWS 8
+#define EACH_ROW(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8)
+#else
+#define LANES 8
+#define ROWS 6
+#define EACH_ROW(DO) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6)
+#endif
+#define PANEL (2 * LANES)
+#define DEPTH 192
+#define BLOCK 64
+#define LINE 16 /* floats of a cache line */
+
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
+
+static inline long least(long a, long b) { return a < b ? a : b; }
+
+long lanes(void) { return LANES; }
+
+/* panels of w [O, D], whose rows and columns lie as far apart as the steps say */
+void pack(const float *w, long row_step, long column_step, float *panels, long O, long D) {
+#pragma omp parallel for schedule(static)
+    for (long o = 0; o < O; o += PANEL)
+        for (long i = 0; i < D; i++)
+            for (long n = 0; n < PANEL; n++)
+                panels[o * D + i * PANEL + n] =
+                    o + n < O ? w[(o + n) * row_step + i * column_step] : 0;
+}
+
+void unpack(const float *panels, float *w, long O, long D) {
+#pragma omp parallel for schedule(static)
+    for (long o = 0; o < O; o++)
+        for (long i = 0; i < D; i++)
+            w[o * D + i] = panels[(o / PANEL * D + i) * PANEL + o % PANEL];
+}
+
+/* A matrix by the address of its first element and the distances between rows and columns; of
+ * the right factor and the result, columns inside a panel are neighbours and `column` is the
+ * distance between panels. */
+typedef struct {
+    float *data;
+    long row, column;
+} matrix;
+
+/* y [rows, columns] = scale * x [rows, D] times p [D, columns], or added to y */
+static inline __attribute__((always_inline)) void tile(int rows, int vectors, long x_column,
+                                                       matrix x, matrix p, matrix y, long D,
+                                                       long columns, float scale, int add,
+                                                       const float *next, long lines) {
+    vector sum[ROWS][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vector){0};
+    for (long i = 0; i < D; i++) {
+        if (i < lines)
+            for (int n = 0; n < PANEL; n += LINE) __builtin_prefetch(next + i * PANEL + n, 0, 2);
+        const vector *right = (const vector *)(p.data + i * p.row);
+        vector first = right[0], second = vectors == 2 ? right[1] : first;
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            float left = x.data[r * x.row + i * x_column];
+            sum[r][0] += left * first;
+            if (vectors == 2) sum[r][1] += left * second;
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        float *out = y.data + r * y.row;
+        if (columns == vectors * LANES) {
+            for (int n = 0; n < vectors; n++) {
+                vector scaled = scale * sum[r][n], *target = (vector *)out + n;
+                *target = add ? *target + scaled : scaled;
+            }
+        } else {
+            const float *from = (const float *)sum[r];
+            for (long n = 0; n < columns; n++)
+                out[n] = add ? out[n] + scale * from[n] : scale * from[n];
+        }
+    }
+}
+
+static void tile_of(long rows, matrix x, matrix p, matrix y, long D, long columns, float scale,
+                    int add, const float *next, long lines) {
+    int narrow = columns == LANES; /* half of a panel's sums would be wasted */
+#define DO(R)                                                                                  \
+    case R:                                                                                    \
+        if (narrow && x.column == 1)                                                           \
+            tile(R, 1, 1, x, p, y, D, columns, scale, add, next, lines);                       \
+        else if (narrow)                                                                       \
+            tile(R, 1, x.column, x, p, y, D, columns, scale, add, next, lines);                \
+        else if (x.column == 1)                                                                \
+            tile(R, 2, 1, x, p, y, D, columns, scale, add, next, lines);                       \
+        else                                                                                   \
+            tile(R, 2, x.column, x, p, y, D, columns, scale, add, next, lines);                \
+        break;
+    switch (rows) { EACH_ROW(DO) }
+#undef DO
+}
+
+/* `rows` rows of x times one panel. While a part of the panel is multiplied, the part behind it
+ * in memory is fetched: of this panel or, if more follow, of the next. */
+static void rows_by_panel(long rows, matrix x, matrix p, matrix y, long D, long columns,
+                          float scale, int add, int packed, int more) {
+    long tiles = (rows + ROWS - 1) / ROWS, each = (rows + tiles - 1) / tiles;
+    for (long start = 0; start < D; start += DEPTH) {
+        long now = least(DEPTH, D - start), left = D - start - now;
+        long ahead = !packed ? 0 : left > 0 ? least(DEPTH, left) : more ? least(DEPTH, D) : 0;
+        long share = (ahead + tiles - 1) / tiles;
+        matrix part = {p.data + start * p.row, p.row, 0};
+        for (long r = 0, fetched = 0; r < rows; r += each, fetched += share) {
+            matrix from = {x.data + r * x.row + start * x.column, x.row, x.column};
+            matrix to = {y.data + r * y.row, y.row, 0};
+            tile_of(least(each, rows - r), from, part, to, now, columns, scale, add || start > 0,
+                    part.data + (now + fetched) * PANEL, least(share, ahead - fetched));
+        }
+    }
+}
+
+/* y [T, O] = scale * x [T, D] times p [D, O], or added to y where `add`.
+ *
+ * p: panels (packed), or a matrix whose rows are contiguous and O a multiple of `lanes()`. The
+ * columns of y's panels lie y_panel apart: PANEL in a matrix.
+ */
+void product(float *x, long x_row, long x_column, float *p, long p_row, long p_panel, float *y,
+             long y_row, long y_panel, long T, long D, long O, float scale, int add) {
+    int packed = p_row == PANEL && p_panel == D * PANEL;
+    long blocks = T <= BLOCK + BLOCK / 2 ? 1 : (T + BLOCK - 1) / BLOCK;
+    long block = blocks == 1 ? T : BLOCK, panels = (O + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(static) collapse(2) if (T * D * O >= 8 * PARALLEL_FROM)
+    for (long b = 0; b < blocks; b++) {
+        for (long n = 0; n < panels; n++) {
+            matrix from = {x + b * block * x_row, x_row, x_column}, by = {p + n * p_panel, p_row, 0};
+            matrix to = {y + b * block * y_row + n * y_panel, y_row, 0};
+            rows_by_panel(least(block, T - b * block), from, by, to, D,
+                          least(PANEL, O - n * PANEL), scale, add, packed, n + 1 < panels);
+        }
+    }
+}

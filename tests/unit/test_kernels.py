@@ -1,0 +1,100 @@
+"""The fused kernels against the operations of torch that they replace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorelei.model.kernels import fused
+from lorelei.model.kernels.build import library
+from lorelei.model.mlp import SWIGLU
+from lorelei.model.norm import RmsNorm
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler for the kernels here")
+
+ODD_SHAPES = [(1, 8), (3, 33), (40, 576), (129, 130)]
+
+
+def test_where_a_compiler_is_fp32_on_the_cpu_uses_the_kernels_and_fp64_does_not() -> None:
+    assert fused.fuses(torch.empty(1))
+    assert not fused.fuses(torch.empty(1, dtype=torch.float64))
+    assert not fused.fuses(torch.empty(1, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+def test_a_norm_and_its_gradient_are_those_of_fp64(shape: tuple[int, int]) -> None:
+    x, dy, weight = torch.randn(shape), torch.randn(shape), torch.rand(shape[1]) + 0.5
+    exact = RmsNorm(weight.double(), 1e-5)
+    assert_close(RmsNorm(weight, 1e-5)(x), exact(x.double()))
+    assert_close(RmsNorm(weight, 1e-5).backward(x, dy), exact.backward(x.double(), dy.double()))
+
+
+@pytest.mark.parametrize("shape", [(t, 2 * d) for t, d in ODD_SHAPES])
+@pytest.mark.parametrize("spread", [1.0, 60.0])
+def test_the_gated_product_and_its_gradient_are_those_of_fp64(
+    shape: tuple[int, int], spread: float
+) -> None:
+    x, dy = torch.randn(shape) * spread, torch.randn(shape[0], shape[1] // 2)
+    assert_close(SWIGLU(x), SWIGLU(x.double()))
+    assert_close(SWIGLU.backward(x, dy), SWIGLU.backward(x.double(), dy.double()))
+
+
+def test_values_that_are_not_numbers_stay_visible() -> None:
+    x = torch.randn(4, 16)
+    x[1, 3] = torch.nan
+    assert SWIGLU(x).isnan().any(1).tolist() == [False, True, False, False]
+    assert RmsNorm(torch.ones(16), 1e-5)(x).isnan().any(1).tolist() == [False, True, False, False]
+    nowhere = torch.full((1, 1, 8), torch.nan)
+    mixed = step_attention(nowhere, torch.ones(1, 1, 8), torch.ones(1, 1, 8), [0])
+    assert mixed.isnan().all()
+
+
+@pytest.mark.parametrize("d", [8, 24, 64, 80, 128])
+def test_step_attention_is_attention_over_prompt_and_own_tokens(d: int) -> None:
+    torch.manual_seed(d)
+    rows, heads, kv_heads = 5, 6, 2
+    q, k, v = (torch.randn(rows, n, d) for n in (heads, kv_heads, kv_heads))
+    assert_close(*pair(q, k, v, lengths=[0, 3, 1, 7, 5], prompt_lengths=[4, 4, 1, 19, 19]))
+
+
+def test_step_attention_survives_scores_of_any_size() -> None:
+    q, k, v = (300 * torch.randn(3, n, 8) for n in (2, 1, 1))
+    assert_close(*pair(q, k, v, lengths=[2, 0, 6], prompt_lengths=[3, 3, 3]))
+
+
+def pair(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], prompt_lengths: list[int]
+) -> tuple[Tensor, Tensor]:
+    """What the kernel gives and what fp64 softmax gives, with rows in shuffled slots."""
+    rows, heads, d = q.shape
+    kv_heads, capacity = k.shape[1], max(lengths) + 2
+    slots = torch.randperm(rows + 1)[:rows]
+    cache = torch.randn(2, rows + 1, kv_heads, capacity, d)
+    prompts = {p: torch.randn(2, kv_heads, p, d) for p in sorted(set(prompt_lengths))}
+    table = [(prompts[p][0].data_ptr(), prompts[p][1].data_ptr(), p) for p in prompt_lengths]
+    expected = torch.empty(q.shape, dtype=torch.float64)
+    for b, (n, p) in enumerate(zip(lengths, prompt_lengths, strict=True)):
+        own = torch.stack([k[b], v[b]])[:, :, None]
+        held = torch.cat([prompts[p], cache[:, slots[b], :, :n], own], dim=2).double()
+        keys, values = held.repeat_interleave(heads // kv_heads, 1)
+        expected[b] = F.scaled_dot_product_attention(q[b, :, None].double(), keys, values)[:, 0]
+    scratch = torch.empty(rows * heads * (max(lengths) + max(prompt_lengths) + 2))
+    given = fused.step_attention(
+        *(q, k, v, cache[0], cache[1], slots, torch.tensor(lengths), torch.tensor(table), scratch)
+    )
+    for b, n in enumerate(lengths):
+        assert torch.equal(cache[0, slots[b], :, n], k[b])
+        assert torch.equal(cache[1, slots[b], :, n], v[b])
+    return given, expected
+
+
+def step_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    return pair(q, k, v, lengths, [2] * len(q))[0]
+
+
+def assert_close(given: Tensor, exact: Tensor) -> None:
+    torch.testing.assert_close(
+        given.double(), exact, rtol=2e-5, atol=2e-6 * exact.abs().max().item()
+    )
