@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorelei.lora.full import FullRoute, FullWeights
-from lorelei.lora.linear import LoraPart, Span, lora_linear
+from lorelei.lora.linear import LoraPart, Span, lora_linear, side_by_side
 from lorelei.lora.state import AdapterState, tensor_names
 from lorelei.lora.targets import match_targets
 from lorelei.model.backend import Weight
@@ -175,12 +175,9 @@ class AdapterBank:
         weights: dict[FrozenLinear, Weight] = {}
         with torch.no_grad():
             for layer, parts in adapter.layers.items():
-                dense = layer.weight.dense().clone()
-                for part in parts:
-                    rows = dense[part.o0 : part.o1]
-                    # the sum is rounded once to a narrower base's dtype
-                    rows.copy_(rows + (part.b @ part.a).mul_(adapter.spec.scale))
-                weights[layer] = Weight.of(dense)
+                weights[layer] = layer.weight.raised(
+                    *side_by_side(layer, parts, adapter.spec.scale)
+                )
         return MergedRoute(weights)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorelei.model.backend import add_product
 from lorelei.model.linear import FrozenLinear, Lift, lifted
 
 
@@ -48,6 +49,20 @@ class Span:
         return (draw >= self.dropout).to(x_tD.dtype) / (1 - self.dropout)
 
 
+def side_by_side(
+    layer: FrozenLinear, parts: tuple[LoraPart, ...], scale: float
+) -> tuple[Tensor, Tensor]:
+    """a [D, R] and b [R, O] with x @ a @ b what the parts add; b has a block for each part."""
+    a_DR = torch.cat([part.a.detach() for part in parts]).T.contiguous()
+    b_RO = a_DR.new_zeros(a_DR.shape[1], layer.weight.shape[0])
+    r = 0
+    for part in parts:
+        rank = part.b.shape[1]
+        b_RO[r : r + rank, part.o0 : part.o1] = part.b.detach().T * scale
+        r += rank
+    return a_DR, b_RO
+
+
 def lora_linear(
     layer: FrozenLinear, x: Tensor, spans: tuple[Span, ...], lift: Lift | None = None
 ) -> Tensor:
@@ -73,13 +88,17 @@ class _LoraLinear(torch.autograd.Function):
         lows: list[Tensor] = []
         for span in spans:
             rows = slice(span.start, span.stop)
-            low_tR = span.masked(x_TD[rows]) @ _stacked_a(span, x_TD.dtype).T
+            a_DR = _stacked_a(span, x_TD.dtype).T.contiguous()
+            low_tR = x_TD.new_empty(span.stop - span.start, a_DR.shape[1])
+            add_product(low_tR, span.masked(x_TD[rows]), a_DR, fresh=True)
             lows.append(low_tR)
             r = 0
             for part in span.parts:
                 b_OR = part.b.to(x_TD.dtype)
                 low = low_tR[:, r : r + b_OR.shape[1]]
-                y_TO[rows, part.o0 : part.o1].addmm_(low, b_OR.T, alpha=span.scale)
+                # for so few inputs a contiguous factor is worth its copy
+                y_tO = y_TO[rows, part.o0 : part.o1]
+                y_tO.addmm_(low, b_OR.T.contiguous(), alpha=span.scale)
                 r += b_OR.shape[1]
         ctx.layer, ctx.spans, ctx.lift = layer, spans, lift
         # weights are saved through the spans: the optimizer writes them only between passes
@@ -102,10 +121,16 @@ class _LoraLinear(torch.autograd.Function):
                 b_OR = part.b.to(x_TD.dtype)
                 columns = slice(r, r + b_OR.shape[1])
                 dy_tO = dy_TO[rows, part.o0 : part.o1]
-                torch.mul(dy_tO @ b_OR, span.scale, out=d_low_tR[:, columns])
-                d_bs.append((dy_tO.T @ low_tR[:, columns]).mul_(span.scale).to(part.b.dtype))
+                add_product(d_low_tR[:, columns], dy_tO, b_OR, span.scale, fresh=True)
+                d_b = torch.empty_like(b_OR)
+                add_product(d_b, dy_tO.T, low_tR[:, columns], span.scale, fresh=True)
+                d_bs.append(d_b.to(part.b.dtype))
                 r += b_OR.shape[1]
-            d_as = (d_low_tR.T @ span.masked(x_TD[rows])).split([p.a.shape[0] for p in span.parts])
+            d_a_RD = torch.empty(
+                d_low_tR.shape[1], x_TD.shape[1], dtype=x_TD.dtype, device=x_TD.device
+            )
+            add_product(d_a_RD, d_low_tR.T, span.masked(x_TD[rows]), fresh=True)
+            d_as: tuple[Tensor, ...] = d_a_RD.split([p.a.shape[0] for p in span.parts])
             for part, d_a, d_b in zip(span.parts, d_as, d_bs, strict=True):
                 d_weights += [d_a.to(part.a.dtype), d_b]
             if dx_TD is not None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorelei.model.backend import flashes, fuses_attention
 from lorelei.model.flash_attention import Level, flash_with_lse, levels, packed_flash
+from lorelei.model.kernels import fused
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -102,8 +103,13 @@ class PackedAttention:
     def __init__(self, blocks: Sequence[Block]) -> None:
         self._blocks = tuple(blocks)
         self._levels: tuple[Level, ...] | None = None
+        self._trees: fused.Trees | None = None
 
     def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+        if fused.attends(q_THd):
+            if self._trees is None:
+                self._trees = trees(self._blocks)
+            return _TreeAttention.apply(q_THd, k_TKd, v_TKd, self._trees)  # type: ignore[no-any-return]
         if fuses_attention(q_THd.device):
             return _BlockAttention.apply(q_THd, k_TKd, v_TKd, self._blocks)  # type: ignore[no-any-return]
         if flashes(q_THd):
@@ -146,6 +152,43 @@ def unfolded(x: Tensor, t: int) -> Tensor:
     """[1, K, t * G, d] -> [t, K * G, d]."""
     kv_heads, d = x.shape[1], x.shape[-1]
     return x.view(kv_heads, t, -1, d).transpose(0, 1).reshape(t, -1, d)
+
+
+def trees(blocks: Sequence[Block]) -> fused.Trees:
+    """The blocks of `tree_blocks` for the kernel: a tree begins where nothing before is read."""
+    starts: list[int] = []  # of trees, in blocks
+    end = 0
+    for number, block in enumerate(blocks):
+        if block.k0 >= end:
+            starts.append(number)
+        end = max(end, block.q1)
+    return fused.Trees(
+        torch.tensor([(b.q0, b.q1, b.k0, b.k1) for b in blocks]),
+        torch.tensor([*starts, len(blocks)]),
+        torch.tensor([*(blocks[number].k0 for number in starts), end]),
+    )
+
+
+class _TreeAttention(torch.autograd.Function):
+    """By the kernel. q, k and v are parts of one tensor, which is kept whole."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, trees: fused.Trees) -> Tensor:
+        q, k, v = (_rows_whole(x) for x in (q, k, v))
+        out, lse = fused.tree_attention(q, k, v, trees)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.trees = trees
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        return *fused.tree_attention_backward(q, k, v, ctx.trees, out, lse, grads[0]), None
+
+
+def _rows_whole(x_THd: Tensor) -> Tensor:
+    """x whose heads lie together, as a part of a wider row may."""
+    return x_THd if x_THd.stride()[1:] == (x_THd.shape[2], 1) else x_THd.contiguous()
 
 
 class _BlockAttention(torch.autograd.Function):

@@ -8,7 +8,13 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lorelei.lora.linear import LoraPart, Span, lora_linear
-from lorelei.model.attention import _BlockAttention, masked_attention, tree_blocks
+from lorelei.model.attention import (
+    PackedAttention,
+    _BlockAttention,
+    masked_attention,
+    tree_blocks,
+)
+from lorelei.model.kernels.build import library
 from lorelei.model.linear import FrozenLinear, Lift
 from lorelei.model.mlp import SWIGLU
 from lorelei.model.norm import RmsNorm, rms_norm
@@ -76,6 +82,26 @@ def test_attention_and_its_gradients_are_those_of_the_definition(
     got_grads = torch.autograd.grad(out, given, cotangent)
     for got, wanted in zip(got_grads, torch.autograd.grad(expected, given, cotangent), strict=True):
         assert relative(got, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.skipif(library() is None, reason="no C compiler for the kernels here")
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("times", [1, 23])
+@pytest.mark.parametrize("tree", TREES)
+def test_the_attention_kernel_and_its_gradients_are_those_of_the_definition(
+    tree: str, times: int, d: int
+) -> None:
+    lengths, parents = [n * times for n in TREES[tree][0]], TREES[tree][1]
+    qkv = torch.randn(sum(lengths), 8, d, generator=torch.Generator().manual_seed(0))
+    exact = qkv.double().requires_grad_()
+    qkv.requires_grad_()
+    out = PackedAttention(tree_blocks(lengths, parents))(0, *qkv.split([4, 2, 2], dim=1))
+    expected = dense_attention(*exact.split([4, 2, 2], dim=1), lengths, parents)
+    assert relative(out.double(), expected) < 2e-6
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (got,) = torch.autograd.grad(out, qkv, cotangent)
+    (wanted,) = torch.autograd.grad(expected, exact, cotangent.double())
+    assert relative(got.double(), wanted) < 5e-6
 
 
 def test_attention_reads_the_views_that_the_decoder_hands_it() -> None:

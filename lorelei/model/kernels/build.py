@@ -1,4 +1,4 @@
-"""Compiles kernels.c once for this processor and keeps the library in the cache folder.
+"""Compiles the C files here once for this processor and keeps the library in the cache folder.
 
 Where there is no C compiler, no glibc or no OpenMP of torch's own, there are no kernels, and
 the decoder uses torch's operations.
@@ -20,7 +20,7 @@ import torch
 
 from lorelei.config.paths import cache_folder
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 
 
@@ -45,19 +45,27 @@ def _key(compiler: str) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_bytes().splitlines() if info.is_file() else []
     flags = next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
-    parts = (SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version, flags)
+    parts = (
+        *(source.read_bytes() for source in SOURCES),
+        " ".join(_FLAGS).encode(),
+        version,
+        flags,
+    )
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _compile(compiler: str, target: Path) -> bool:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+        linked = Path(folder) / "kernels.so"
+        programs = [source for source in SOURCES if source.suffix == ".c"]
+        objects = [str(Path(folder) / f"{program.stem}.o") for program in programs]
         # two steps: linking with -fopenmp would name an OpenMP library besides torch's
-        for command in (
-            [compiler, *_FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked), "-lm"],
-        ):
+        commands = [
+            [compiler, *_FLAGS, "-c", str(program), "-o", compiled]
+            for program, compiled in zip(programs, objects, strict=True)
+        ]
+        for command in (*commands, [compiler, "-shared", *objects, "-o", str(linked), "-lm"]):
             if subprocess.run(command, capture_output=True, check=False).returncode != 0:
                 return False
         linked.replace(target)  # whole or not at all, whoever else builds it now

@@ -1,4 +1,4 @@
-"""The kernels of kernels.c as functions of tensors.
+"""The C kernels as functions of tensors.
 
 Every function takes fp32 CPU tensors for which `fuses` is true. Shapes: T tokens, B rows,
 D inputs, O outputs, F intermediate, H query heads, K key/value heads, d head size.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "swiglu": (_POINTER, _POINTER, _LONG, _LONG),
     "swiglu_backward": (_POINTER, _POINTER, _POINTER, _LONG, _LONG),
     "rotate": (_POINTER, _LONG, _POINTER, _POINTER, _FLOAT, _POINTER, *(_LONG,) * 4),
+    "tree_forward": (*(_POINTER, _LONG) * 3, *(_POINTER,) * 5, *(_LONG,) * 5),
+    "tree_backward": (*(_POINTER, _LONG) * 3, *(_POINTER,) * 9, *(_LONG,) * 5),
     "step_attention": (
         *(_POINTER, _LONG) * 3,
         *(_POINTER,) * 6,
@@ -181,3 +184,68 @@ def step_attention(
         *(rows, heads, kv_heads, capacity, d),
     )
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class Trees:
+    """Which queries look at which keys of a packed row, tree by tree; see attention.c."""
+
+    blocks_B4: Tensor
+    tree_bounds: Tensor  # [R + 1] in blocks
+    row_bounds: Tensor  # [R + 1] in tokens
+
+
+def attends(q_THd: Tensor) -> bool:
+    """Whether `tree_attention` takes such heads."""
+    return fuses(q_THd) and q_THd.shape[2] % 64 == 0
+
+
+def tree_attention(
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, trees: Trees
+) -> tuple[Tensor, Tensor]:
+    """[T, H, d] and the log-sum-exp [H, T]."""
+    tokens, heads, _ = q_THd.shape
+    out, lse = torch.empty(q_THd.shape), torch.empty(heads, tokens)
+    _kernel("tree_forward")(
+        *_factors(q_THd, k_TKd, v_TKd),
+        *_bounds(trees),
+        out.data_ptr(),
+        lse.data_ptr(),
+        *_tree_shape(q_THd, k_TKd, trees),
+    )
+    return out, lse
+
+
+def tree_attention_backward(
+    q_THd: Tensor,
+    k_TKd: Tensor,
+    v_TKd: Tensor,
+    trees: Trees,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v."""
+    dq, dk, dv = (torch.empty(q_THd.shape) for _ in range(3))
+    pointers = (out, lse, dout.contiguous(), dq, dk, dv)
+    _kernel("tree_backward")(
+        *_factors(q_THd, k_TKd, v_TKd),
+        *_bounds(trees),
+        *(t.data_ptr() for t in pointers),
+        *_tree_shape(q_THd, k_TKd, trees),
+    )
+    tokens, kv_heads, d = k_TKd.shape
+    return dq, *(x.view(tokens, kv_heads, -1, d).sum(2) for x in (dk, dv))
+
+
+def _factors(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(n for x in tensors for n in (x.data_ptr(), x.stride(0)))
+
+
+def _bounds(trees: Trees) -> tuple[int, ...]:
+    return trees.blocks_B4.data_ptr(), trees.tree_bounds.data_ptr(), trees.row_bounds.data_ptr()
+
+
+def _tree_shape(q_THd: Tensor, k_TKd: Tensor, trees: Trees) -> tuple[int, ...]:
+    tokens, heads, d = q_THd.shape
+    return len(trees.row_bounds) - 1, tokens, heads, k_TKd.shape[1], d

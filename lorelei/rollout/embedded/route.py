@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorelei.lora.bank import Adapter
+from lorelei.lora.linear import side_by_side
 from lorelei.model.linear import FrozenLinear, Lift, lifted
 
 
@@ -28,13 +29,7 @@ def low_rank(adapter: Adapter, dtype: torch.dtype) -> dict[FrozenLinear, LowRank
     """Two matrices for each layer that the adapter acts on."""
     found: dict[FrozenLinear, LowRank] = {}
     for layer, parts in adapter.layers.items():
-        a_DR = torch.cat([part.a.detach() for part in parts]).T.contiguous()
-        b_RO = a_DR.new_zeros(a_DR.shape[1], layer.weight.shape[0])
-        row = 0
-        for part in parts:
-            rank = part.b.shape[1]
-            b_RO[row : row + rank, part.o0 : part.o1] = part.b.detach().T * adapter.spec.scale
-            row += rank
+        a_DR, b_RO = side_by_side(layer, parts, adapter.spec.scale)
         found[layer] = LowRank(a_DR.to(dtype), b_RO.to(dtype))
     return found
 
