@@ -130,7 +130,7 @@ class _LoraLinear(torch.autograd.Function):
                 d_low_tR.shape[1], x_TD.shape[1], dtype=x_TD.dtype, device=x_TD.device
             )
             add_product(d_a_RD, d_low_tR.T, span.masked(x_TD[rows]), fresh=True)
-            d_as: tuple[Tensor, ...] = d_a_RD.split([p.a.shape[0] for p in span.parts])
+            d_as = torch.split(d_a_RD, [p.a.shape[0] for p in span.parts])
             for part, d_a, d_b in zip(span.parts, d_as, d_bs, strict=True):
                 d_weights += [d_a.to(part.a.dtype), d_b]
             if dx_TD is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorelei.model.config import DecoderConfig, MoeConfig
 from lorelei.model.decoder import Decoder, Layer
+from lorelei.model.kernels.build import rest
 from lorelei.model.linear import FrozenLinear
 from lorelei.model.mlp import Mlp, Moe
 from lorelei.model.norm import RmsNorm
@@ -80,9 +81,10 @@ def load_decoder(
     config = DecoderConfig.from_hf(read_config(folder))
     with ExitStack() as files:
         tensors = _open(folder, files)
-        return build_decoder(
-            config, Checkpoint(tensors, folder, dtype, device or torch.device("cpu"))
-        )
+        checkpoint = Checkpoint(tensors, folder, dtype, device or torch.device("cpu"))
+        decoder = build_decoder(config, checkpoint)
+    rest()
+    return decoder
 
 
 def _open(folder: Path, files: ExitStack) -> dict[str, Any]:

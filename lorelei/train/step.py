@@ -17,6 +17,7 @@ import numpy as np
 from lorelei.algo.aggregate import item_weights
 from lorelei.algo.preset import adam_hyper, advantages, loss_spec
 from lorelei.config.experiment import Experiment
+from lorelei.model.kernels.build import rest
 from lorelei.train.batch import build_batch, concatenate
 from lorelei.train.contract import TrainEngine
 from lorelei.types import Batch, Floats, Group, ItemOutputs, Rollout, StepStats
@@ -88,6 +89,7 @@ class Trainer:
         ]
         for number, present in enumerate(r for r in rounds if r):
             self._update(present, versions, metrics, first=number == 0)
+        rest()
         seconds = time.perf_counter() - start
         for values in metrics.values():
             values["train_seconds"] = seconds

@@ -21,6 +21,7 @@ import torch
 from lorelei.config.paths import cache_folder
 
 SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
+_SOFT = 1  # omp_pause_soft
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 
 
@@ -28,15 +29,33 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-
 def library() -> ctypes.CDLL | None:
     """The kernels, or none where they cannot be had."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
-    openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
-    if compiler is None or not openmp or platform.system() != "Linux":
+    if compiler is None or _openmp() is None:
         return None
     built = cache_folder() / "kernels" / f"{_key(compiler)}.so"
     if not built.is_file() and not _compile(compiler, built):
         return None
-    # the threads of torch itself: a second OpenMP in the process would bring threads of its own
-    ctypes.CDLL(str(openmp[0]), mode=ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(built))
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """torch's own OpenMP: a second one in the process would bring threads of its own."""
+    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    if not found or platform.system() != "Linux":
+        return None
+    return ctypes.CDLL(str(found[0]), mode=ctypes.RTLD_GLOBAL)
+
+
+def rest() -> None:
+    """End the helper threads of the calling thread until it computes again.
+
+    Every thread that computes has a team of its own. While teams have more threads than there
+    are cores, the helpers of all of them sleep between two loops instead of spinning, and
+    decoding takes a third longer.
+    """
+    openmp = _openmp()
+    if openmp is not None and torch.get_num_threads() > 1:
+        openmp.omp_pause_resource_all(_SOFT)
 
 
 def _key(compiler: str) -> str:

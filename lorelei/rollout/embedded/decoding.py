@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lorelei.model.decoder import Attend, Decoder
+from lorelei.model.kernels.build import rest
 from lorelei.model.kernels.fused import fuses
 from lorelei.model.linear import Route
 from lorelei.rollout.embedded.attention import (
@@ -79,6 +80,7 @@ class Decoding:
         if last == 0:
             self._cache.release()
             self._published.drop_merged()
+            rest()
 
     def release(self) -> None:
         """Forget private weight copies; rows that still run keep their keys and values."""
