@@ -35,6 +35,11 @@ def _times_faster_than_trl(record: Line) -> float | None:
     return case and case["times_faster"]
 
 
+def _share_of_trl_memory(record: Line) -> float | None:
+    case = record["cases"].get("2x8")
+    return case and case["share_of_memory"]
+
+
 def _times_slower_is(peer: str, case: str) -> Callable[[Line], float | None]:
     def measured(record: Line) -> float | None:
         found = record["cases"].get(case)
@@ -72,6 +77,12 @@ GOALS = (
         what="GRPO step, 2 prompts x 8 samples: times faster than TRL",
         measured=_times_faster_than_trl,
         at_least=3,
+    ),
+    Goal(
+        benchmark="grpo_step",
+        what="GRPO step, 2 prompts x 8 samples: peak memory as a share of TRL's",
+        measured=_share_of_trl_memory,
+        at_most=1 / 3,
     ),
     Goal(
         benchmark="generation",
