@@ -37,7 +37,7 @@ def _times_faster_than_trl(record: Line) -> float | None:
 
 def _share_of_trl_memory(record: Line) -> float | None:
     case = record["cases"].get("2x8")
-    return case and case["share_of_memory"]
+    return case and case.get("share_of_memory")
 
 
 def _times_slower_is(peer: str, case: str) -> Callable[[Line], float | None]:

@@ -80,7 +80,7 @@ class PartClock:
             self.stamp(Weight, name, lambda weight, *_: parts[id(weight)])
         for name in ("forward", "backward"):
             self.stamp(linear._LoraLinear, name, ADAPTERS)
-            self.stamp(attention._BlockAttention, name, ATTENTION_TOKENS)
+            self.stamp(attention._TreeAttention, name, ATTENTION_TOKENS)
             self.stamp(rope._SplitRotated, name, ATTENTION_ROTATION)
             self.stamp(head._TargetLogprobs, name, HEAD)
         for name in ("__call__", "backward"):
