@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf
 
+from benchmarks import forward_backward, prefix_sharing
 from benchmarks.turns import Line
 
 
@@ -15,7 +16,7 @@ class Goal:
 
     benchmark: str
     what: str
-    measured: Callable[[Line], float | None]  # from the record; none when that case did not run
+    measured: Callable[[Line], float | None]  # from the record; none when a case did not run
     at_least: float = -inf
     at_most: float = inf
 
@@ -59,10 +60,14 @@ def _times_slower_is_best_peer(case: str) -> Callable[[Line], float | None]:
 
 
 def _smallest_share(record: Line) -> float | None:
+    if record["cases"].keys() < forward_backward.CASES.keys():
+        return None
     return min((case["share"] for case in record["cases"].values()), default=None)
 
 
 def _largest_difference(record: Line) -> float | None:
+    if record["cases"].keys() < prefix_sharing.CASES.keys():
+        return None
     differences = (case["difference"]["torch.float32"] for case in record["cases"].values())
     return max(differences, default=None)
 

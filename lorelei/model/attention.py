@@ -174,7 +174,7 @@ class _TreeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, trees: fused.Trees) -> Tensor:
-        q, k, v = (_rows_whole(x) for x in (q, k, v))
+        q, k, v = (fused.whole_rows(x) for x in (q, k, v))
         out, lse = fused.tree_attention(q, k, v, trees)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.trees = trees
@@ -184,11 +184,6 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, lse = ctx.saved_tensors
         return *fused.tree_attention_backward(q, k, v, ctx.trees, out, lse, grads[0]), None
-
-
-def _rows_whole(x_THd: Tensor) -> Tensor:
-    """x whose heads lie together, as a part of a wider row may."""
-    return x_THd if x_THd.stride()[1:] == (x_THd.shape[2], 1) else x_THd.contiguous()
 
 
 class _BlockAttention(torch.autograd.Function):

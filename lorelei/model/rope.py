@@ -151,15 +151,10 @@ class _SplitRotated(torch.autograd.Function):
 def _rotate(x_THd: Tensor, cos: Tensor, sin: Tensor, direction: float, out: Tensor) -> Tensor:
     """Into `out`; direction: 1, or -1 for back."""
     if fused.fuses(x_THd):
-        fused.rotate(_inner_contiguous(x_THd), cos, sin, direction, out)
+        fused.rotate(fused.whole_rows(x_THd), cos, sin, direction, out)
         return out
     half = x_THd.shape[-1] // 2
     first, second = x_THd[..., :half], x_THd[..., half:]
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-direction)
     torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=direction)
     return out
-
-
-def _inner_contiguous(x_THd: Tensor) -> Tensor:
-    """x whose heads lie together, as a part of a wider row may."""
-    return x_THd if x_THd.stride()[1:] == (x_THd.shape[2], 1) else x_THd.contiguous()

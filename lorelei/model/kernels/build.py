@@ -50,8 +50,8 @@ def rest() -> None:
     """End the helper threads of the calling thread until it computes again.
 
     Every thread that computes has a team of its own. While teams have more threads than there
-    are cores, the helpers of all of them sleep between two loops instead of spinning, and
-    decoding takes a third longer.
+    are cores, the helpers of all of them sleep between two loops instead of spinning, and waking
+    them costs more than a short loop takes.
     """
     openmp = _openmp()
     if openmp is not None and torch.get_num_threads() > 1:

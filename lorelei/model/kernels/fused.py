@@ -48,6 +48,11 @@ def fuses(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and library() is not None
 
 
+def whole_rows(x_THd: Tensor) -> Tensor:
+    """x whose heads lie together, as a part of a wider row may."""
+    return x_THd if x_THd.stride()[1:] == (x_THd.shape[2], 1) else x_THd.contiguous()
+
+
 @cache
 def _kernel(name: str) -> Callable[..., None]:
     kernel = getattr(library(), name)

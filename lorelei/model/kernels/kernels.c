@@ -247,9 +247,8 @@ void unpack(const float *panels, float *w, long O, long D) {
             w[o * D + i] = panels[(o / PANEL * D + i) * PANEL + o % PANEL];
 }
 
-/* A matrix by the address of its first element and the distances between rows and columns; of
- * the right factor and the result, columns inside a panel are neighbours and `column` is the
- * distance between panels. */
+/* A matrix by the address of its first element and the distances between rows and columns; in
+ * one panel of the right factor and of the result, columns are neighbours and `column` is unused. */
 typedef struct {
     float *data;
     long row, column;
