@@ -23,7 +23,7 @@ class AdapterSize:
     serving: int  # of one version, in the base model's dtype: laid out for decoding
     merged: int  # of the layers that a merged version replaces
     lifted: int  # x A, kept for each token while training, summed over all layers
-    turned: int  # of the base model's matrices that the backward pass reads
+    turned: int  # of the largest matrix that a backward pass turns, see model.backend
 
 
 def full_size(model: DecoderConfig, base: int) -> AdapterSize:
@@ -40,7 +40,10 @@ def lora_size(
     for name in modules:
         layers[_layer(name)] = layers.get(_layer(name), 0) + 1
     serving = merged = 0
+    matrices: dict[str, int] = {}  # layer -> its elements
     for name, (out, wide) in shapes.items():
+        if name != HEAD or not model.tied_embeddings:  # a tied head uses the embedding
+            matrices[_layer(name)] = matrices.get(_layer(name), 0) + out * wide
         if (parts := layers.get(_layer(name), 0)) > 0:
             merged += out * wide
             serving += rank * parts * out  # B of all parts, one block each on the diagonal
@@ -52,8 +55,7 @@ def lora_size(
         serving=serving + inputs,
         merged=merged,
         lifted=round(sum(rank * _share(model, name) for name in modules)),
-        # a tied head uses the embedding
-        turned=sum(o * w for n, (o, w) in shapes.items() if n != HEAD or not model.tied_embeddings),
+        turned=max(matrices.values()),
     )
 
 

@@ -102,14 +102,11 @@ def _trained(run: Footprint) -> Parts:
     """What is held from the first step on."""
     workers = run.config.train.workers
     trained = sum(size.trained for size in run.adapters)
-    turned = max(size.turned for size in run.adapters)
     # rollouts in flight use the versions they started on
     versions = 1 + max(e.rollout.max_head_offpolicyness for e in run.config.experiments())
     published = sum(size.published for size in run.adapters) * _FP32
     published += sum(size.serving for size in run.adapters) * BYTES[run.config.dtype]
     return {
-        # packed matrices are kept a second time, laid out for the backward pass
-        "backward copy": workers * turned * _FP32 if _packs(run) else 0,
         "adapters": workers * trained * _FP32,
         "published adapters": versions * published,
         "optimizer": workers * 2 * trained * _FP32,  # Adam's two moments
@@ -164,10 +161,11 @@ def decoding_bytes(run: Footprint, prompts: int, rows: int) -> int:
 
 
 def _training(run: Footprint) -> Parts:
-    workers = run.config.train.workers
+    workers, turned = run.config.train.workers, max(size.turned for size in run.adapters)
     return {
         "gradients": workers * sum(size.trained for size in run.adapters) * _FP32,
         "activations": workers * activation_bytes(run),
+        "turned matrix": workers * turned * _FP32 if _packs(run) else 0,
     }
 
 

@@ -61,8 +61,8 @@ def logits_factor(device: torch.device) -> int:
 class Weight:
     """A matrix W [O, D] that is multiplied often and never written.
 
-    Where there are kernels it is kept in their layout only, one copy for x @ W.T and, once a
-    backward pass asks for it, one for dy @ W; see model.kernels.
+    Where there are kernels it is kept in their layout only, and turned each time that a backward
+    pass asks for dy @ W: a second copy would cost more memory than it saves time.
     """
 
     forward: Tensor
@@ -86,11 +86,9 @@ class Weight:
 
     def transposed_product(self, dy: Tensor) -> Tensor:
         """dy [T, O] -> dy @ W [T, D]."""
-        if self.backward is None:
-            self.backward = fused.pack(self.dense().T)
-        if not _is_packed(self.backward):
+        if self.backward is not None:
             return dy @ self.backward
-        return fused.product(dy, self.backward, self.shape[1])
+        return fused.product(dy, fused.turned(self.forward, self.shape[0]), self.shape[1])
 
     def raised(self, a_DR: Tensor, b_RO: Tensor) -> Weight:
         """W + (a @ b).T for products x @ W.T only; the sum is rounded once to a narrower dtype."""

@@ -41,6 +41,12 @@ def test_the_gated_product_and_its_gradient_are_those_of_fp64(
     assert_close(SWIGLU.backward(x, dy), SWIGLU.backward(x.double(), dy.double()))
 
 
+@pytest.mark.parametrize("shape", [*ODD_SHAPES, (64, 96), (65, 31)])
+def test_turned_panels_are_those_of_the_transposed_matrix(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape)
+    assert torch.equal(fused.turned(fused.pack(weight), shape[0]), fused.pack(weight.T))
+
+
 def test_values_that_are_not_numbers_stay_visible() -> None:
     x = torch.randn(4, 16)
     x[1, 3] = torch.nan

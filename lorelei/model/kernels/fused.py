@@ -22,6 +22,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "lanes": (),
     "pack": (_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG),
     "unpack": (_POINTER, _POINTER, _LONG, _LONG),
+    "turn": (_POINTER, _POINTER, _LONG, _LONG),
     "product": (
         *(_POINTER, _LONG, _LONG) * 3,
         *(_LONG, _LONG, _LONG, _FLOAT, ctypes.c_int),
@@ -80,6 +81,14 @@ def unpack(panels: Tensor, outputs: int) -> Tensor:
     weight_OD = torch.empty(outputs, panels.shape[1])
     _kernel("unpack")(panels.data_ptr(), weight_OD.data_ptr(), *weight_OD.shape)
     return weight_OD
+
+
+def turned(panels: Tensor, outputs: int) -> Tensor:
+    """The panels of W.T [D, O] from those of W [O, D]."""
+    inputs, width = panels.shape[1:]
+    turned = torch.empty(-(-inputs // width), outputs, width)
+    _kernel("turn")(panels.data_ptr(), turned.data_ptr(), outputs, inputs)
+    return turned
 
 
 def product(x_TD: Tensor, panels: Tensor, outputs: int) -> Tensor:

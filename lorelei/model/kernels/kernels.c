@@ -247,6 +247,58 @@ void unpack(const float *panels, float *w, long O, long D) {
             w[o * D + i] = panels[(o / PANEL * D + i) * PANEL + o % PANEL];
 }
 
+/* to [LANES, LANES] = the transpose of `from`; rows of both are PANEL apart */
+static inline void transpose(const float *restrict from, float *restrict to) {
+#ifdef __clang__
+    for (long r = 0; r < LANES; r++)
+        for (long n = 0; n < LANES; n++) to[r * PANEL + n] = from[n * PANEL + r];
+#else
+    typedef int32_t mask __attribute__((vector_size(4 * LANES)));
+    mask low, high;
+    for (int n = 0; n < LANES; n++) {
+        low[n] = n / 2 + n % 2 * LANES;
+        high[n] = low[n] + LANES / 2;
+    }
+    vector rows[2][LANES];
+#pragma GCC unroll 16
+    for (int n = 0; n < LANES; n++) rows[0][n] = *(const vector *)(from + n * PANEL);
+    int now = 0;
+#pragma GCC unroll 4
+    for (int step = 1; step < LANES; step *= 2, now = !now)
+#pragma GCC unroll 8
+        for (int n = 0; n < LANES / 2; n++) {
+            vector first = rows[now][n], second = rows[now][n + LANES / 2];
+            rows[!now][2 * n] = __builtin_shuffle(first, second, low);
+            rows[!now][2 * n + 1] = __builtin_shuffle(first, second, high);
+        }
+#pragma GCC unroll 16
+    for (int n = 0; n < LANES; n++) *(vector *)(to + n * PANEL) = rows[now][n];
+#endif
+}
+
+/* panels of W.T from those of W, a square of PANEL x PANEL at a time */
+void turn(const float *panels, float *turned, long O, long D) {
+    long all = (O + PANEL - 1) / PANEL * PANEL;
+#pragma omp parallel for schedule(static)
+    for (long i = 0; i < D; i += PANEL) {
+        for (long o = 0; o < all; o += PANEL) {
+            const float *from = panels + o * D + i * PANEL;
+            float *to = turned + i * O + o * PANEL;
+            long rows = least(PANEL, O - o), columns = least(PANEL, D - i);
+            if (rows == PANEL && columns == PANEL) {
+                transpose(from, to);
+                transpose(from + LANES, to + LANES * PANEL);
+                transpose(from + LANES * PANEL, to + LANES);
+                transpose(from + LANES * PANEL + LANES, to + LANES * PANEL + LANES);
+            } else {
+                for (long r = 0; r < rows; r++)
+                    for (long n = 0; n < PANEL; n++)
+                        to[r * PANEL + n] = n < columns ? from[n * PANEL + r] : 0;
+            }
+        }
+    }
+}
+
 /* A matrix by the address of its first element and the distances between rows and columns; in
  * one panel of the right factor and of the result, columns are neighbours and `column` is unused. */
 typedef struct {
