@@ -53,16 +53,17 @@ class Merged:
 
 def generate(model: Any, job: Job, cache: str, greedy: bool) -> list[list[int]]:
     new_tokens = job["greedy_tokens"] if greedy else job["new_tokens"]
+    # greedy samples are no choice of transformers, any samples none of its continuous batching
+    copies = job["samples"] if greedy or cache == "paged" else 1
     config = GenerationConfig(
         do_sample=not greedy,
         top_k=0 if not greedy else None,  # the whole vocabulary
-        num_return_sequences=1 if greedy else job["samples"],
+        num_return_sequences=job["samples"] // copies,
         max_new_tokens=new_tokens,
         pad_token_id=0,
         cache_implementation="static" if cache == "static" else None,
         disable_compile=True,
     )
-    copies = job["samples"] if greedy else 1  # greedy samples are no choice of transformers
     prompts: list[list[int]] = [tokens for tokens in job["prompts"] for _ in range(copies)]
     if cache == "paged":
         done = model.generate_batch(
