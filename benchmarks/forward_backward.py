@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.train_case import TrainCase
-from benchmarks.turns import Line, keep, run
+from benchmarks.turns import Line, begun, keep, run
 
 CASES = {
     case.name: case
@@ -87,7 +87,7 @@ def section(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = begun("forward_backward", sys.argv[1:])
     for name in sys.argv[1:] or CASES:
         command = [sys.executable, "-m", "benchmarks.ours_forward_backward", name, str(TURNS)]
         # one malloc arena, as the command line sets it

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.cases import ALPHA, MODEL, RANK
-from benchmarks.turns import Line, keep, run
+from benchmarks.turns import Line, begun, keep, run
 
 CASES = ("2x8",)
 SIDES = {"lora": "LoRA", "full": "full fine-tuning"}
@@ -45,7 +45,7 @@ def summary(turns: list[tuple[list[Line], Line]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = begun("full_finetuning", sys.argv[1:])
     for case in sys.argv[1:] or CASES:
         done: dict[str, list[tuple[list[Line], Line]]] = {side: [] for side in SIDES}
         for _ in range(TURNS):

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.cases import ALPHA, MODEL, RANK, StepCase
 from benchmarks.peers.environment import peers_python
-from benchmarks.turns import Line, keep, run
+from benchmarks.turns import Line, begun, keep, run
 from lorelei.config.paths import resolve_model
 from lorelei.lora.state import AdapterState, tensor_names
 from lorelei.lora.targets import match_targets, module_shapes
@@ -257,7 +257,7 @@ def section(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = begun("generation", sys.argv[1:])
     for name in sys.argv[1:] or CASES:
         with tempfile.TemporaryDirectory() as folder:
             results[name] = measure(CASES[name], Path(folder))

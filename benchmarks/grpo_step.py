@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.cases import MODEL, STEP_CASES
 from benchmarks.peers.environment import peers_python
-from benchmarks.turns import Line, keep, pinned, run
+from benchmarks.turns import Line, begun, keep, pinned, run
 from lorelei.config.paths import resolve_model
 
 TURNS, STEPS = 2, 3  # steps of one turn, the first included
@@ -46,7 +46,7 @@ def summary(steps: list[Line]) -> dict[str, Any]:
 
 
 def main() -> None:
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = begun("grpo_step", sys.argv[1:])
     for name in sys.argv[1:] or STEP_CASES:
         mine: list[Line] = []
         theirs: list[Line] = []

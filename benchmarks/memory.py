@@ -23,7 +23,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from benchmarks.cases import FILLER, MODEL
-from benchmarks.turns import Line, keep
+from benchmarks.turns import Line, begun, keep
 from lorelei.config.paths import resolve_model
 
 RUNS = 2
@@ -221,11 +221,12 @@ def section(record: Line) -> str:
 
 
 def main() -> None:
-    record: Line = {"programs_mib": {}, "cases": {}}
+    some = sys.argv[1:]
+    record = {part: begun("memory", some, part) for part in ("programs_mib", "cases")}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_files(folder)
-        for case in sys.argv[1:] or ["programs", *CASES]:
+        for case in some or ["programs", *CASES]:
             if case == "programs":
                 found = record["programs_mib"] = programs(folder)
             else:

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.train_case import TrainCase
-from benchmarks.turns import Line, keep, run
+from benchmarks.turns import Line, begun, keep, run
 
 CASES = {
     f"{prompt} + {samples} x 64": TrainCase(
@@ -81,7 +81,7 @@ def _seconds(side: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = begun("prefix_sharing", sys.argv[1:])
     for name in sys.argv[1:] or CASES:
         (difference,) = ours(name, "difference")
         lines: dict[str, list[Line]] = {"shared": [], "repeated": []}

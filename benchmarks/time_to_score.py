@@ -21,7 +21,7 @@ import yaml
 from benchmarks import sums
 from benchmarks.cases import ALPHA, MODEL, RANK
 from benchmarks.peers.environment import peers_python
-from benchmarks.turns import Line, keep, pinned, run
+from benchmarks.turns import Line, begun, keep, pinned, run
 from lorelei.config.load import load_config
 from lorelei.config.paths import resolve_model
 from lorelei.data.source import make_source
@@ -106,7 +106,7 @@ def first_above(curve: Curve) -> dict[str, float] | None:
 
 
 def main() -> None:
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = begun("time_to_score", sys.argv[1:], "seeds")
     for seed in sys.argv[1:] or SEEDS:
         with tempfile.TemporaryDirectory() as folder:
             file = run_file(Path(folder), seed)

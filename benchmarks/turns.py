@@ -42,3 +42,18 @@ def kept(name: str) -> Line | None:
     """What `keep` wrote; none when the benchmark has not run."""
     file = RESULTS / f"{name}.json"
     return json.loads(file.read_text()) if file.exists() else None
+
+
+def begun(name: str, some: list[str], part: str = "cases") -> Line:
+    """What a run of `some` of its cases adds to: what was kept of this machine before.
+
+    A run of all of them (none named) begins anew.
+    """
+    record = kept(name)
+    if not some or record is None or _same(record) != _same({"machine": machine()}):
+        return {}
+    return record[part]
+
+
+def _same(record: Line) -> Line:
+    return {key: value for key, value in record["machine"].items() if key != "load"}
