@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lorelei.model.backend import logits_factor
+from lorelei.model.kernels import fused
 from lorelei.model.linear import FrozenLinear, Route
 
 CHUNK_ELEMENTS = 1 << 23  # logits held at once on a CPU: 32 MiB in fp32
@@ -42,15 +43,9 @@ class _TargetLogprobs(torch.autograd.Function):
         unit_ID = torch.empty_like(hidden_ID) if wants_grad else None
         for rows in _chunks(len(target_I), head.weight.shape[0], hidden_ID.device):
             scale_C = temperature_I[rows].to(dtype).reciprocal()
-            logits_CV = head.product(hidden_ID[rows]).to(dtype).mul_(scale_C[:, None])
-            picked, lse, mean = _statistics(logits_CV, target_I[rows])
-            logprobs[rows], entropy[rows] = picked - lse, lse - mean
+            logits_CV = head.product(hidden_ID[rows]).to(dtype)
+            logprobs[rows], entropy[rows] = _differentiate(logits_CV, target_I[rows], scale_C)
             if unit_ID is not None:
-                # logits_CV holds the probabilities now: d log p = (onehot - p) @ W / temperature
-                logits_CV.neg_()
-                at = torch.arange(len(logits_CV), device=logits_CV.device)
-                logits_CV[at, target_I[rows]] += 1
-                logits_CV.mul_(scale_C[:, None])
                 unit_ID[rows] = head.weight.transposed_product(logits_CV.to(hidden_ID.dtype))
         if unit_ID is not None:
             ctx.save_for_backward(unit_ID)
@@ -63,16 +58,28 @@ class _TargetLogprobs(torch.autograd.Function):
         return unit_ID * grads[0][:, None].to(unit_ID.dtype), None, None, None
 
 
-def _statistics(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Target logit, log-sum-exp and mean logit [C]; turns the logits into probabilities."""
+def _differentiate(
+    logits_CV: Tensor, target_C: Tensor, scale_C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log p(target) and entropy [C] of softmax(logits * scale).
+
+    The logits become (onehot - p) * scale, the gradient of log p(target) with respect to them.
+    """
+    if fused.fuses(logits_CV):
+        return fused.target_logprobs(logits_CV, target_C, scale_C)
+    logits_CV.mul_(scale_C[:, None])
     picked = logits_CV.gather(1, target_C[:, None])[:, 0]
     lse = logits_CV.logsumexp(dim=-1)
     # sum p * logit = sum p * (logit - lse) + lse; p log p is written over a fresh buffer once
     logits_CV.sub_(lse[:, None])
     shifted = logits_CV.clone()
     logits_CV.exp_()
-    mean = lse + shifted.mul_(logits_CV).sum(-1)
-    return picked, lse, mean
+    entropy = -shifted.mul_(logits_CV).sum(-1)
+    logits_CV.neg_()
+    at = torch.arange(len(logits_CV), device=logits_CV.device)
+    logits_CV[at, target_C] += 1
+    logits_CV.mul_(scale_C[:, None])
+    return picked - lse, entropy
 
 
 def routed_target_logprobs(

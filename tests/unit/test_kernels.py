@@ -41,6 +41,23 @@ def test_the_gated_product_and_its_gradient_are_those_of_fp64(
     assert_close(SWIGLU.backward(x, dy), SWIGLU.backward(x.double(), dy.double()))
 
 
+@pytest.mark.parametrize("shape", [*ODD_SHAPES, (2, 49152)])
+@pytest.mark.parametrize("spread", [0.1, 4.0, 300.0])
+def test_target_logprobs_entropy_and_gradient_are_those_of_fp64(
+    shape: tuple[int, int], spread: float
+) -> None:
+    logits = torch.randn(shape) * spread
+    target, scale = torch.randint(shape[1], shape[:1]), torch.rand(shape[0]) + 0.5
+    exact = logits.double().requires_grad_()
+    all_TV = (exact * scale[:, None]).log_softmax(-1)
+    logprobs = all_TV.gather(1, target[:, None])[:, 0]
+    (gradient,) = torch.autograd.grad(logprobs.sum(), exact)
+    given = fused.target_logprobs(logits, target, scale)
+    assert_close(given[0], logprobs.detach())
+    assert_close(given[1], -(all_TV.exp() * all_TV).sum(-1).detach())
+    assert_close(logits, gradient)
+
+
 @pytest.mark.parametrize("shape", [*ODD_SHAPES, (64, 96), (65, 31)])
 def test_turned_panels_are_those_of_the_transposed_matrix(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape)

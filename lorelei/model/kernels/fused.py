@@ -31,6 +31,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "rms_norm_backward": (_POINTER, _POINTER, _FLOAT, _POINTER, _POINTER, _LONG, _LONG),
     "swiglu": (_POINTER, _POINTER, _LONG, _LONG),
     "swiglu_backward": (_POINTER, _POINTER, _POINTER, _LONG, _LONG),
+    "target_logprobs": (*(_POINTER,) * 5, _LONG, _LONG),
     "rotate": (_POINTER, _LONG, _POINTER, _POINTER, _FLOAT, _POINTER, *(_LONG,) * 4),
     "tree_forward": (*(_POINTER, _LONG) * 3, *(_POINTER,) * 5, *(_LONG,) * 5),
     "tree_backward": (*(_POINTER, _LONG) * 3, *(_POINTER,) * 9, *(_LONG,) * 5),
@@ -162,6 +163,20 @@ def swiglu_backward(x_TF: Tensor, dy_TF: Tensor) -> Tensor:
     x, dy, dx = x_TF.contiguous(), dy_TF.contiguous(), torch.empty(x_TF.shape)
     _kernel("swiglu_backward")(x.data_ptr(), dy.data_ptr(), dx.data_ptr(), *dy.shape)
     return dx
+
+
+def target_logprobs(
+    logits_TV: Tensor, target_T: Tensor, scale_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log p(target) and entropy [T] of softmax(logits * scale).
+
+    The logits become the gradient of log p(target) with respect to them.
+    """
+    target_T, scale_T = target_T.contiguous(), scale_T.contiguous()
+    logprobs_T, entropy_T = torch.empty(len(target_T)), torch.empty(len(target_T))
+    tensors = (logits_TV, target_T, scale_T, logprobs_T, entropy_T)
+    _kernel("target_logprobs")(*(t.data_ptr() for t in tensors), *logits_TV.shape)
+    return logprobs_T, entropy_T
 
 
 def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor, direction: float, out: Tensor) -> None:

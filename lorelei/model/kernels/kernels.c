@@ -81,6 +81,32 @@ void swiglu_backward(const float *x, const float *dy, float *dx, long T, long F)
     }
 }
 
+/* Of softmax(logits [T, V] * scales [T]): the log-probability [T] of each target and the entropy
+ * [T]. The logits become the gradient of the log-probability with respect to them. */
+void target_logprobs(float *logits, const int64_t *targets, const float *scales, float *logprobs,
+                     float *entropy, long T, long V) {
+#pragma omp parallel for schedule(static) if (T * V >= PARALLEL_FROM)
+    for (long t = 0; t < T; t++) {
+        float *x = logits + t * V, scale = scales[t], largest = -INFINITY, sum = 0, inner = 0;
+#pragma omp simd reduction(max : largest)
+        for (long i = 0; i < V; i++) largest = x[i] > largest ? x[i] : largest;
+        float picked = (x[targets[t]] - largest) * scale;
+#pragma omp simd reduction(+ : sum, inner)
+        for (long i = 0; i < V; i++) {
+            float shifted = (x[i] - largest) * scale, e = exponential(shifted);
+            sum += e;
+            inner += e * shifted;
+            x[i] = e;
+        }
+        float log_sum = logf(sum), pull = -scale / sum;
+        logprobs[t] = picked - log_sum;
+        entropy[t] = log_sum - inner / sum;
+#pragma omp simd
+        for (long i = 0; i < V; i++) x[i] *= pull;
+        x[targets[t]] += scale;
+    }
+}
+
 /* y [T, H, d] = x rotated by angles [T, d / 2]; direction -1 rotates back. x and y may be parts
  * of wider rows, and the same. */
 void rotate(const float *x, long x_stride, const float *cosines, const float *sines,
