@@ -58,9 +58,7 @@ class _TargetLogprobs(torch.autograd.Function):
         return unit_ID * grads[0][:, None].to(unit_ID.dtype), None, None, None
 
 
-def _differentiate(
-    logits_CV: Tensor, target_C: Tensor, scale_C: Tensor
-) -> tuple[Tensor, Tensor]:
+def _differentiate(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor) -> tuple[Tensor, Tensor]:
     """log p(target) and entropy [C] of softmax(logits * scale).
 
     The logits become (onehot - p) * scale, the gradient of log p(target) with respect to them.

@@ -54,7 +54,9 @@ def test_target_logprobs_entropy_and_gradient_are_those_of_fp64(
     (gradient,) = torch.autograd.grad(logprobs.sum(), exact)
     given = fused.target_logprobs(logits, target, scale)
     assert_close(given[0], logprobs.detach())
-    assert_close(given[1], -(all_TV.exp() * all_TV).sum(-1).detach())
+    entropy = -(all_TV.exp() * all_TV).sum(-1).detach()
+    # that of an almost certain token is nearly nothing, and a difference of larger numbers
+    torch.testing.assert_close(given[1].double(), entropy, rtol=2e-5, atol=1e-6)
     assert_close(logits, gradient)
 
 

@@ -83,12 +83,12 @@ def test_slots_are_ordered_by_adapter_then_prompt() -> None:
     assert scheduler.by_prompt() == [1, 2, 0, 4, 3]
 
 
-def test_pending_tokens_count_running_and_waiting_rows_of_an_adapter() -> None:
+def test_pending_steps_are_those_of_the_adapters_row_with_most_left() -> None:
     scheduler = Scheduler(max_running=1, prefill_tokens=100)
     row = submit(scheduler, [1], "a")
     submit(scheduler, [1], "a")
     submit(scheduler, [1])
     scheduler.admit()
     row.tokens += [4, 5, 6]
-    assert scheduler.pending_tokens(row.prompt.adapter) == 8 - 3 + 8
-    assert scheduler.pending_tokens(None) == 8
+    assert scheduler.pending_steps(row.prompt.adapter) == 8
+    assert scheduler.pending_steps("b") == 0

@@ -165,9 +165,7 @@ def swiglu_backward(x_TF: Tensor, dy_TF: Tensor) -> Tensor:
     return dx
 
 
-def target_logprobs(
-    logits_TV: Tensor, target_T: Tensor, scale_T: Tensor
-) -> tuple[Tensor, Tensor]:
+def target_logprobs(logits_TV: Tensor, target_T: Tensor, scale_T: Tensor) -> tuple[Tensor, Tensor]:
     """log p(target) and entropy [T] of softmax(logits * scale).
 
     The logits become the gradient of log p(target) with respect to them.

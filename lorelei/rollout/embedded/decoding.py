@@ -89,7 +89,7 @@ class Decoding:
 
     def _settle(self) -> None:
         adapters = {row.prompt.adapter for row in self._scheduler.running}
-        self._published.settle(adapters, sum(map(self._scheduler.pending_tokens, adapters)))
+        self._published.settle(adapters, max(map(self._scheduler.pending_steps, adapters)))
 
     def _prefill(self, rows: Sequence[Row]) -> None:
         """Run the prompts that have no cache yet, packed."""

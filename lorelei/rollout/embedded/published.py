@@ -15,8 +15,8 @@ from lorelei.model.linear import FrozenLinear, Route
 from lorelei.model.weights import named_tensors
 from lorelei.rollout.embedded.route import LowRank, PublishedRoute, RoutedSpan, low_rank
 
-# merging a version costs about as much as this many tokens save
-MERGE_TOKENS = 512
+# merging a version costs about as much as this many decoding steps save
+MERGE_STEPS = 24
 
 
 class PublishedAdapters:
@@ -77,8 +77,8 @@ class PublishedAdapters:
         """Forget the private copy: no rows are left, or memory is wanted elsewhere."""
         self._merged = None
 
-    def settle(self, names: set[str | None], pending_tokens: int) -> None:
-        """Choose how rows of these adapters are decoded, at most `pending_tokens` of them.
+    def settle(self, names: set[str | None], pending_steps: int) -> None:
+        """Choose how rows of these adapters are decoded, for at most `pending_steps` steps.
 
         The choice depends on the rows since the engine was last idle and on nothing else, so
         the same requests always give the same bits.
@@ -88,7 +88,7 @@ class PublishedAdapters:
         if name is not None and name == held:
             return
         self.drop_merged()  # first: two copies need not fit into memory
-        if name is not None and name not in self._models and pending_tokens >= MERGE_TOKENS:
+        if name is not None and name not in self._models and pending_steps >= MERGE_STEPS:
             self._merged = (name, self._bank.merged(name))
 
     def route(self, names: Sequence[str | None]) -> Route:

@@ -129,7 +129,8 @@ class Scheduler:
         """Whether any row, waiting or running, needs the adapter."""
         return any(prompt.adapter == adapter for prompt in self._prompts.values())
 
-    def pending_tokens(self, adapter: str | None) -> int:
-        """How many tokens the adapter's rows may still sample."""
+    def pending_steps(self, adapter: str | None) -> int:
+        """How many tokens one of the adapter's rows may still sample, at most."""
         rows = (*self.running, *self.waiting)
-        return sum(r.limit - len(r.tokens) for r in rows if r.prompt.adapter == adapter)
+        left = (r.limit - len(r.tokens) for r in rows if r.prompt.adapter == adapter)
+        return max(left, default=0)
