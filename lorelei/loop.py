@@ -73,7 +73,9 @@ async def run(loop: Loop) -> None:
         _log_step(loop, batch, stats, versions, clock.reset())
         await _commit(loop, pending, refs)  # the commit makes the step true
         clock.lap("checkpoint")
-        _retire(loop, loop.collector.admit(refs))  # opens room: new rollouts start on them
+        replaced = loop.collector.admit(refs)  # opens room: new rollouts start on them
+        await loop.collector.interrupt(replaced)
+        _retire(loop, replaced)
     if loop.unsaved:  # stopped between two checkpoints
         pending = await _stage(loop, loop.versions, now=True)
         await _commit(loop, pending, {})

@@ -197,6 +197,7 @@ def _lane(e: Experiment, parts: Parts, store: RunStore, spool: Spool) -> Lane:
             ),
             stream=e.name,
             decode=parts.decode,
+            interruptible=e.rollout.interruptible,
         ),
         admission=Admission(
             batch_size=e.algo.batch_size,
