@@ -81,6 +81,16 @@ def resume(run: RunFolder) -> None:
 
 
 @app.command()
+def install(
+    kind: Annotated[str, typer.Argument(help="vllm or sglang.", metavar="KIND")],
+) -> None:
+    """Install a rollout server into its own virtual environment, about 5 minutes."""
+    from lorelei.interpreters.install import install
+
+    typer.echo(install(kind))
+
+
+@app.command()
 def check(run: RunFolder) -> None:
     """Verify a run folder: checksums, manifests, versions and logs. Exit code 1: a problem."""
     from lorelei.store.check import check_run
