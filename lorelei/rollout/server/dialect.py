@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from lorelei.lora.state import AdapterState
 from lorelei.rollout.server.client import Client
@@ -117,13 +117,8 @@ class Dialect(Protocol):
         """Accept to meet the others of a broadcast group; the meeting itself goes on after."""
         ...
 
-    async def receive(
-        self, client: Client, ref: AdapterRef, group: str, header: Mapping[str, Any]
-    ) -> None:
-        """Accept to receive one version's tensors; the broadcast itself goes on after.
-
-        header: see lorelei.publish.broadcast.
-        """
+    async def receive(self, client: Client, ref: AdapterRef, group: str, size: int) -> None:
+        """Accept to receive `size` bytes of payload.pack; the broadcast itself goes on after."""
         ...
 
     async def load_received(self, client: Client, ref: AdapterRef) -> str | None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lorelei.lora.state import AdapterState
 from lorelei.rollout.server.client import Client
@@ -72,8 +71,8 @@ class Replica:
     async def join(self, group: Group) -> None:
         await self.dialect.join(self.client, group)
 
-    async def receive(self, ref: AdapterRef, group: str, header: dict[str, Any]) -> None:
-        await self.dialect.receive(self.client, ref, group, header)
+    async def receive(self, ref: AdapterRef, group: str, size: int) -> None:
+        await self.dialect.receive(self.client, ref, group, size)
 
     async def leave(self, group: str) -> None:
         await self.dialect.leave(self.client, group)
@@ -158,8 +157,3 @@ class Router:
         if len(self._homes) > HOMES:
             self._homes.popitem(last=False)
         return home
-
-
-def total_in_flight(replicas: Iterable[Replica]) -> int:
-    """Requests that servers have."""
-    return sum(replica.in_flight for replica in replicas)
