@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,9 @@ from tests.contract.reference_rollout import (
     reference_logprobs,
     reference_model,
 )
+from tests.contract.vllm_server import RunningServer, running_vllm
 from tests.decoders import load_decoder
+from tests.environments import needs
 from tests.tiny_models import make_tiny
 
 FAMILIES = ("llama", "qwen3", "qwen3_moe")
@@ -50,6 +52,7 @@ def make_reference(folder: Path, tokenizer: Any, max_running: int) -> RolloutEng
 
 
 ENGINES: dict[str, Make] = {"embedded": make_embedded, "reference": make_reference}
+SERVERS = ("vllm",)  # each a server for the session, on the llama only
 
 
 @pytest.fixture(scope="session")
@@ -58,9 +61,32 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: make_tiny(family, root / family) for family in FAMILIES}
 
 
-@pytest.fixture(params=sorted(ENGINES))
+@pytest.fixture(scope="session")
+def vllm_server(
+    folders: dict[str, Path], tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    tiny_tokenizer.save_pretrained(folders["llama"])
+    with running_vllm(folders["llama"], tmp_path_factory.mktemp("vllm"), CONTEXT) as server:
+        yield server
+
+
+@pytest.fixture(
+    params=[*sorted(ENGINES), *(pytest.param(kind, marks=needs(kind)) for kind in SERVERS)]
+)
 def make(request: pytest.FixtureRequest) -> Make:
-    return ENGINES[request.param]
+    if request.param in ENGINES:
+        return ENGINES[request.param]
+
+    def attach(folder: Path, tokenizer: Any, max_running: int) -> RolloutEngine:
+        if folder.name != "llama":
+            pytest.skip(f"the {request.param} server of the tests has the llama")
+        server: RunningServer = request.getfixturevalue(f"{request.param}_server")
+        return server.engine(tokenizer, max_running)
+
+    if (family := request.node.callspec.params.get("family", "llama")) != "llama":
+        pytest.skip(f"the {request.param} server of the tests has the llama, not the {family}")
+    request.getfixturevalue(f"{request.param}_server")
+    return attach
 
 
 @asynccontextmanager
