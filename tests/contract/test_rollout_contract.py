@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,13 +24,10 @@ from tests.contract.reference_rollout import (
     reference_logprobs,
     reference_model,
 )
-from tests.contract.vllm_server import RunningServer, running_vllm
+from tests.contract.vllm_server import CONTEXT, FAMILIES, RunningServer
 from tests.decoders import load_decoder
 from tests.environments import needs
-from tests.tiny_models import make_tiny
 
-FAMILIES = ("llama", "qwen3", "qwen3_moe")
-CONTEXT = 256
 # fp32 sums in another order: logits of this size (up to 8) agree to a few 1e-6
 LOGPROB_TOLERANCE = 1e-5
 PROMPT = np.arange(5, 22, dtype=np.int32)
@@ -53,21 +50,6 @@ def make_reference(folder: Path, tokenizer: Any, max_running: int) -> RolloutEng
 
 ENGINES: dict[str, Make] = {"embedded": make_embedded, "reference": make_reference}
 SERVERS = ("vllm",)  # each a server for the session, on the llama only
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {family: make_tiny(family, root / family) for family in FAMILIES}
-
-
-@pytest.fixture(scope="session")
-def vllm_server(
-    folders: dict[str, Path], tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningServer]:
-    tiny_tokenizer.save_pretrained(folders["llama"])
-    with running_vllm(folders["llama"], tmp_path_factory.mktemp("vllm"), CONTEXT) as server:
-        yield server
 
 
 @pytest.fixture(
@@ -451,8 +433,8 @@ def test_pause_holds_requests_and_resume_loses_nothing(
 ) -> None:
     async def body() -> tuple[Completion, Completion]:
         async with opened(make(folders["llama"], None, 4)) as engine:
-            undisturbed = await engine.generate(ask(max_new_tokens=40))
-            task = asyncio.create_task(engine.generate(ask(max_new_tokens=40)))
+            undisturbed = await engine.generate(ask(max_new_tokens=150))
+            task = asyncio.create_task(engine.generate(ask(max_new_tokens=150)))
             base = (await engine.health()).tokens_generated
 
             async def started() -> bool:
