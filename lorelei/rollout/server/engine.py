@@ -220,6 +220,10 @@ class ServerEngine:
                 # KeyError: another server than the one we filled answers at this address
                 trouble = error
                 replica.suspect.set()
+                if isinstance(error, KeyError) and name is not None:
+                    replica.loaded.pop(name, None)
+                    with suppress(ServerTrouble):
+                        await self._load(replica, name)
             else:
                 replica.finished += 1
                 if sampled.finish_reason != "abort" or aborts != self._aborts[name]:
@@ -336,14 +340,12 @@ class ServerEngine:
             return replica.loaded[name]
 
     async def _restore(self, replica: Replica) -> None:
-        """Every live version, on a server that has just come up."""
-        while missing := [name for name in self._live if name not in replica.loaded]:
-            for name in missing:
-                if name not in self._live:
-                    continue
+        """Every served version, on a server that has just come up."""
+        while missing := self._served - replica.loaded.keys():
+            for name in missing & self._live.keys():
                 ref, _ = self._live[name]
                 digest = await self._load(replica, name)
-                if name in self._served and digest not in (None, ref.digest):
+                if digest not in (None, ref.digest):
                     raise ServerTrouble(f"{ref}: it holds {digest} after a restart")
 
     async def _forget(self, ref: AdapterRef) -> None:
