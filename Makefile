@@ -7,7 +7,7 @@ BIN := .venv/bin
 CACHE := $(or $(LORELEI_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lorelei)
 MODEL := $(CACHE)/models/HuggingFaceTB--SmolLM2-135M-Instruct/config.json
 
-.PHONY: train test unit lint curve bench page peers setup model clean
+.PHONY: train test unit lint curve bench page peers setup model vllm sglang clean
 
 train: setup model
 	$(BIN)/lorelei train recipes/chain_sum/run.yaml $(ARGS)
@@ -37,6 +37,10 @@ page: setup
 
 peers: setup
 	$(BIN)/python -m benchmarks.peers.environment
+
+# their own virtual environments in the cache folder, about 5 minutes each; prints the interpreter
+vllm sglang:
+	@$(PYTHON) -m lorelei.interpreters $@
 
 setup: .venv/installed
 

@@ -13,7 +13,7 @@ import lorelei
 ROOT = Path(lorelei.__file__).parent
 LAYERS = (
     ("types", "config"),
-    ("data", "env", "reward", "algo", "lora", "model", "store", "obs"),
+    ("data", "env", "reward", "algo", "lora", "model", "store", "obs", "interpreters"),
     ("train", "rollout", "publish"),
     ("loop",),
     ("launch", "serve", "cli", "__main__"),

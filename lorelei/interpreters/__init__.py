@@ -1,0 +1,1 @@
+"""Virtual environments of what cannot share Lorelei's own: vLLM, SGLang. Standard library only."""
