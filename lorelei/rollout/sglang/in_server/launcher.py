@@ -1,0 +1,49 @@
+"""Starts SGLang's server with our hooks, under SGLang's interpreter.
+
+`python -m lorelei.rollout.sglang.in_server.launcher ARGUMENTS OF SGLANG`. SGLang spawns its
+processes, and each of them imports this module again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from lorelei.rollout.sglang.in_server import cpu
+
+cpu.install_shims()  # before anything imports sglang
+
+
+def run_scheduler(*args: Any, **kwargs: Any) -> None:
+    """SGLang's scheduler process, with our sampler and adapter route."""
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    from lorelei.rollout.sglang.in_server import adapters, counter, sampling, scoring
+
+    adapters.install()
+    sampling.install()
+    scoring.install()
+    counter.install()
+    run_scheduler_process(*args, **kwargs)
+
+
+def main() -> None:
+    from sglang.srt.entrypoints.http_server import app, launch_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    from lorelei.rollout.sglang.in_server import counter, routes
+
+    counter.make_counter()
+    app.include_router(routes.router)
+    arguments = prepare_server_args(sys.argv[1:])
+    arguments.resolve_once()
+    try:
+        launch_server(arguments, run_scheduler_process_func=run_scheduler)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":
+    main()
