@@ -12,6 +12,8 @@ from typing import Any
 
 from lorelei.rollout.sglang.in_server import cpu
 
+TOKEN = "LORELEI_TOKEN"  # the environment variable with what clients must bring
+
 cpu.install_shims()  # before anything imports sglang
 
 
@@ -19,12 +21,16 @@ def run_scheduler(*args: Any, **kwargs: Any) -> None:
     """SGLang's scheduler process, with our sampler and adapter route."""
     from sglang.srt.managers.scheduler import run_scheduler_process
 
-    from lorelei.rollout.sglang.in_server import adapters, counter, sampling, scoring
+    from lorelei.rollout.sglang.in_server import (
+        adapters,
+        counter,
+        finishing,
+        sampling,
+        scoring,
+    )
 
-    adapters.install()
-    sampling.install()
-    scoring.install()
-    counter.install()
+    for hook in (adapters, sampling, scoring, finishing, counter):
+        hook.install()
     run_scheduler_process(*args, **kwargs)
 
 
@@ -37,7 +43,9 @@ def main() -> None:
 
     counter.make_counter()
     app.include_router(routes.router)
-    arguments = prepare_server_args(sys.argv[1:])
+    # a token on the command line would be everybody's to read
+    token = os.environ.pop(TOKEN, None)
+    arguments = prepare_server_args([*sys.argv[1:], *(("--api-key", token) if token else ())])
     arguments.resolve_once()
     try:
         launch_server(arguments, run_scheduler_process_func=run_scheduler)

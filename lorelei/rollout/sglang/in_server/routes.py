@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 from functools import cache
@@ -13,7 +14,12 @@ from lorelei.rollout.sglang.in_server import adapters
 from lorelei.rollout.sglang.in_server.counter import Counter, counter
 from lorelei.types import AdapterSpec
 
+# SGLang forgets weights that it releases, unless it keeps a second copy of the base model
+_ASLEEP = ["kv_cache"]
+
 router = APIRouter(prefix="/lorelei")
+
+_digests: dict[str, str] = {}  # of the adapters that are loaded, by name
 
 
 @router.get("/facts")
@@ -40,6 +46,74 @@ async def status() -> dict[str, Any]:
     }
 
 
+@router.post("/generate")
+async def generate(request: Request) -> dict[str, Any]:
+    """One completion. Body: rid, tokens, adapter, and SGLang's sampling parameters.
+
+    Answers tokens, logprobs, finish_reason and the adapter's name.
+    """
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    body = await request.json()
+    name = body["adapter"]
+    lora_id = _lora_id(name)
+    asked = GenerateReqInput(
+        rid=body["rid"],
+        input_ids=body["tokens"],
+        sampling_params=body["sampling"],
+        return_logprob=True,
+        lora_path=name,
+    )
+    answer = await _answer(asked, request)
+    drawn = answer["meta_info"].get("output_token_logprobs", [])
+    return {
+        "tokens": [token for _, token, _ in drawn],
+        "logprobs": [logprob for logprob, _, _ in drawn],
+        "finish_reason": answer["meta_info"]["finish_reason"]["type"],
+        "adapter": name if asked.lora_id == lora_id else asked.lora_id,
+    }
+
+
+@router.post("/score")
+async def score(request: Request) -> list[list[float]]:
+    """Log-probabilities of tokens 1.. of each of `sequences` under `adapter` at `temperature`."""
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    body = await request.json()
+    _lora_id(body["adapter"])
+    asked = GenerateReqInput(
+        input_ids=body["sequences"],
+        sampling_params={"max_new_tokens": 0, "temperature": body["temperature"]},
+        return_logprob=True,
+        logprob_start_len=0,
+        lora_path=body["adapter"],
+    )
+    answers = await _answer(asked, request)
+    return [
+        # the first token has none
+        [logprob for logprob, _, _ in answer["meta_info"]["input_token_logprobs"][1:]]
+        for answer in answers
+    ]
+
+
+@router.post("/abort")
+async def abort() -> dict[str, bool]:
+    """End all requests, also while paused; answers when they have been answered."""
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput
+
+    manager = _manager()
+    aborted = set(manager.rid_to_state)
+    paused = manager.is_pause
+    manager.abort_request(abort_all=True)
+    if paused and aborted:  # a request that has begun ends with a step
+        await manager.continue_generation(ContinueGenerationReqInput())
+    while not aborted.isdisjoint(manager.rid_to_state):
+        await asyncio.sleep(0.005)
+    if paused and aborted:
+        await pause()
+    return {"aborted": True}
+
+
 @router.post("/adapters/{name}")
 async def load_adapter(name: str, request: Request) -> dict[str, str]:
     """Load a safetensors body; `spec` in its metadata has rank, alpha and rslora as JSON."""
@@ -54,12 +128,14 @@ async def load_folder(name: str, request: Request) -> dict[str, str]:
     """Load the PEFT folder `path` of a JSON body."""
     from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
 
+    if name in _digests:
+        return {"name": name, "digest": _digests[name]}
     path = (await request.json())["path"]
     order = LoadLoRAAdapterReqInput(lora_name=name, lora_path=path)
     return _loaded(name, await _manager().load_lora_adapter(order))
 
 
-@router.delete("/adapters/{name}")
+@router.post("/adapters/{name}/unload")
 async def unload_adapter(name: str) -> dict[str, str]:
     """Forget an adapter when the last request with it has ended. Others may be loaded meanwhile.
 
@@ -69,6 +145,7 @@ async def unload_adapter(name: str) -> dict[str, str]:
 
     manager = _manager()
     manager.lora_ref_cache.pop(name, None)
+    _digests.pop(name, None)
     if name not in manager.lora_registry.get_all_adapters():
         return {"name": name}
     order = UnloadLoRAAdapterReqInput(lora_name=name)
@@ -91,11 +168,44 @@ async def pause() -> dict[str, bool]:
     return {"paused": True}
 
 
+@router.post("/resume")
+async def resume() -> dict[str, bool]:
+    """Undo `pause`."""
+    from sglang.srt.managers.io_struct import ContinueGenerationReqInput
+
+    await _manager().continue_generation(ContinueGenerationReqInput())
+    return {"paused": False}
+
+
+@router.post("/sleep")
+async def sleep() -> dict[str, bool]:
+    """Give the accelerator's memory back; nothing may be running. A CPU server only pauses."""
+    from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
+
+    await pause()
+    if _manager().server_args.device != "cpu":
+        await _manager().release_memory_occupation(ReleaseMemoryOccupationReqInput(tags=_ASLEEP))
+    return {"asleep": True}
+
+
+@router.post("/wake")
+async def wake() -> dict[str, bool]:
+    """Undo `sleep`."""
+    from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput
+
+    if _manager().server_args.device != "cpu":
+        await _manager().resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=_ASLEEP))
+    await resume()
+    return {"asleep": False}
+
+
 async def _load(
     name: str, spec: AdapterSpec, names: list[str], how: str, body: bytes
 ) -> dict[str, str]:
     from sglang.srt.managers.io_struct import LoadLoRAAdapterFromTensorsReqInput
 
+    if name in _digests:
+        return {"name": name, "digest": _digests[name]}
     order = LoadLoRAAdapterFromTensorsReqInput(
         lora_name=name,
         config_dict=adapters.adapter_config(spec, names),
@@ -108,7 +218,24 @@ async def _load(
 def _loaded(name: str, result: Any) -> dict[str, str]:
     if not result.success:
         raise HTTPException(400, result.error_message)
-    return {"name": name, "digest": result.loaded_adapters[name]}
+    _digests[name] = result.loaded_adapters[name]
+    return {"name": name, "digest": _digests[name]}
+
+
+async def _answer(asked: Any, request: Request) -> Any:
+    try:
+        return await anext(_manager().generate_request(asked, request))
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from error
+
+
+def _lora_id(name: str | None) -> str | None:
+    """SGLang's id of a loaded adapter; it asks for others on the disk."""
+    if name is None:
+        return None
+    if (ref := _manager().lora_registry.get_all_adapters().get(name)) is None:
+        raise HTTPException(404, f"adapter {name} is not loaded")
+    return ref.lora_id
 
 
 def _header(body: bytes) -> dict[str, Any]:
