@@ -15,13 +15,13 @@ from lorelei.lora.state import AdapterState
 from lorelei.model.decoder import Decoder
 from lorelei.rollout.contract import Health
 from lorelei.rollout.embedded.decoding import Decoding, Outcome
-from lorelei.rollout.embedded.limits import Limits
 from lorelei.rollout.embedded.published import PublishedAdapters
 from lorelei.rollout.embedded.sampler import uniform_stream
 from lorelei.rollout.embedded.scheduler import Row, Scheduler
 from lorelei.rollout.embedded.scoring import score
-from lorelei.rollout.embedded.stops import StopStrings, Tokenizer
 from lorelei.rollout.embedded.worker import Worker
+from lorelei.rollout.limits import Limits
+from lorelei.rollout.stops import StopStrings, Tokenizer
 from lorelei.types import AdapterRef, Completion, Floats, GenerateRequest, Ints
 
 T = TypeVar("T")
