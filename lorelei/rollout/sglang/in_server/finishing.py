@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorelei.rollout.embedded.stops import StopStrings
+from lorelei.rollout.stops import StopStrings
 
 
 def install() -> None:

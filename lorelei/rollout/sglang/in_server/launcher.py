@@ -12,7 +12,7 @@ from typing import Any
 
 from lorelei.rollout.sglang.in_server import cpu
 
-TOKEN = "LORELEI_TOKEN"  # the environment variable with what clients must bring
+TOKEN = "LORELEI_SERVER_TOKEN"  # the environment variable with what clients must bring
 
 cpu.install_shims()  # before anything imports sglang
 
@@ -42,10 +42,12 @@ def main() -> None:
     from lorelei.rollout.sglang.in_server import counter, routes
 
     counter.make_counter()
-    app.include_router(routes.router)
+    app.add_middleware(routes.Routes)
     # a token on the command line would be everybody's to read
     token = os.environ.pop(TOKEN, None)
     arguments = prepare_server_args([*sys.argv[1:], *(("--api-key", token) if token else ())])
+    if token is None and arguments.host not in ("127.0.0.1", "localhost", "::1"):
+        sys.exit(f"bound to {arguments.host} without {TOKEN}; set it, here and at the trainer")
     arguments.resolve_once()
     try:
         launch_server(arguments, run_scheduler_process_func=run_scheduler)
