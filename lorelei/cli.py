@@ -91,6 +91,22 @@ def install(
 
 
 @app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is installed, what can run here, and what is missing."""
+    from dataclasses import asdict
+
+    from lorelei.launch.doctor import diagnose, doctor_table
+
+    found = diagnose()
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(doctor_table(found))
+
+
+@app.command()
 def check(run: RunFolder) -> None:
     """Verify a run folder: checksums, manifests, versions and logs. Exit code 1: a problem."""
     from lorelei.store.check import check_run

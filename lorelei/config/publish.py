@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from lorelei.config.section import Section
+from lorelei.config.canary import WithCanary
 
 
-class MemoryPublish(Section):
+class MemoryPublish(WithCanary):
     """A copy within the process, for the embedded engine."""
 
     kind: Literal["memory"] = Field(default="memory", description="Which publisher.")

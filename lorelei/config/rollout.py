@@ -36,6 +36,11 @@ class EmbeddedRollout(Section):
     max_head_offpolicyness: int = Field(
         default=0, ge=0, description="Most steps that training may be ahead of sampling; 0: none."
     )
+    interruptible: bool = Field(
+        default=False,
+        description="A published version takes over the answers that are being sampled at once, "
+        "behind the tokens they have; else they finish on theirs.",
+    )
     max_concurrent: int | None = Field(
         default=None,
         ge=1,
@@ -69,6 +74,16 @@ class EmbeddedRollout(Section):
         if "" in value:
             raise ValueError("an empty string would stop every completion; remove it")
         return value
+
+    @model_validator(mode="after")
+    def _something_to_interrupt(self) -> EmbeddedRollout:
+        if self.interruptible and self.max_head_offpolicyness == 0:
+            raise FieldError(
+                "interruptible",
+                "true does nothing with max_head_offpolicyness: 0, where nothing is sampled while "
+                "a version is published; set it to 1 or more, or interruptible: false",
+            )
+        return self
 
     @model_validator(mode="after")
     def _room_for_a_prompt(self) -> EmbeddedRollout:

@@ -90,6 +90,11 @@ class RunConfig(ExperimentDefaults):
     def warnings(self) -> list[str]:
         """What can run but is probably not meant, one line each."""
         found: list[str] = []
+        if not self.publish.canary.enabled:
+            found.append(
+                "publish.canary.enabled: false; nobody notices a rollout engine that serves no "
+                "adapter, an old one or another's"
+            )
         for experiment in self.experiments():
             algo, where = experiment.algo, f"adapter {experiment.name}: algo"
             if not experiment.lora.use_lora and algo.lr > HIGH_FULL_LR:

@@ -37,6 +37,7 @@ def install(kind: str) -> Path:
 def _make(wanted: Recipe) -> None:
     _say(f"installing {wanted.kind} ({wanted.build}) into {wanted.folder}")
     _run([sys.executable, "-m", "venv", "--clear", str(wanted.folder)], wanted)
+    _pins(wanted).write_text(wanted.lock)
     for step in wanted.steps:
         _say(f"  {' '.join(step)}"[:100])
         _do(step, wanted)
@@ -49,6 +50,9 @@ def _make(wanted: Recipe) -> None:
 
 def _do(step: list[str], wanted: Recipe) -> None:
     match step:
+        case ["pip", "install", *arguments]:
+            pins = ["--constraint", str(_pins(wanted))]
+            _run([*_pip(wanted), "install", "-q", *pins, *arguments], wanted)
         case ["pip", *arguments]:
             _run([*_pip(wanted), *arguments, "-q"], wanted)
         case ["alias", package, target]:
@@ -61,6 +65,10 @@ def _do(step: list[str], wanted: Recipe) -> None:
 
 def _pip(wanted: Recipe) -> list[str]:
     return [str(wanted.python), "-m", "pip", "--disable-pip-version-check"]
+
+
+def _pins(wanted: Recipe) -> Path:
+    return wanted.folder / "lock.txt"
 
 
 def _alias(package: str, target: str, wanted: Recipe) -> None:

@@ -4,6 +4,7 @@ A recipe is a text file beside this one; each line is one step:
     pip ARGUMENT...                    pip of the environment
     alias NAME==VERSION TARGET==V      metadata of a package NAME that TARGET stands in for
     import MODULE                      must succeed
+KIND.lock.txt pins everything that these steps bring; without the file, the newest is taken.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Recipe:
     kind: str
     build: str  # cpu or cuda
     text: str
+    lock: str = ""  # name==version lines
 
     @property
     def steps(self) -> list[list[str]]:
@@ -40,7 +42,7 @@ class Recipe:
     def folder(self) -> Path:
         """Changes with the recipe and with Python's version."""
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
-        digest = hashlib.sha256(f"{python}\n{self.text}".encode()).hexdigest()[:12]
+        digest = hashlib.sha256(f"{python}\n{self.text}{self.lock}".encode()).hexdigest()[:12]
         return cache_folder() / "environments" / f"{self.kind}-{digest}"
 
     @property
@@ -64,8 +66,10 @@ def recipe(kind: str) -> Recipe:
     if kind not in KINDS:
         raise ValueError(f"environment: {kind!r} is not known; allowed: {', '.join(KINDS)}")
     build = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
-    name = f"{kind}-cuda.txt" if build == "cuda" else f"{kind}.txt"
-    return Recipe(kind=kind, build=build, text=Path(__file__).with_name(name).read_text())
+    name = f"{kind}-cuda" if build == "cuda" else kind
+    text, lock = (Path(__file__).with_name(f"{name}{end}.txt") for end in ("", ".lock"))
+    pins = lock.read_text() if lock.exists() else ""
+    return Recipe(kind=kind, build=build, text=text.read_text(), lock=pins)
 
 
 def interpreter(kind: str) -> Path:
@@ -76,10 +80,15 @@ def interpreter(kind: str) -> Path:
     made = recipe(kind)
     if not made.marker.is_file():
         raise ValueError(
-            f"{kind} is not installed in {made.folder}; "
-            f"run `make {kind}`, or `lorelei install {kind}` without a checkout"
+            f"{kind} is not installed in {made.folder}; run `{command(kind)}`, about 5 minutes"
         )
     return made.python
+
+
+def command(kind: str) -> str:
+    """What a user types to install it: in a checkout, or where Lorelei came by pip."""
+    checkout = (Path(lorelei.__file__).parents[1] / "Makefile").is_file()
+    return f"make {kind}" if checkout else f"lorelei install {kind}"
 
 
 def packages(kind: str) -> Mapping[str, str] | None:

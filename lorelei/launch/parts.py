@@ -24,12 +24,15 @@ from lorelei.model.decoder import Decoder
 from lorelei.model.load import load_decoder, read_config
 from lorelei.model.tokenizer import load_tokenizer, stop_token_ids
 from lorelei.obs.console import Console
+from lorelei.publish.canary import Canary, Watched, fixed_tokens
+from lorelei.publish.contract import Publisher
 from lorelei.publish.memory import MemoryPublisher
 from lorelei.reward.pool import make_pool
 from lorelei.rollout.admission import Admission
 from lorelei.rollout.collector import Collector, Lane
 from lorelei.rollout.embedded.engine import EmbeddedEngine
 from lorelei.rollout.evaluate import Evaluator
+from lorelei.rollout.meter import Meter
 from lorelei.rollout.sampler import Policy
 from lorelei.store.peft_folder import read_peft_folder
 from lorelei.store.run import RunStore
@@ -119,19 +122,21 @@ def make_loop(
     config: RunConfig, parts: Parts, trainer: Trainer, store: RunStore, console: Console
 ) -> Loop:
     """The loop of a new run, or of one that goes on where its last manifest says."""
-    spool = Spool(store.folder)
+    spool, meter = Spool(store.folder), Meter()
+    publisher = MemoryPublisher(parts.rollout, store.run_id)
     lanes = [_lane(e, parts, store, spool) for e in config.experiments()]
     for warning in (*store.warnings, *spool.warnings):
         console.warn(warning)
     state = store.latest.state if store.latest else {}
     return Loop(
-        collector=Collector(lanes, parts.rollout, spool),
+        collector=Collector(lanes, parts.rollout, spool, meter),
         trainer=trainer,
-        publisher=MemoryPublisher(parts.rollout, store.run_id),
+        publisher=publisher,
+        canary=_canary(config, parts, trainer, publisher, store.run_id),
         store=store,
         spool=spool,
         console=console,
-        evaluators=evaluators(config, parts),
+        evaluators=evaluators(config, parts, meter),
         checkpoint_every=config.checkpoint.every,
         step=store.latest.step if store.latest else 0,
         scores=dict(state.get("score", {})),
@@ -152,14 +157,34 @@ def _train_engine(config: RunConfig, folder: Path, decoder: Decoder) -> TrainEng
     return RemoteEngine(spec, train.workers)
 
 
-def evaluators(config: RunConfig, parts: Parts) -> dict[str, Evaluator]:
+def _canary(
+    config: RunConfig, parts: Parts, trainer: Trainer, publisher: Publisher, run_id: str
+) -> Canary | None:
+    if not config.publish.canary.enabled:
+        return None
+    count = config.publish.canary.tokens or (64 if config.dtype == "float32" else 512)
+    watched: dict[str, Watched] = {}
+    for e in config.experiments():
+        source = parts.sources[e.name]
+        prompts = parts.held_out[e.name] or map(source.prompt, range(count))
+        watched[e.name] = Watched(
+            spec=e.lora.spec(),
+            temperature=e.rollout.temperature,
+            sequences=fixed_tokens(prompts, count),
+        )
+    return Canary(watched, trainer, parts.rollout, publisher, run_id)
+
+
+def evaluators(config: RunConfig, parts: Parts, meter: Meter | None = None) -> dict[str, Evaluator]:
     """The evaluator of every adapter that holds problems out."""
+    meter = meter or Meter()
     return {
         e.name: Evaluator(
             engine=parts.rollout,
             prompts=parts.held_out[e.name],
             env=parts.envs[e.name],
             policy=_eval_policy(e, parts),
+            meter=meter,
         )
         for e in config.experiments()
         if e.eval.every
@@ -197,6 +222,7 @@ def _lane(e: Experiment, parts: Parts, store: RunStore, spool: Spool) -> Lane:
             ),
             stream=e.name,
             decode=parts.decode,
+            interruptible=e.rollout.interruptible,
         ),
         admission=Admission(
             batch_size=e.algo.batch_size,

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping
 
 from lorelei.publish.contract import PublishError
+from lorelei.publish.page import wrong_digest
 from lorelei.rollout.contract import RolloutEngine
 from lorelei.train.contract import TrainEngine
 from lorelei.types import AdapterRef
@@ -41,10 +42,7 @@ class MemoryPublisher:
             raise PublishError(f"{ref}: the rollout engine refuses it: {error}") from error
         if installed is not None and installed != digest:
             await self._engine.unload(ref)
-            raise PublishError(
-                f"{ref}: the rollout engine installed {installed[:12]}, the trainer sent "
-                f"{digest[:12]}; do both use the same dtype?"
-            )
+            raise wrong_digest(ref, installed)
         return ref
 
     async def retire(self, ref: AdapterRef) -> None:

@@ -359,6 +359,35 @@ def test_abort_ends_all_requests_with_the_tokens_they_have(
     assert later.finish_reason == "length"
 
 
+def test_abort_of_one_version_leaves_the_requests_of_others(
+    make: Make, folders: dict[str, Path]
+) -> None:
+    state = make_state(folders["llama"], seed=1)
+    old, new = make_ref(state, version=1), make_ref(state, version=2)
+
+    async def body() -> list[Completion]:
+        async with opened(make(folders["llama"], None, 4)) as engine:
+            for ref in (old, new):
+                await engine.load(ref, state)
+            tasks = [
+                asyncio.create_task(engine.generate(ask(adapter=ref, key="k", max_new_tokens=60)))
+                for ref in (old, new, None)
+            ]
+
+            async def started() -> bool:
+                return (await engine.health()).tokens_generated >= 6
+
+            await until(started)
+            await engine.abort(old)
+            return await asyncio.gather(*tasks)
+
+    answers = run(body())
+    assert [answer.finish_reason for answer in answers] == ["abort", "length", "length"]
+    count = len(answers[0].tokens)
+    assert 0 < count < 60
+    assert answers[0].tokens.tolist() == answers[1].tokens[:count].tolist()
+
+
 def test_cancelling_a_call_aborts_its_request_and_no_other(
     make: Make, folders: dict[str, Path]
 ) -> None:

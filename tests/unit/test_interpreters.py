@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -55,9 +56,22 @@ def test_every_recipe_pins_what_it_is_for_and_is_made_of_known_steps(kind, build
     assert any(word.endswith(f"=={version}") for step in steps for word in step)
 
 
-def test_another_recipe_is_another_folder():
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_recipe_for_a_cpu_pins_everything_and_agrees_with_its_lock(kind):
+    folder = resources.files("lorelei.interpreters")
+    lock = (folder / f"{kind}.lock.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lock)
+    locked = dict(line.lower().replace("_", "-").split("==") for line in lock)
+    steps = Recipe(kind=kind, build="cpu", text=(folder / f"{kind}.txt").read_text()).steps
+    asked = [word for step in steps if step[0] == "pip" for word in step if "==" in word]
+    for name, version in (word.split("==") for word in asked):
+        assert locked[name.lower().replace("_", "-")] == version
+
+
+def test_another_recipe_or_lock_is_another_folder():
     other = Recipe(kind="vllm", build="cpu", text=SMALL.text + "import sys\n")
-    assert other.folder != SMALL.folder
+    locked = Recipe(kind="vllm", build="cpu", text=SMALL.text, lock="numpy==2.4.6\n")
+    assert len({recipe.folder for recipe in (SMALL, other, locked)}) == 3
 
 
 def test_an_environment_is_made_once_and_then_found(small):

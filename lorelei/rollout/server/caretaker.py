@@ -123,9 +123,7 @@ class Caretaker:
 
     def _obituary(self, reason: str, words: str) -> str:
         replica = self._replica
-        where = f"; the end of {self._folder / f'{replica.dialect.name}-{replica.number}.log'}:\n{words}"
+        name = f"{replica.dialect.name}-{replica.number}"
         tries = f" after {self._fruitless} starts in a row" if self._fruitless > 1 else ""
-        return (
-            f"{replica.dialect.name} server {replica.number} ({replica.client.url}) was given up"
-            f"{tries}: {reason}{where if words else ''}"
-        )
+        end = f"; the end of {self._folder / f'{name}.log'}:\n{words}" if words else ""
+        return f"server {name} ({replica.client.url}) was given up{tries}: {reason}{end}"
