@@ -45,7 +45,7 @@ class Arrival:
     def __init__(self, meeting: Meeting, size: int) -> None:
         self.data: bytes | None = None
         self.error: str | None = None
-        self._meeting, self._size = meeting, size
+        self.meeting, self._size = meeting, size
         self._thread = threading.Thread(target=self._receive, daemon=True)
         self._thread.start()
 
@@ -55,9 +55,9 @@ class Arrival:
 
     def _receive(self) -> None:
         try:
-            group = self._meeting.joined()
-            with self._meeting.lock:
-                self.data = broadcast.receive(group, self._size, self._meeting.device)
+            group = self.meeting.joined()
+            with self.meeting.lock:
+                self.data = broadcast.receive(group, self._size, self.meeting.device)
         except RuntimeError as error:
             self.error = str(error)
 

@@ -153,7 +153,13 @@ def _whole(answer: Any) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise ServerTrouble(f"a damaged answer: {str(answer)[:100]}")
     if "error" in answer:
-        raise ServerTrouble(answer["error"])
+        match answer.get("status", 500):
+            case 404:
+                raise KeyError(answer["error"])
+            case status if status < 500:
+                raise ValueError(answer["error"])
+            case _:
+                raise ServerTrouble(answer["error"])
     return answer
 
 

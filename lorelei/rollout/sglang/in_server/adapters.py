@@ -35,11 +35,11 @@ class Refused(ValueError):
 
 
 def install() -> None:
-    """Hook SGLang's LoRA adapters, their manager and the worker that receives them."""
+    """Hook SGLang's LoRA adapters, their manager and the scheduler that receives them."""
     from sglang.srt.lora.lora import LoRAAdapter
     from sglang.srt.lora.lora_manager import LoRAManager
     from sglang.srt.managers.io_struct import LoRAUpdateOutput
-    from sglang.srt.managers.tp_worker import BaseTpWorker
+    from sglang.srt.managers.scheduler import Scheduler
 
     fuse = LoRAAdapter._normalize_weights
 
@@ -58,7 +58,7 @@ def install() -> None:
 
     def obey(self: Any, order: Any) -> Any:
         (payload,) = order.serialized_named_tensors
-        runner = self.model_runner
+        runner = self.tp_worker.model_runner
         try:
             match order.load_format:
                 case "lorelei/bytes":
@@ -76,7 +76,7 @@ def install() -> None:
 
     LoRAAdapter._normalize_weights = digest_then_fuse
     LoRAManager.create_lora_update_result = result_with_digests
-    BaseTpWorker.load_lora_adapter_from_tensors = obey
+    Scheduler.load_lora_adapter_from_tensors = obey
 
 
 def _control(kind: str | None, asked: dict[str, Any], runner: Any) -> dict[str, str]:
@@ -99,6 +99,8 @@ def _control(kind: str | None, asked: dict[str, Any], runner: Any) -> dict[str, 
         case "lorelei/leave":
             if (meeting := _groups.pop(asked["group"], None)) is not None:
                 meeting.abort()
+                for name in [n for n, a in _arrivals.items() if a.meeting is meeting]:
+                    del _arrivals[name]
         case "lorelei/forget":
             _arrivals.pop(asked["name"], None)
         case other:
