@@ -141,8 +141,8 @@ class Dialect(Protocol):
         """Go on."""
         ...
 
-    async def abort(self, client: Client) -> None:
-        """End all requests; their calls return what they have with 'abort'."""
+    async def abort(self, client: Client, adapter: AdapterRef | None = None) -> None:
+        """End all requests, or those of one version; they return what they have with 'abort'."""
         ...
 
     async def sleep(self, client: Client) -> None:

@@ -11,6 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,13 @@ _EMPTY = Completion(
     versions=(),
     finish_reason="abort",
 )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Running:
+    """A request that a server has."""
+
+    adapter: AdapterRef | None
 
 
 class ServerEngine:
@@ -74,7 +82,8 @@ class ServerEngine:
         self._live: dict[str, tuple[AdapterRef, Delivery]] = {}
         self._served: set[str] = set()
         self._users: Counter[str] = Counter()
-        self._aborts = 0
+        self._running: set[_Running] = set()
+        self._aborts: Counter[str | None] = Counter()  # so far, by adapter; none: the base
         self._closed: BaseException | None = None
         self._tasks: set[asyncio.Task[Any]] = set()  # calls
         self._background: set[asyncio.Task[None]] = set()
@@ -153,11 +162,15 @@ class ServerEngine:
         await self._tell(self._dialect.resume)
         self._router.let_go("pause")
 
-    async def abort(self) -> None:
+    async def abort(self, adapter: AdapterRef | None = None) -> None:
         self._check_open()
-        self._aborts += 1
-        self._router.dismiss()
-        await self._until_closed(self._abort_running())
+        name = self._name_of(adapter)
+        if adapter is None:
+            self._aborts.update([*self._users, None])
+        else:
+            self._aborts[name] += 1
+        self._router.dismiss(name)
+        await self._until_closed(self._abort_running(adapter))
 
     async def sleep(self) -> None:
         """What runs is started again after `wake`, with the same random numbers."""
@@ -187,17 +200,19 @@ class ServerEngine:
 
     async def _generate(self, request: GenerateRequest) -> Completion:
         await self._begun()
-        aborts, trouble = self._aborts, None
-        limit = self._limits.new_tokens(request)
-        seed = stream_seed(request.sampling.seed, request.key)
         name = self._name_of(request.adapter)
+        aborts, trouble = self._aborts[name], None
+        limit = self._limits.new_tokens(request)
+        seed = stream_seed(request.sampling.seed, request.key, request.position)
         attempt = 0
         while attempt < ATTEMPTS:
             replica = await self._router.acquire((name, request.tokens.tobytes()))
-            if replica is None or aborts != self._aborts:
+            if replica is None or aborts != self._aborts[name]:
                 if replica is not None:
                     self._router.release(replica)
                 return _EMPTY
+            running = _Running(request.adapter)
+            self._running.add(running)
             try:
                 sampled = await self._dialect.generate(replica.client, request, limit, seed)
                 self._check_answer(sampled, request, limit)
@@ -207,10 +222,11 @@ class ServerEngine:
                 replica.suspect.set()
             else:
                 replica.finished += 1
-                if sampled.finish_reason != "abort" or aborts != self._aborts:
+                if sampled.finish_reason != "abort" or aborts != self._aborts[name]:
                     return self._completion(request, sampled)
                 attempt -= 1  # put to sleep, or a server that is being stopped
             finally:
+                self._running.discard(running)
                 self._router.release(replica)
             attempt += 1
             await asyncio.sleep(PAUSE * 2 ** max(attempt - 1, 0))
@@ -240,6 +256,8 @@ class ServerEngine:
         tokens, logprobs, reason = sampled.tokens, sampled.logprobs, sampled.finish_reason
         if request.sampling.stop_strings and self._tokenizer is not None:
             stops = StopStrings(self._tokenizer, request.sampling.stop_strings)
+            for token in request.tokens[len(request.tokens) - request.position :].tolist():
+                stops.completes(token)
             for count, token in enumerate(tokens.tolist(), start=1):
                 if stops.completes(token):
                     tokens, logprobs, reason = tokens[:count], logprobs[:count], "stop"
@@ -281,11 +299,12 @@ class ServerEngine:
         self._next_scorer += 1
         return ready[self._next_scorer % len(ready)]
 
-    async def _abort_running(self) -> None:
+    async def _abort_running(self, adapter: AdapterRef | None = None) -> None:
         """Until nothing runs that ran when the call came: a request may still be on its way."""
+        meant = {t for t in self._running if adapter is None or t.adapter == adapter}
         for _ in range(100):
-            await self._tell(self._dialect.abort)
-            if not any(replica.in_flight for replica in self.replicas):
+            await self._tell(lambda client: self._dialect.abort(client, adapter))
+            if not meant & self._running:
                 return
             await asyncio.sleep(0.02)
 
@@ -469,7 +488,7 @@ class ServerEngine:
         return self._name_of(ref)
 
 
-def stream_seed(seed: int, key: str) -> int:
-    """A seed [0, 2**63) for the random stream named (seed, key)."""
-    name = hashlib.blake2b(f"{seed}\0{key}".encode(), digest_size=8).digest()
+def stream_seed(seed: int, key: str, position: int = 0) -> int:
+    """A seed [0, 2**63) for the random stream named (seed, key), from a position on."""
+    name = hashlib.blake2b(f"{seed}\0{key}\0{position}".encode(), digest_size=8).digest()
     return int.from_bytes(name, "little") >> 1

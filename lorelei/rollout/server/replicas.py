@@ -123,11 +123,13 @@ class Router:
         self._held.discard(why)
         self.dispatch()
 
-    def dismiss(self) -> None:
-        """Answer None to all who wait."""
+    def dismiss(self, adapter: str | None = None) -> None:
+        """Answer None to all who wait, or to those of one adapter."""
         waiting, self._waiting = self._waiting, deque()
-        for future, _ in waiting:
-            if not future.done():
+        for future, key in waiting:
+            if adapter not in (None, key[0]):
+                self._waiting.append((future, key))
+            elif not future.done():
                 future.set_result(None)
 
     def dispatch(self) -> None:

@@ -120,8 +120,8 @@ class Routed:
     async def resume(self, client: Client) -> None:
         await self._post(client, "resume")
 
-    async def abort(self, client: Client) -> None:
-        await self._post(client, "abort")
+    async def abort(self, client: Client, adapter: AdapterRef | None = None) -> None:
+        await self._post(client, "abort", {"adapter": _name(adapter)})
 
     async def sleep(self, client: Client) -> None:
         await self._post(client, "sleep")

@@ -8,41 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorelei.config.errors import FieldError
+from lorelei.config.vllm_options import rank_at_least
 from lorelei.interpreters.recipe import import_path, interpreter
 from lorelei.rollout.server.process import Launch
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts as a maximum
 LOGPROBS_MODE = "processed_logprobs"
 EXTENSION = "lorelei.rollout.vllm.extension.Extension"
 ROUTES = "lorelei.rollout.vllm.routes.Routes"
 
 Scalar = str | int | float | bool
-
-# options that follow from the run, and from what
-DERIVED: Mapping[str, str] = {
-    "model": "model",
-    "tokenizer": "model",
-    "served-model-name": "model",
-    "dtype": "dtype",
-    "host": "rollout.urls",
-    "port": "rollout.urls",
-    "api-key": "rollout.urls",
-    "max-model-len": "rollout.max_context",
-    "max-num-seqs": "rollout.max_running",
-    "tensor-parallel-size": "rollout.tensor_parallel",
-    "enable-lora": "lora",
-    "max-lora-rank": "lora.lora_rank and rollout.reserve_rank",
-    "max-loras": "adapters and rollout.max_head_offpolicyness",
-    "max-cpu-loras": "adapters and rollout.max_head_offpolicyness",
-    "lora-dtype": "dtype",
-    "lora-target-modules": "lora.target_modules",
-    "fully-sharded-loras": "rollout.tensor_parallel",
-    "logprobs-mode": "what training needs",
-    "worker-extension-cls": "what publishing needs",
-    "middleware": "what publishing needs",
-    "enable-sleep-mode": "train and rollout on one device",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,24 +75,6 @@ def arguments(options: VllmOptions, port: int) -> tuple[str, ...]:
     for name, value in {**derived, **options.extra_args}.items():
         words += _flag(name, value)
     return tuple(words)
-
-
-def check_extra_args(extra_args: Mapping[str, Scalar]) -> None:
-    """Raises FieldError for a name that is derived."""
-    for name in extra_args:
-        plain = name.strip("-").replace("_", "-")
-        if plain in DERIVED:
-            raise FieldError(
-                f"extra_args.{name}", f"follows from {DERIVED[plain]}; remove it and set that"
-            )
-
-
-def rank_at_least(rank: int) -> int:
-    """The smallest maximum that vLLM accepts. Raises FieldError above the largest."""
-    for allowed in RANKS:
-        if allowed >= rank:
-            return allowed
-    raise FieldError("reserve_rank", f"{rank} is more than vLLM's {RANKS[-1]}; lower it")
 
 
 def _flag(name: str, value: Scalar) -> list[str]:

@@ -178,7 +178,9 @@ class Routes:
         return {}
 
     async def _abort(self, server: _Server, query: Message, body: bytes) -> Any:
-        await server.engine.abort(list(server.requests), internal=True)
+        name = json.loads(body)["adapter"]
+        meant = [k for k, r in server.requests.items() if name in (None, r.lora_name)]
+        await server.engine.abort(meant, internal=True)
         return {}
 
     async def _sleep(self, server: _Server, query: Message, body: bytes) -> Any:

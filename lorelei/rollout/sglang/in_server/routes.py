@@ -245,11 +245,13 @@ async def resume(query: Message, body: bytes) -> Message:
 
 
 async def abort(query: Message, body: bytes) -> Message:
-    """End all requests, also while paused; answers when they have been answered."""
-    manager = _manager()
-    aborted = set(manager.rid_to_state)
+    """End all requests, or those of one adapter, also while paused; answers when they are over."""
+    manager, name = _manager(), json.loads(body)["adapter"]
+    states = manager.rid_to_state.items()
+    aborted = {rid for rid, state in states if name in (None, state.obj.lora_path)}
+    for rid in aborted:
+        manager.abort_request(rid)
     paused = manager.is_pause
-    manager.abort_request(abort_all=True)
     if paused and aborted:  # a request that has begun ends with a step
         await resume(query, body)
     while not aborted.isdisjoint(manager.rid_to_state):
