@@ -13,7 +13,7 @@ from lorelei.interpreters.recipe import import_path, interpreter
 from lorelei.rollout.server.process import Launch
 
 LAUNCHER = "lorelei.rollout.sglang.in_server.launcher"
-SPARE = 2  # SGLang wants a context longer than the longest sequence
+SPARE = 8  # SGLang takes prompts and answers that end a few tokens before its context
 
 Scalar = str | int | float | bool
 
