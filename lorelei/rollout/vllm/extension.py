@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from vllm.lora import worker_manager
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.model_executor.layers.fused_moe import layer as fused_moe_layer
+from vllm.platforms import current_platform
 from vllm.v1.worker import gpu_model_runner
 
 from lorelei.lora.state import AdapterState
@@ -219,3 +221,13 @@ def _scaled(sampler: Any, temperature: float) -> Iterator[None]:
 
 gpu_model_runner.GPUModelRunner._get_prompt_logprobs_dict = _prompt_logprobs
 gpu_model_runner.GPUModelRunner._lorelei_scores = True
+
+
+if current_platform.is_cpu():
+    # with LoRA on, the CPU build chooses kernels for experts that it does not have
+    _config_of_experts = fused_moe_layer.FusedMoEConfig
+
+    def _without_expert_adapters(*args: Any, **options: Any) -> Any:
+        return _config_of_experts(*args, **{**options, "is_lora_enabled": False})
+
+    fused_moe_layer.FusedMoEConfig = _without_expert_adapters
