@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,12 +24,10 @@ from tests.contract.reference_rollout import (
     reference_logprobs,
     reference_model,
 )
-from tests.contract.servers import Servers
+from tests.contract.servers import FAMILIES, Servers
 from tests.decoders import load_decoder
 from tests.environments import needs
-from tests.tiny_models import make_tiny
 
-FAMILIES = ("llama", "qwen3", "qwen3_moe")
 CONTEXT = 256
 # fp32 sums in another order: logits of this size (up to 8) agree to a few 1e-6
 LOGPROB_TOLERANCE = 1e-5
@@ -52,19 +50,6 @@ def make_reference(folder: Path, tokenizer: Any, max_running: int) -> RolloutEng
 
 
 ENGINES: dict[str, Make] = {"embedded": make_embedded, "reference": make_reference}
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {family: make_tiny(family, root / family) for family in FAMILIES}
-
-
-@pytest.fixture(scope="session")
-def servers() -> Iterator[Servers]:
-    servers = Servers()
-    yield servers
-    servers.stop()
 
 
 @pytest.fixture(params=[*sorted(ENGINES), pytest.param("sglang", marks=needs("sglang"))])
