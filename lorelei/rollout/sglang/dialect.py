@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorelei.rollout.server.client import Client
-from lorelei.rollout.server.dialect import Facts
+from lorelei.rollout.server.dialect import Facts, Sampled
+from lorelei.rollout.server.engine import stream_seed
 from lorelei.rollout.server.process import Launch
 from lorelei.rollout.server.routed import QUICK, Routed
 from lorelei.rollout.sglang import command
 from lorelei.rollout.sglang.command import LAUNCHER, SPARE, SglangOptions
+from lorelei.types import GenerateRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,14 @@ class SglangDialect(Routed):
     def launch(self, number: int, port: int, token: str, folder: Path) -> Launch:
         assert self.options is not None, "attached servers are not started"
         return command.launch(self.options, number, port, token)
+
+    async def generate(
+        self, client: Client, request: GenerateRequest, limit: int, seed: int
+    ) -> Sampled:
+        # our sampler counts positions from the start of the sequence, so that the stream of an
+        # answer that was interrupted goes on where it was
+        stream = stream_seed(request.sampling.seed, request.key)
+        return await Routed.generate(self, client, request, limit, stream)
 
     async def facts(self, client: Client) -> Facts:
         how = f"start it with `python -P -m {LAUNCHER}`, Lorelei on its PYTHONPATH"
