@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.contract.servers import FAMILIES, Servers
+from tests.contract.servers import CONTEXT, FAMILIES, Servers
+from tests.contract.vllm_server import RunningServer, running_vllm
 from tests.tiny_models import make_tiny
 
 
@@ -22,3 +24,12 @@ def servers() -> Iterator[Servers]:
     servers = Servers()
     yield servers
     servers.stop()
+
+
+@pytest.fixture(scope="session")
+def vllm_server(
+    folders: dict[str, Path], tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    tiny_tokenizer.save_pretrained(folders["llama"])
+    with running_vllm(folders["llama"], tmp_path_factory.mktemp("vllm"), CONTEXT) as server:
+        yield server

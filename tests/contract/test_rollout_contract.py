@@ -25,6 +25,7 @@ from tests.contract.reference_rollout import (
     reference_model,
 )
 from tests.contract.servers import FAMILIES, Servers
+from tests.contract.vllm_server import RunningServer
 from tests.decoders import load_decoder
 from tests.environments import needs
 
@@ -50,15 +51,32 @@ def make_reference(folder: Path, tokenizer: Any, max_running: int) -> RolloutEng
 
 
 ENGINES: dict[str, Make] = {"embedded": make_embedded, "reference": make_reference}
+SERVERS = ("sglang", "vllm")  # one for the session and model; vLLM on the llama only
 
 
-@pytest.fixture(params=[*sorted(ENGINES), pytest.param("sglang", marks=needs("sglang"))])
-def make(request: pytest.FixtureRequest, servers: Servers, folders: dict[str, Path]) -> Make:
+@pytest.fixture(
+    params=[*sorted(ENGINES), *(pytest.param(kind, marks=needs(kind)) for kind in SERVERS)]
+)
+def make(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Make:
     if request.param in ENGINES:
         return ENGINES[request.param]
     family = request.node.callspec.params.get("family", "llama")
-    servers.url(request.param, folders[family])  # its start does not count as the test's time
-    return getattr(servers, request.param)
+    # a server's start does not count as the test's time
+    if request.param == "sglang":
+        servers: Servers = request.getfixturevalue("servers")
+        servers.url(request.param, folders[family])
+        return servers.sglang
+
+    def attach(folder: Path, tokenizer: Any, max_running: int) -> RolloutEngine:
+        if folder.name != "llama":
+            pytest.skip(f"the {request.param} server of the tests has the llama")
+        server: RunningServer = request.getfixturevalue(f"{request.param}_server")
+        return server.engine(tokenizer, max_running)
+
+    if family != "llama":
+        pytest.skip(f"the {request.param} server of the tests has the llama, not the {family}")
+    request.getfixturevalue(f"{request.param}_server")
+    return attach
 
 
 def attention_only(make: Make, family: str) -> bool:

@@ -405,6 +405,7 @@ class ServerEngine:
     async def _leave(self, replica: Replica) -> None:
         """Leave a server that was attached to as it was."""
         with suppress(ServerTrouble, KeyError, ValueError):
+            await self._dialect.resume(replica.client)
             for name in list(replica.loaded):
                 if name in self._live:
                     await self._dialect.unload(replica.client, self._live[name][0])
