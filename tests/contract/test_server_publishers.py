@@ -134,7 +134,7 @@ def test_an_adapter_that_would_be_served_wrongly_is_refused_and_others_go_on(
         good, bad = make_ref(state, "good"), make_ref(broken, "bad")
         try:
             assert await engine.load(good, state) == good.digest
-            with pytest.raises(ValueError, match="q_proj|target modules"):
+            with pytest.raises(ValueError, match=r"q_proj|target modules"):
                 await engine.load(bad, broken)
             assert (await engine.health()).adapters == (good.served_name,)
             assert len((await engine.generate(ask(adapter=good, max_new_tokens=3))).tokens) == 3

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lorelei.config.errors import FieldError
 from lorelei.interpreters.recipe import import_path, interpreter
+from lorelei.model.config import DecoderConfig
 from lorelei.rollout.server.process import Launch
 
 LAUNCHER = "lorelei.rollout.sglang.in_server.launcher"
@@ -51,8 +52,7 @@ def launch(options: SglangOptions, number: int, port: int, token: str) -> Launch
 def check_model(options: SglangOptions) -> None:
     """Raises FieldError for adapters that would end the server."""
     inner = {"gate_proj", "up_proj", "down_proj"} & set(options.target_modules)
-    experts = _config(options.model).get("num_experts")
-    if options.device == "cpu" and experts and inner:
+    if options.device == "cpu" and inner and _model(options).moe is not None:
         raise FieldError(
             "lora.target_modules",
             f"{', '.join(sorted(inner))} of a mixture of experts end SGLang's CPU server at its "
@@ -123,16 +123,14 @@ def _environment(options: SglangOptions, token: str) -> dict[str, str]:
 
 def _cache_tokens(options: SglangOptions) -> int:
     """Tokens of a CPU's KV cache: those of all running sequences, within cpu_cache_gib."""
-    config = _config(options.model)
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    model = _model(options)
     width = 4 if options.dtype == "float32" else 2
-    of_token = 2 * width * heads * size * config["num_hidden_layers"]
+    of_token = 2 * width * model.kv_heads * model.head_dim * model.layers
     longest = options.context + SPARE
     return max(
         min(options.max_running * longest, (options.cpu_cache_gib << 30) // of_token), longest
     )
 
 
-def _config(model: Path) -> dict[str, int]:
-    return json.loads((model / "config.json").read_text())
+def _model(options: SglangOptions) -> DecoderConfig:
+    return DecoderConfig.from_hf(json.loads((options.model / "config.json").read_text()))
