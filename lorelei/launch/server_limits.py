@@ -30,8 +30,8 @@ def check_servers(
         )
     if "lm_head" in modules:
         raise ConfigError(
-            f"lora.target_modules: lm_head is not adapted by {rollout.kind} in every model; leave "
-            "it out, or use rollout.kind: embedded"
+            f"lora.target_modules: lm_head cannot be adapted with rollout.kind {rollout.kind}; "
+            "leave it out, or use rollout.kind: embedded"
         )
     if rollout.kind == "vllm":
         if on_cpu and model.head_dim not in CPU_HEAD_SIZES:

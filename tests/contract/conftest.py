@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.contract.servers import CONTEXT, FAMILIES, Servers
-from tests.contract.vllm_server import RunningServer, running_vllm
+from tests.contract.servers import Servers
+from tests.contract.vllm_server import CONTEXT, FAMILIES, RunningServer, running_vllm
 from tests.tiny_models import make_tiny
 
 

@@ -15,11 +15,10 @@ from lorelei.rollout.server.engine import ServerEngine
 from lorelei.rollout.server.process import ServerProcess, free_port
 from lorelei.rollout.sglang.command import SglangOptions
 from lorelei.rollout.sglang.dialect import SglangDialect
+from tests.contract.vllm_server import CONTEXT
 
-FAMILIES = ("llama", "qwen3", "qwen3_moe")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 INNER = ("gate_proj", "up_proj", "down_proj")
-CONTEXT = 256
 VOCAB = 300
 TOKEN = "of-this-session"
 

@@ -24,12 +24,11 @@ from tests.contract.reference_rollout import (
     reference_logprobs,
     reference_model,
 )
-from tests.contract.servers import FAMILIES, Servers
-from tests.contract.vllm_server import RunningServer
+from tests.contract.servers import Servers
+from tests.contract.vllm_server import CONTEXT, FAMILIES, RunningServer
 from tests.decoders import load_decoder
 from tests.environments import needs
 
-CONTEXT = 256
 # fp32 sums in another order: logits of this size (up to 8) agree to a few 1e-6
 LOGPROB_TOLERANCE = 1e-5
 PROMPT = np.arange(5, 22, dtype=np.int32)
@@ -456,8 +455,8 @@ def test_pause_holds_requests_and_resume_loses_nothing(
 ) -> None:
     async def body() -> tuple[Completion, Completion]:
         async with opened(make(folders["llama"], None, 4)) as engine:
-            undisturbed = await engine.generate(ask(max_new_tokens=40))
-            task = asyncio.create_task(engine.generate(ask(max_new_tokens=40)))
+            undisturbed = await engine.generate(ask(max_new_tokens=150))
+            task = asyncio.create_task(engine.generate(ask(max_new_tokens=150)))
             base = (await engine.health()).tokens_generated
 
             async def started() -> bool:

@@ -16,6 +16,8 @@ from lorelei.rollout.server.process import ServerProcess, free_port
 from lorelei.rollout.vllm.command import VllmOptions, launch
 from lorelei.rollout.vllm.dialect import VllmDialect
 
+FAMILIES = ("llama", "qwen3", "qwen3_moe")
+CONTEXT = 256
 TOKEN = "a-token-of-the-tests"
 
 

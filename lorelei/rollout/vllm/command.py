@@ -12,6 +12,8 @@ from lorelei.config.vllm_options import rank_at_least
 from lorelei.interpreters.recipe import import_path, interpreter
 from lorelei.rollout.server.process import Launch
 
+# not lm_head: vLLM's scores of prompts fail beside an adapted one
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
 LOGPROBS_MODE = "processed_logprobs"
 EXTENSION = "lorelei.rollout.vllm.extension.Extension"
 ROUTES = "lorelei.rollout.vllm.routes.Routes"
@@ -74,7 +76,7 @@ def arguments(options: VllmOptions, port: int) -> tuple[str, ...]:
     words = ["serve", str(options.model)]
     for name, value in {**derived, **options.extra_args}.items():
         words += _flag(name, value)
-    return tuple(words)
+    return (*words, "--lora-target-modules", *TARGETS)
 
 
 def _flag(name: str, value: Scalar) -> list[str]:

@@ -10,7 +10,7 @@ from lorelei.rollout.server.dialect import Facts
 from lorelei.rollout.server.process import Launch
 from lorelei.rollout.server.routed import QUICK, Routed
 from lorelei.rollout.vllm import command
-from lorelei.rollout.vllm.command import EXTENSION, LOGPROBS_MODE, ROUTES, VllmOptions
+from lorelei.rollout.vllm.command import EXTENSION, LOGPROBS_MODE, ROUTES, TARGETS, VllmOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,9 @@ class VllmDialect(Routed):
             ) from error
         if found["logprobs_mode"] != LOGPROBS_MODE or not found["scores"]:
             raise ValueError(
-                f"rollout.urls: {client.url} gives {found['logprobs_mode']}, which are not those "
-                f"of the sampled distribution; start it with --logprobs-mode {LOGPROBS_MODE} and "
-                "VLLM_USE_V2_MODEL_RUNNER=0"
+                f"rollout.urls: {client.url} cannot give the log-probabilities of what it samples; "
+                f"start it with --logprobs-mode {LOGPROBS_MODE} --lora-target-modules "
+                f"{' '.join(TARGETS)} and VLLM_USE_V2_MODEL_RUNNER=0"
             )
         return Facts(
             model=found["model"],

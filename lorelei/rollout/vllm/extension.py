@@ -40,7 +40,10 @@ class Extension:
 
     def lorelei_facts(self) -> dict[str, Any]:
         runner = self.model_runner  # type: ignore[attr-defined]
-        return {"device": runner.device.type, "scores": hasattr(runner, "_lorelei_scores")}
+        layers = runner.lora_manager._adapter_manager.modules
+        hooked = hasattr(runner, "_lorelei_scores")
+        plain_head = not any("logits_processor" in name for name in layers)
+        return {"device": runner.device.type, "scores": hooked and plain_head}
 
     def lorelei_store(self, name: str, data: bytes) -> dict[str, Any]:
         """Keep an adapter's bytes as mem://name."""
