@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,7 @@ class Servers:
         if (kind, folder) not in self._running:
             port = free_port()
             launch = _dialect(kind, folder).launch(0, port, TOKEN, folder)
-            log = Path(tempfile.gettempdir()) / f"lorelei-test-{kind}-{folder.name}.log"
-            process = ServerProcess(launch, log)
+            process = ServerProcess(launch, folder.parent / f"{kind}-{folder.name}.log")
             self._running[kind, folder] = (f"http://127.0.0.1:{port}", process)
             # outside of the first test's deadline
             asyncio.run(self._ready(self._attached(kind, folder, None, 1), process))
