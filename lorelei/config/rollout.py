@@ -7,9 +7,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from lorelei.config import sglang_options, vllm_options
 from lorelei.config.errors import FieldError
 from lorelei.config.section import Section, tagged
-from lorelei.config.vllm_options import check_extra_args
 
 _TRUNCATION = (
     "is refused in training: the log-probabilities of a truncated distribution are not those the "
@@ -162,7 +162,7 @@ class VllmRollout(ServerRollout):
 
     @model_validator(mode="after")
     def _derived_stay_derived(self) -> VllmRollout:
-        check_extra_args(self.extra_args)
+        vllm_options.check_extra_args(self.extra_args)
         return self
 
 
@@ -170,6 +170,14 @@ class SglangRollout(ServerRollout):
     """SGLang servers; `make sglang` installs them."""
 
     kind: Literal["sglang"] = Field(description="Which rollout engine.")
+    cpu_cache_gib: int = Field(
+        default=2, ge=1, description="Memory for keys and values of a server on a CPU."
+    )
+
+    @model_validator(mode="after")
+    def _derived_stay_derived(self) -> SglangRollout:
+        sglang_options.check_extra_args(self.extra_args)
+        return self
 
 
 RolloutConfig = Annotated[

@@ -10,7 +10,9 @@ from lorelei.config.paths import cache_folder
 from lorelei.config.rollout import SglangRollout, VllmRollout
 from lorelei.config.run import RunConfig
 from lorelei.launch.device import has_accelerator
+from lorelei.lora.targets import match_targets, module_shapes
 from lorelei.model.config import DecoderConfig
+from lorelei.model.load import read_config
 from lorelei.rollout.limits import Limits
 from lorelei.rollout.server.dialect import Dialect
 from lorelei.rollout.server.engine import ServerEngine
@@ -86,4 +88,36 @@ def _vllm(config: RunConfig, rollout: VllmRollout, folder: Path, context: int) -
 
 
 def _sglang(config: RunConfig, rollout: SglangRollout, folder: Path, context: int) -> Dialect:
-    raise ValueError("rollout.kind: 'sglang' is not built yet; use vllm or embedded")
+    from lorelei.rollout.sglang.command import SglangOptions
+    from lorelei.rollout.sglang.dialect import SglangDialect
+
+    if rollout.urls:
+        return SglangDialect(None)
+    return SglangDialect(
+        SglangOptions(
+            model=folder,
+            dtype=config.dtype,
+            context=context,
+            max_rank=max_rank(config, rollout),
+            target_modules=projections(config, folder),
+            versions=versions_in_use(config),
+            max_running=rollout.max_running,
+            tensor_parallel=rollout.tensor_parallel_size,
+            device=device(),
+            has_tokenizer=True,
+            threads=rollout.threads,
+            cpu_cache_gib=rollout.cpu_cache_gib,
+            extra_args=rollout.extra_args,
+        )
+    )
+
+
+def projections(config: RunConfig, folder: Path) -> tuple[str, ...]:
+    """The last names of the linear layers that any adapter has, such as q_proj."""
+    names = module_shapes(read_config(folder))
+    targets = {
+        name
+        for e in config.experiments()
+        for name in match_targets(names, e.lora.spec(), config.model)
+    }
+    return tuple(dict.fromkeys(n.rsplit(".", 1)[-1] for n in names if n in targets))

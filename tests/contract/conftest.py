@@ -1,4 +1,4 @@
-"""Models and servers that the contract tests share."""
+"""Tiny models and servers that the contract suites share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.contract.servers import Servers
 from tests.contract.vllm_server import CONTEXT, FAMILIES, RunningServer, running_vllm
 from tests.tiny_models import make_tiny
 
@@ -16,6 +17,13 @@ from tests.tiny_models import make_tiny
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {family: make_tiny(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Servers]:
+    servers = Servers()
+    yield servers
+    servers.stop()
 
 
 @pytest.fixture(scope="session")

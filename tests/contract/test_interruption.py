@@ -14,6 +14,7 @@ from lorelei.rollout.contract import RolloutEngine
 from lorelei.rollout.sampler import EngineSampler, Policy
 from lorelei.types import AdapterRef, GenerateRequest, SamplingParams, Turn
 from tests.contract.reference_rollout import reference_logprobs, reference_model
+from tests.contract.servers import Servers
 from tests.contract.test_rollout_contract import (
     ENGINES,
     LOGPROB_TOLERANCE,
@@ -25,24 +26,27 @@ from tests.contract.test_rollout_contract import (
     run,
     until,
 )
-from tests.tiny_models import make_tiny
+from tests.environments import needs
 
 NEW_TOKENS = 180
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny("llama", tmp_path_factory.mktemp("model") / "llama")
+@pytest.fixture
+def folder(folders: dict[str, Path]) -> Path:
+    return folders["llama"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def states(folder: Path) -> list[AdapterState]:
     return [make_state(folder, seed) for seed in (1, 2, 3)]
 
 
-@pytest.fixture(params=sorted(ENGINES))
-def make(request: pytest.FixtureRequest) -> Make:
-    return ENGINES[request.param]
+@pytest.fixture(params=[*sorted(ENGINES), pytest.param("sglang", marks=needs("sglang"))])
+def make(request: pytest.FixtureRequest, servers: Servers, folder: Path) -> Make:
+    if request.param in ENGINES:
+        return ENGINES[request.param]
+    servers.url(request.param, folder)
+    return getattr(servers, request.param)
 
 
 async def answers(

@@ -24,6 +24,7 @@ from tests.contract.reference_rollout import (
     reference_logprobs,
     reference_model,
 )
+from tests.contract.servers import Servers
 from tests.contract.vllm_server import CONTEXT, FAMILIES, RunningServer
 from tests.decoders import load_decoder
 from tests.environments import needs
@@ -49,15 +50,21 @@ def make_reference(folder: Path, tokenizer: Any, max_running: int) -> RolloutEng
 
 
 ENGINES: dict[str, Make] = {"embedded": make_embedded, "reference": make_reference}
-SERVERS = ("vllm",)  # each a server for the session, on the llama only
+SERVERS = ("sglang", "vllm")  # one for the session and model; vLLM on the llama only
 
 
 @pytest.fixture(
     params=[*sorted(ENGINES), *(pytest.param(kind, marks=needs(kind)) for kind in SERVERS)]
 )
-def make(request: pytest.FixtureRequest) -> Make:
+def make(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Make:
     if request.param in ENGINES:
         return ENGINES[request.param]
+    family = request.node.callspec.params.get("family", "llama")
+    # a server's start does not count as the test's time
+    if request.param == "sglang":
+        servers: Servers = request.getfixturevalue("servers")
+        servers.url(request.param, folders[family])
+        return servers.sglang
 
     def attach(folder: Path, tokenizer: Any, max_running: int) -> RolloutEngine:
         if folder.name != "llama":
@@ -65,10 +72,15 @@ def make(request: pytest.FixtureRequest) -> Make:
         server: RunningServer = request.getfixturevalue(f"{request.param}_server")
         return server.engine(tokenizer, max_running)
 
-    if (family := request.node.callspec.params.get("family", "llama")) != "llama":
+    if family != "llama":
         pytest.skip(f"the {request.param} server of the tests has the llama, not the {family}")
     request.getfixturevalue(f"{request.param}_server")
     return attach
+
+
+def attention_only(make: Make, family: str) -> bool:
+    """CPU servers adapt the attention of a mixture of experts, and no expert."""
+    return isinstance(getattr(make, "__self__", None), Servers) and family == "qwen3_moe"
 
 
 @asynccontextmanager
@@ -84,7 +96,9 @@ def run(body: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(asyncio.wait_for(body, 60))
 
 
-def make_state(folder: Path, seed: int, rank: int = 8) -> AdapterState:
+def make_state(
+    folder: Path, seed: int, rank: int = 8, attention_only: bool = False
+) -> AdapterState:
     """An adapter on every linear layer but lm_head, large enough to change most answers."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
@@ -92,6 +106,8 @@ def make_state(folder: Path, seed: int, rank: int = 8) -> AdapterState:
         for name in file.keys():  # noqa: SIM118 - not a dict
             module, shape = name.removesuffix(".weight"), file.get_slice(name).get_shape()
             if not module.endswith("_proj") or len(shape) != 2:
+                continue
+            if attention_only and ".self_attn." not in module:
                 continue
             a, b = tensor_names(module)
             tensors[a] = torch.randn(rank, shape[1], generator=generator) * shape[1] ** -0.5
@@ -134,7 +150,7 @@ def test_greedy_tokens_equal_transformers_generate(
     make: Make, folders: dict[str, Path], family: str, adapted: bool
 ) -> None:
     folder = folders[family]
-    state = make_state(folder, 1) if adapted else None
+    state = make_state(folder, 1, 8, attention_only(make, family)) if adapted else None
 
     async def body() -> list[Completion]:
         async with opened(make(folder, None, 4)) as engine:
@@ -163,7 +179,7 @@ def test_logprobs_equal_a_plain_forward(
     make: Make, folders: dict[str, Path], family: str, temperature: float
 ) -> None:
     folder = folders[family]
-    state = make_state(folder, 2)
+    state = make_state(folder, 2, 8, attention_only(make, family))
     ref = make_ref(state)
     requests = [
         ask(PROMPT[:length], adapter, f"k{length}", temperature=temperature, max_new_tokens=20)
@@ -191,7 +207,8 @@ def test_ten_adapters_in_one_batch_each_answer_as_themselves(
     make: Make, folders: dict[str, Path], family: str
 ) -> None:
     folder = folders[family]
-    states = [make_state(folder, seed, rank=4 + 2 * (seed % 3)) for seed in range(10)]
+    attention = attention_only(make, family)
+    states = [make_state(folder, seed, 4 + 2 * (seed % 3), attention) for seed in range(10)]
     refs = [make_ref(state, f"adapter-{i}") for i, state in enumerate(states)]
     # arriving interleaved, two prompts each
     requests = [ask(PROMPT[n:], ref, f"{n}", max_new_tokens=6) for n in (0, 4) for ref in refs]
@@ -278,19 +295,24 @@ def test_the_key_and_the_seed_name_the_random_stream(make: Make, folders: dict[s
 def test_the_same_batch_gives_the_same_bits_on_every_run(
     make: Make, folders: dict[str, Path]
 ) -> None:
+    # which requests a server decodes together hangs on when they reach it, and with that the
+    # last bits of its sums; only the engines in this process promise equal bits
+    bits = not isinstance(getattr(make, "__self__", None), Servers)
     state = make_state(folders["qwen3"], 4)
     ref = make_ref(state)
     requests = [
         ask(PROMPT[i % 3 :], (None, ref)[i % 2], f"{i}", max_new_tokens=3 + i) for i in range(9)
     ]
 
-    async def body() -> list[bytes]:
+    async def body() -> list[Completion]:
         async with opened(make(folders["qwen3"], None, 3)) as engine:
             await engine.load(ref, state)
-            answers = await asyncio.gather(*map(engine.generate, requests))
-            return [answer.tokens.tobytes() + answer.logprobs.tobytes() for answer in answers]
+            return await asyncio.gather(*map(engine.generate, requests))
 
-    assert run(body()) == run(body())
+    for first, second in zip(run(body()), run(body()), strict=True):
+        assert first.tokens.tolist() == second.tokens.tolist()
+        assert close(first.logprobs, second.logprobs)
+        assert not bits or first.logprobs.tobytes() == second.logprobs.tobytes()
 
 
 def test_a_stop_token_ends_the_answer_and_is_kept(make: Make, folders: dict[str, Path]) -> None:
@@ -534,7 +556,7 @@ def test_versions_of_one_adapter_are_served_side_by_side(
 def test_score_equals_what_generate_reported(
     make: Make, folders: dict[str, Path], family: str
 ) -> None:
-    state = make_state(folders[family], 1)
+    state = make_state(folders[family], 1, 8, attention_only(make, family))
     ref = make_ref(state)
     requests = [ask(PROMPT[i:], ref, str(i), temperature=0.8, max_new_tokens=9) for i in range(3)]
 

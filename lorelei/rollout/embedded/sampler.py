@@ -74,7 +74,7 @@ def sample(
     if params.truncated:
         drawn_BV = mass_BV.clone()
         for row, row_params in params.truncated:
-            drawn_BV[row] *= _kept(mass_BV[row], row_params)
+            drawn_BV[row] *= kept(mass_BV[row], row_params)
         drawn_sums = _block_sums(drawn_BV)
     uniforms = torch.from_numpy(uniforms_B).to(mass_BV.device)
     tokens_B = _invert(drawn_BV, drawn_sums, uniforms)
@@ -82,6 +82,11 @@ def sample(
         tokens_B[params.greedy] = best_B
     chosen_B = mass_BV.gather(1, tokens_B[:, None])[:, 0].double()
     return tokens_B, (chosen_B.log() - total_B.log()).to(mass_BV.dtype)
+
+
+def draw(mass_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """Tokens [B]: the inverse of each row's cumulative mass (not normalised) at a uniform."""
+    return _invert(mass_BV, _block_sums(mass_BV), uniforms_B)
 
 
 def _block_sums(mass_BV: Tensor) -> Tensor:
@@ -118,7 +123,7 @@ def _truncates(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
-def _kept(mass_V: Tensor, params: SamplingParams) -> Tensor:
+def kept(mass_V: Tensor, params: SamplingParams) -> Tensor:
     """Which tokens may be drawn: top_k, of these the smallest set with top_p, of these min_p."""
     ordered, order = mass_V.double().sort(descending=True, stable=True)
     if params.top_k > 0:

@@ -7,7 +7,6 @@ may drop and load them again. Written for vLLM 0.32.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from vllm.platforms import current_platform
 from vllm.v1.worker import gpu_model_runner
 
 from lorelei.lora.state import AdapterState
-from lorelei.rollout.server import broadcast
+from lorelei.rollout.server.arrival import Arrival, Meeting
 from lorelei.rollout.server.payload import unpack
 from lorelei.store.peft_folder import read_peft_folder
 
@@ -29,8 +28,8 @@ MEMORY, FOLDER = "mem://", "peft://"
 
 _held: dict[str, AdapterState] = {}  # by name; what mem:// paths mean
 _installed: dict[str, str] = {}  # digest of the tensors last handed to vLLM, by path
-_receiving: dict[str, _Arrival] = {}  # by name
-_groups: dict[str, _Meeting] = {}  # by name
+_receiving: dict[str, Arrival] = {}  # by name
+_groups: dict[str, Meeting] = {}  # by name
 
 
 class Extension:
@@ -65,14 +64,14 @@ class Extension:
         if name not in _groups:
             rank = first + self.rank  # type: ignore[attr-defined]
             device = self.model_runner.device  # type: ignore[attr-defined]
-            _groups[name] = _Meeting((name, host, port, size, rank, backend, timeout), device)
+            _groups[name] = Meeting((name, host, port, size, rank, backend, timeout), device)
         return {}
 
     def lorelei_receive(self, name: str, group: str, size: int) -> dict[str, Any]:
         """Start to receive an adapter of `size` bytes as mem://name; does not wait for it."""
         if group not in _groups:
             return {"refused": f"there is no broadcast group {group}"}
-        _receiving[name] = _Arrival(_groups[group], size)
+        _receiving[name] = Arrival(_groups[group], size)
         return {}
 
     def lorelei_arrived(self, name: str) -> dict[str, Any]:
@@ -113,58 +112,6 @@ class Extension:
             return {"refused": str(error)}
         _held[name] = state
         return {}
-
-
-class _Meeting:
-    """A broadcast group that forms in the background: the engine goes on decoding."""
-
-    def __init__(self, arguments: tuple[Any, ...], device: torch.device) -> None:
-        self.device = device
-        self.group: Any = None
-        self.error: str | None = None
-        self.lock = threading.Lock()  # one broadcast after another
-        self._thread = threading.Thread(target=self._meet, args=arguments, daemon=True)
-        self._thread.start()
-
-    def _meet(self, *arguments: Any) -> None:
-        try:
-            self.group = broadcast.meet(*arguments)
-        except RuntimeError as error:
-            self.error = str(error)
-
-    def joined(self) -> Any:
-        """The group, once it is there. Raises RuntimeError when it failed."""
-        self._thread.join()
-        if self.group is None:
-            raise RuntimeError(self.error)
-        return self.group
-
-    def abort(self) -> None:
-        if self.group is not None and hasattr(self.group, "abort"):
-            self.group.abort()
-
-
-class _Arrival:
-    """An adapter that is being received in the background."""
-
-    def __init__(self, meeting: _Meeting, size: int) -> None:
-        self.data: bytes | None = None
-        self.error: str | None = None
-        self._meeting, self._size = meeting, size
-        self._thread = threading.Thread(target=self._receive, daemon=True)
-        self._thread.start()
-
-    @property
-    def running(self) -> bool:
-        return self._thread.is_alive()
-
-    def _receive(self) -> None:
-        try:
-            group = self._meeting.joined()
-            with self._meeting.lock:
-                self.data = broadcast.receive(group, self._size, self._meeting.device)
-        except RuntimeError as error:
-            self.error = str(error)
 
 
 def _check(manager: Any, state: AdapterState) -> None:

@@ -11,7 +11,6 @@ import hmac
 import json
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
 from typing import Any
 from urllib.parse import parse_qs
 from uuid import uuid4
@@ -24,20 +23,13 @@ from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
+from lorelei.rollout.server.exchange import Exchange, Refused
+
 PREFIX = "/lorelei/"
 TOKEN = "LORELEI_SERVER_TOKEN"  # environment variable; required unless bound to loopback
-BLANKS = 3.0  # seconds between two of them
 POLL = 0.005  # seconds between two looks at a broadcast
 
 Message = dict[str, Any]
-
-
-class Refused(Exception):
-    """An answer with an error status."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
 
 
 class Routes:
@@ -52,7 +44,7 @@ class Routes:
         if scope["type"] != "http" or not scope["path"].startswith(PREFIX):
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(receive, send)
+        exchange = Exchange(receive, send)
         try:
             _check_token(scope)
             route = getattr(self, f"_{scope['path'].removeprefix(PREFIX)}", None)
@@ -295,63 +287,6 @@ class _Server:
             await self.engine.remove_lora(request.lora_int_id)
         path = request.lora_path if request is not None else ""
         await self.ask_workers("lorelei_forget", name, path)
-
-
-class _Exchange:
-    """One HTTP request and its answer."""
-
-    def __init__(self, receive: Any, send: Any) -> None:
-        self._receive, self._send = receive, send
-        self._started = False
-
-    async def body(self) -> bytes:
-        parts: list[bytes] = []
-        while True:
-            message = await self._receive()
-            parts.append(message.get("body", b""))
-            if not message.get("more_body"):
-                return b"".join(parts)
-
-    async def answer(self, work: Awaitable[Any]) -> None:
-        """Send the result of `work`; cancel it when the caller hangs up."""
-        task = asyncio.ensure_future(work)
-        gone = asyncio.ensure_future(self._gone())
-        try:
-            while not task.done():
-                await asyncio.wait(
-                    {task, gone}, timeout=BLANKS, return_when=asyncio.FIRST_COMPLETED
-                )
-                if gone.done() and not task.done():
-                    return
-                if not task.done():
-                    await self._begin(200)
-                    await self._write(b" ", more=True)
-            await self.finish(200, task.result())
-        finally:
-            for part in (task, gone):
-                part.cancel()
-                with suppress(asyncio.CancelledError, Exception):
-                    await part
-
-    async def finish(self, status: int, answer: Any) -> None:
-        """The last part. A late failure has its status in the body only."""
-        if self._started and status >= 400:
-            answer = {**answer, "status": status}
-        await self._begin(status)
-        await self._write(json.dumps(answer, allow_nan=True).encode(), more=False)
-
-    async def _gone(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-
-    async def _begin(self, status: int) -> None:
-        if not self._started:
-            self._started = True
-            headers = [(b"content-type", b"application/json")]
-            await self._send({"type": "http.response.start", "status": status, "headers": headers})
-
-    async def _write(self, data: bytes, more: bool) -> None:
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 def _refuse(answers: list[Message]) -> None:

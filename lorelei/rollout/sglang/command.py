@@ -1,0 +1,136 @@
+"""SGLang's command line, derived from the run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorelei.config.errors import FieldError
+from lorelei.interpreters.recipe import import_path, interpreter
+from lorelei.model.config import DecoderConfig
+from lorelei.rollout.server.process import Launch
+
+LAUNCHER = "lorelei.rollout.sglang.in_server.launcher"
+SPARE = 8  # SGLang takes prompts and answers that end a few tokens before its context
+
+Scalar = str | int | float | bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SglangOptions:
+    """What a server is started with."""
+
+    model: Path
+    dtype: str
+    context: int  # most tokens of a sequence
+    max_rank: int  # of the adapters to come
+    target_modules: tuple[str, ...]  # last names of linear layers
+    versions: int  # adapter versions that may be in use at once
+    max_running: int
+    tensor_parallel: int
+    device: str  # "cpu" or "cuda"
+    has_tokenizer: bool
+    threads: int  # of one process, on a CPU
+    cpu_cache_gib: int  # for keys and values, on a CPU
+    extra_args: Mapping[str, Scalar]
+
+
+def launch(options: SglangOptions, number: int, port: int, token: str) -> Launch:
+    """The command and environment of replica `number`. Raises ValueError without `make sglang`."""
+    check_model(options)
+    python = interpreter("sglang")
+    return Launch(
+        # -P: the folder that we happen to be in holds no modules for the server
+        command=(str(python), "-P", "-m", LAUNCHER, *arguments(options, number, port)),
+        environment=_environment(options, token),
+    )
+
+
+def check_model(options: SglangOptions) -> None:
+    """Raises FieldError for adapters that would end the server."""
+    inner = {"gate_proj", "up_proj", "down_proj"} & set(options.target_modules)
+    if options.device == "cpu" and inner and _model(options).moe is not None:
+        raise FieldError(
+            "lora.target_modules",
+            f"{', '.join(sorted(inner))} of a mixture of experts end SGLang's CPU server at its "
+            "first request; target q_proj, k_proj, v_proj and o_proj only, or use "
+            "rollout: {kind: embedded}",
+        )
+
+
+def arguments(options: SglangOptions, number: int, port: int) -> tuple[str, ...]:
+    """The server's command line behind the launcher."""
+    derived: dict[str, Scalar] = {
+        "model-path": str(options.model),
+        "dtype": options.dtype,
+        "device": options.device,
+        "host": "127.0.0.1",
+        "port": port,
+        "context-length": options.context + SPARE,
+        "max-running-requests": options.max_running,
+        "tp-size": options.tensor_parallel,
+        "base-gpu-id": number * options.tensor_parallel,
+        "enable-lora": True,
+        "max-lora-rank": options.max_rank,
+        "max-loras-per-batch": options.versions + 1,  # the base model takes a place
+        "skip-tokenizer-init": not options.has_tokenizer,
+        "enable-memory-saver": options.device != "cpu",
+        "sampling-backend": "pytorch",  # where our sampler is
+        "grammar-backend": "none",
+        "sleep-on-idle": True,
+        "log-level-http": "warning",
+    }
+    if options.device == "cpu":
+        derived["attention-backend"] = "torch_native"
+        derived["lora-backend"] = "torch_native"
+        derived["mem-fraction-static"] = 0.3
+        derived["max-total-tokens"] = _cache_tokens(options)
+    words: list[str] = []
+    for name, value in {**derived, **options.extra_args}.items():
+        words += _flag(name, value)
+    return (*words, "--lora-target-modules", *options.target_modules)
+
+
+def _flag(name: str, value: Scalar) -> list[str]:
+    flag = "--" + name.strip("-").replace("_", "-")
+    if value is True:
+        return [flag]
+    if value is False:
+        return []
+    return [flag, str(value)]
+
+
+def _environment(options: SglangOptions, token: str) -> dict[str, str]:
+    found = {
+        "LORELEI_SERVER_TOKEN": token,
+        "PYTHONPATH": str(import_path()),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # by SPARE
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    }
+    if options.device == "cpu":
+        found |= {
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": str(options.threads),
+        }
+    return found
+
+
+def _cache_tokens(options: SglangOptions) -> int:
+    """Tokens of a CPU's KV cache: those of all running sequences, within cpu_cache_gib."""
+    model = _model(options)
+    width = 4 if options.dtype == "float32" else 2
+    of_token = 2 * width * model.kv_heads * model.head_dim * model.layers
+    longest = options.context + SPARE
+    return max(
+        min(options.max_running * longest, (options.cpu_cache_gib << 30) // of_token), longest
+    )
+
+
+def _model(options: SglangOptions) -> DecoderConfig:
+    return DecoderConfig.from_hf(json.loads((options.model / "config.json").read_text()))

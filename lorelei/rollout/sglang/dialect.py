@@ -1,0 +1,53 @@
+"""How SGLang is started and asked what it can do; the rest is Lorelei's routes inside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorelei.rollout.server.client import Client
+from lorelei.rollout.server.dialect import Facts, Sampled
+from lorelei.rollout.server.engine import stream_seed
+from lorelei.rollout.server.process import Launch
+from lorelei.rollout.server.routed import QUICK, Routed
+from lorelei.rollout.sglang import command
+from lorelei.rollout.sglang.command import LAUNCHER, SPARE, SglangOptions
+from lorelei.types import GenerateRequest
+
+
+@dataclass(frozen=True, slots=True)
+class SglangDialect(Routed):
+    """Implements Dialect for servers that are started with `options`, or attached to (none)."""
+
+    options: SglangOptions | None
+
+    @property
+    def name(self) -> str:
+        return "sglang"
+
+    def launch(self, number: int, port: int, token: str, folder: Path) -> Launch:
+        assert self.options is not None, "attached servers are not started"
+        return command.launch(self.options, number, port, token)
+
+    async def generate(
+        self, client: Client, request: GenerateRequest, limit: int, seed: int
+    ) -> Sampled:
+        # our sampler counts positions from the start of the sequence, so that the stream of an
+        # answer that was interrupted goes on where it was
+        stream = stream_seed(request.sampling.seed, request.key)
+        return await Routed.generate(self, client, request, limit, stream)
+
+    async def facts(self, client: Client) -> Facts:
+        how = f"start it with `python -P -m {LAUNCHER}`, Lorelei on its PYTHONPATH"
+        try:
+            found = await client.get("/lorelei/facts", QUICK)
+        except KeyError as error:
+            raise ValueError(
+                f"rollout.urls: {client.url} is no SGLang server with Lorelei's routes; {how}"
+            ) from error
+        if found["max_rank"] is None:
+            raise ValueError(
+                f"rollout.urls: {client.url} takes no adapters; {how}, and with --enable-lora "
+                "--max-lora-rank and --lora-target-modules"
+            )
+        return Facts(**{**found, "context": found["context"] - SPARE}, receives=True)
