@@ -23,7 +23,7 @@ from lorelei.algo.aggregate import item_weights
 from lorelei.model.config import DecoderConfig
 from lorelei.model.decoder import Decoder
 from lorelei.model.load import Checkpoint, build_decoder
-from lorelei.publish.memory import MemoryPublisher
+from lorelei.publish.publisher import VersionPublisher
 from lorelei.rollout.embedded.engine import EmbeddedEngine
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.batch import build_batch
@@ -186,7 +186,7 @@ async def steps(
     case: GpuCase,
     engine: ArchonEngine,
     rollout: EmbeddedEngine,
-    publisher: MemoryPublisher,
+    publisher: VersionPublisher,
     ref: AdapterRef,
 ) -> None:
     watch, prompts = Watch(), case.tokens(case.groups, case.prompt)
@@ -211,7 +211,7 @@ async def main(case: GpuCase) -> None:
     engine.add_adapter(NAME, SPEC)
     train(case, decoder, engine)
     rollout = EmbeddedEngine(decoder, max_running=max(*case.batches, case.groups * case.samples))
-    publisher = MemoryPublisher(rollout, "bench")
+    publisher = VersionPublisher(rollout, "bench")
     ref = (await publisher.publish(engine, {NAME: 0}))[NAME]
     await generate(case, decoder, rollout, ref)
     await steps(case, engine, rollout, publisher, ref)

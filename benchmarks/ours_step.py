@@ -18,7 +18,7 @@ from lorelei.config.load import validate
 from lorelei.config.paths import resolve_model
 from lorelei.model.load import load_decoder
 from lorelei.model.tokenizer import load_tokenizer
-from lorelei.publish.memory import MemoryPublisher
+from lorelei.publish.publisher import VersionPublisher
 from lorelei.rollout.embedded.engine import EmbeddedEngine
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.step import Trainer
@@ -50,7 +50,7 @@ async def main(
     engine.add_adapter("default", experiment.lora.spec())
     trainer = Trainer(engine, {"default": experiment})
     rollout = EmbeddedEngine(decoder, max_running=64)
-    publisher = MemoryPublisher(rollout, "bench")
+    publisher = VersionPublisher(rollout, "bench")
     sampling = SamplingParams(max_new_tokens=case.new_tokens)
     meter = Meter()
     ref = (await publisher.publish(engine, {"default": 0}))["default"]

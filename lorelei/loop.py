@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lorelei.obs.console import Console
+from lorelei.publish.canary import Canary
 from lorelei.publish.contract import Publisher
 from lorelei.rollout.collector import Collector, Lane, RolloutsFail
 from lorelei.rollout.evaluate import Evaluator
@@ -15,7 +16,7 @@ from lorelei.store.manifest import AdapterRecord
 from lorelei.store.run import Pending, RunStore
 from lorelei.store.spool import Spool
 from lorelei.train.step import Trainer
-from lorelei.types import AdapterRef, Group, StepStats
+from lorelei.types import AdapterRef, Group
 
 
 @dataclass(slots=True, kw_only=True)
@@ -25,6 +26,7 @@ class Loop:
     collector: Collector
     trainer: Trainer
     publisher: Publisher
+    canary: Canary | None  # none: it was turned off
     store: RunStore
     spool: Spool
     console: Console
@@ -67,13 +69,18 @@ async def run(loop: Loop) -> None:
         touched = {name: versions[name] for name in stats.touched}
         refs = await loop.publisher.publish(loop.trainer.engine, touched)
         clock.lap("publish")
+        served = await loop.canary.check(refs) if loop.canary else {}
+        clock.lap("canary")
         _log_rollouts(loop, batch, versions)
         await evaluate(loop, {n: r for n, r in refs.items() if _evaluation_due(loop, n, r)})
         clock.lap("eval")
-        _log_step(loop, batch, stats, versions, clock.reset())
+        metrics = {name: {**stats.metrics[name], **served.get(name, {})} for name in batch}
+        _log_step(loop, batch, metrics, versions, clock.reset())
         await _commit(loop, pending, refs)  # the commit makes the step true
         clock.lap("checkpoint")
-        _retire(loop, loop.collector.admit(refs))  # opens room: new rollouts start on them
+        replaced = loop.collector.admit(refs)  # opens room: new rollouts start on them
+        await loop.collector.interrupt(replaced)
+        _retire(loop, replaced)
     if loop.unsaved:  # stopped between two checkpoints
         pending = await _stage(loop, loop.versions, now=True)
         await _commit(loop, pending, {})
@@ -85,8 +92,14 @@ async def begin(loop: Loop) -> None:
     """Publish the versions a run starts or resumes on, and open the door for rollouts.
 
     A new run evaluates them and commits step 0, so that a crash at any time can be resumed.
+    Raises CanaryFailed when the rollout engine serves something else.
     """
+    if loop.canary:
+        for record in await loop.canary.prove():
+            loop.store.append_metrics(record)
     refs = await loop.publisher.publish(loop.trainer.engine, loop.versions)
+    if loop.canary:
+        await loop.canary.check(refs)
     if loop.store.latest is None:
         await evaluate(loop, {name: refs[name] for name in loop.evaluators})
         loop.unsaved |= set(loop.lanes)
@@ -172,19 +185,26 @@ def _retire(loop: Loop, refs: Sequence[AdapterRef]) -> None:
 def _log_step(
     loop: Loop,
     batch: Mapping[str, Sequence[Group]],
-    stats: StepStats,
+    metrics: Mapping[str, Mapping[str, float]],
     versions: Mapping[str, int],
     seconds: Mapping[str, float],
 ) -> None:
-    for name in batch:
+    idle = {
+        "trainer_idle": seconds["rollout"] / seconds["step"],
+        "rollout_idle": min(loop.collector.meter.lap() / seconds["step"], 1.0),
+    }
+    for name, groups in batch.items():
         lane = loop.lanes[name]
+        stale = lane.errors["stale"]
         record = {
             "kind": "step",
             "step": versions[name],
             "adapter": name,
             "version": versions[name],
             "time": time.time(),
-            **stats.metrics[name],
+            **metrics[name],
+            **idle,
+            "dropped_stale": stale / (stale + len(groups)),
             "errors": dict(lane.errors),
             "seconds": dict(seconds),
         }

@@ -105,6 +105,7 @@ class GenerateRequest:
     adapter: AdapterRef | None  # none: the base model
     sampling: SamplingParams
     key: str  # names the random stream with sampling.seed: the same key draws the same numbers
+    position: int = 0  # how many of `tokens`, at their end, were drawn from this stream before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

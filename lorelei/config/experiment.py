@@ -12,11 +12,21 @@ from lorelei.config.errors import ConfigError, FieldError, describe
 from lorelei.config.evaluation import EvalConfig
 from lorelei.config.lora import LoraConfig
 from lorelei.config.reward import ReasoningGymReward, RewardConfig
-from lorelei.config.rollout import RolloutConfig
+from lorelei.config.rollout import (
+    EmbeddedRollout,
+    RolloutConfig,
+    Sampling,
+    SglangRollout,
+    VllmRollout,
+)
 from lorelei.config.section import Section, is_mapping
 from lorelei.config.task import ReasoningGymTask, TaskConfig
 
 _FOR_THE_RUN = "belongs to the whole run, not to one adapter; move it to the top level"
+
+_ROLLOUT_FIELDS = {
+    f for kind in (EmbeddedRollout, VllmRollout, SglangRollout) for f in kind.model_fields
+}
 
 Raw = dict[str, Any]
 
@@ -32,7 +42,7 @@ class ExperimentDefaults(Section):
         default=None, description="What scores a rollout. Default: the task's own scorer."
     )
     algo: AlgoConfig = Field(default_factory=AlgoConfig, description="How it learns.")
-    rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="How it samples.")
+    rollout: RolloutConfig = Field(default_factory=EmbeddedRollout, description="How it samples.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="How it is evaluated.")
 
 
@@ -52,14 +62,14 @@ class AdapterOverrides(Section):
     algo: Raw = Field(default_factory=Raw, description="Overrides of `algo`.")
     rollout: Raw = Field(
         default_factory=Raw,
-        description=f"Overrides of `rollout`: {', '.join(sorted(RolloutConfig.per_adapter))}.",
+        description=f"Overrides of `rollout`: {', '.join(sorted(Sampling.per_adapter))}.",
     )
     eval: Raw = Field(default_factory=Raw, description="Overrides of `eval`.")
 
     @model_validator(mode="after")
     def _only_sampling(self) -> AdapterOverrides:
         for key in self.rollout:
-            if key in RolloutConfig.model_fields and key not in RolloutConfig.per_adapter:
+            if key in _ROLLOUT_FIELDS and key not in Sampling.per_adapter:
                 raise FieldError(f"rollout.{key}", _FOR_THE_RUN)
         return self
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from lorelei.config.errors import FieldError
-from lorelei.config.section import Section
+from lorelei.config.section import Section, tagged
+from lorelei.config.vllm_options import check_extra_args
 
 _TRUNCATION = (
     "is refused in training: the log-probabilities of a truncated distribution are not those the "
@@ -16,8 +17,11 @@ _TRUNCATION = (
 )
 
 
-class EmbeddedRollout(Section):
-    """Sampling in the trainer's process, on the same base model."""
+Scalar = bool | int | float | str
+
+
+class Sampling(Section):
+    """What every rollout engine has; `rollout` without a kind is embedded."""
 
     refused: ClassVar[Mapping[str, str]] = {
         key: _TRUNCATION.format(key) for key in ("top_k", "top_p", "min_p")
@@ -26,7 +30,6 @@ class EmbeddedRollout(Section):
         {"n_samples", "max_new_tokens", "temperature", "stop_strings"}
     )
 
-    kind: Literal["embedded"] = Field(default="embedded", description="Which rollout engine.")
     n_samples: int = Field(default=8, ge=1, description="Rollouts of each prompt: a group.")
     max_new_tokens: int = Field(default=64, ge=1, description="Longest completion, in tokens.")
     temperature: float = Field(default=1.0, description="Sampling temperature, above 0.")
@@ -36,13 +39,20 @@ class EmbeddedRollout(Section):
     max_head_offpolicyness: int = Field(
         default=0, ge=0, description="Most steps that training may be ahead of sampling; 0: none."
     )
+    interruptible: bool = Field(
+        default=False,
+        description="A published version takes over the answers that are being sampled at once, "
+        "behind the tokens they have; else they finish on theirs.",
+    )
     max_concurrent: int | None = Field(
         default=None,
         ge=1,
         description="Most groups in flight for each adapter. "
         "Default: (max_head_offpolicyness + 1) * algo.batch_size.",
     )
-    max_running: int = Field(default=64, ge=1, description="Most sequences decoded at once.")
+    max_running: int = Field(
+        default=64, ge=1, description="Most sequences decoded at once, by each server."
+    )
     max_context: int | None = Field(
         default=None,
         ge=2,
@@ -71,7 +81,17 @@ class EmbeddedRollout(Section):
         return value
 
     @model_validator(mode="after")
-    def _room_for_a_prompt(self) -> EmbeddedRollout:
+    def _something_to_interrupt(self) -> Sampling:
+        if self.interruptible and self.max_head_offpolicyness == 0:
+            raise FieldError(
+                "interruptible",
+                "true does nothing with max_head_offpolicyness: 0, where nothing is sampled while "
+                "a version is published; set it to 1 or more, or interruptible: false",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_a_prompt(self) -> Sampling:
         if self.max_context is not None and self.max_new_tokens >= self.max_context:
             raise FieldError(
                 "max_new_tokens",
@@ -81,4 +101,79 @@ class EmbeddedRollout(Section):
         return self
 
 
-RolloutConfig = EmbeddedRollout
+class EmbeddedRollout(Sampling):
+    """Sampling in the trainer's process, on the same base model."""
+
+    kind: Literal["embedded"] = Field(default="embedded", description="Which rollout engine.")
+
+
+class ServerRollout(Sampling):
+    """What the engines that are servers have."""
+
+    replicas: int = Field(default=1, ge=1, description="Servers to start on this machine.")
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, description="Processes that share each server's model."
+    )
+    urls: tuple[str, ...] = Field(
+        default=(),
+        description="Attach to servers that run already instead of starting any; their token is in "
+        "the environment variable LORELEI_SERVER_TOKEN.",
+    )
+    reserve_rank: int = Field(
+        default=0, ge=0, le=512, description="Room for adapters of this rank that come later."
+    )
+    threads: int = Field(default=1, ge=1, description="CPU threads of each process of a server.")
+    extra_args: dict[str, Scalar] = Field(
+        default_factory=dict[str, Scalar],
+        description="Options of the server by its own names; those that follow from the run are "
+        "refused.",
+    )
+
+    @field_validator("urls", mode="before")
+    @classmethod
+    def _one_or_many_urls(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("urls")
+    @classmethod
+    def _are_urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for url in value:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"{url!r} is no URL; write http://host:port")
+        return value
+
+    @model_validator(mode="after")
+    def _starts_or_attaches(self) -> ServerRollout:
+        for name in ("replicas", "tensor_parallel_size", "extra_args", "threads", "reserve_rank"):
+            if self.urls and name in self.model_fields_set:
+                raise FieldError(
+                    name, "means nothing with urls: those servers run already; remove one"
+                )
+        return self
+
+
+class VllmRollout(ServerRollout):
+    """vLLM servers; `make vllm` installs them."""
+
+    kind: Literal["vllm"] = Field(description="Which rollout engine.")
+    cpu_cache_gib: int = Field(
+        default=2, ge=1, description="Memory for keys and values of a server on a CPU."
+    )
+
+    @model_validator(mode="after")
+    def _derived_stay_derived(self) -> VllmRollout:
+        check_extra_args(self.extra_args)
+        return self
+
+
+class SglangRollout(ServerRollout):
+    """SGLang servers; `make sglang` installs them."""
+
+    kind: Literal["sglang"] = Field(description="Which rollout engine.")
+
+
+RolloutConfig = Annotated[
+    EmbeddedRollout | VllmRollout | SglangRollout,
+    Field(discriminator="kind"),
+    tagged(EmbeddedRollout, VllmRollout, SglangRollout, default="embedded"),
+]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from lorelei.config.checkpoint import CheckpointConfig
 from lorelei.config.errors import FieldError
 from lorelei.config.experiment import AdapterOverrides, Experiment, ExperimentDefaults, resolve
-from lorelei.config.publish import PublishConfig
+from lorelei.config.publish import MemoryPublish, PublishConfig
 from lorelei.config.section import Name, is_mapping
 from lorelei.config.train import TrainConfig
 
 DEFAULT_ADAPTER = "default"
+
+
+def default_publisher(rollout_kind: str) -> str:
+    """The kind of publisher that needs nothing set up."""
+    return "memory" if rollout_kind == "embedded" else "http"
+
+
 LOW_LORA_LR = 1e-5
 HIGH_FULL_LR = 1e-4
 
@@ -37,7 +44,10 @@ class RunConfig(ExperimentDefaults):
         default=None, ge=1, description="CPU threads. Default: the physical cores we may use."
     )
     train: TrainConfig = Field(default_factory=TrainConfig, description="The train engine.")
-    publish: PublishConfig = Field(default_factory=PublishConfig, description="The publisher.")
+    publish: PublishConfig = Field(
+        default_factory=MemoryPublish,
+        description="The publisher. Default: memory for the embedded engine, http for servers.",
+    )
     checkpoint: CheckpointConfig = Field(
         default_factory=CheckpointConfig, description="What is kept on disk."
     )
@@ -55,6 +65,30 @@ class RunConfig(ExperimentDefaults):
             return value
         entries: dict[str, object] = dict(value)
         return {name: AdapterOverrides() if e is None else e for name, e in entries.items()}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _publisher_of_the_engine(cls, data: Any) -> Any:
+        """The kind of `publish` follows from the rollout engine unless it is given."""
+        if not is_mapping(data):
+            return data
+        rollout, publish = data.get("rollout"), data.get("publish")
+        kind = rollout.get("kind", "embedded") if is_mapping(rollout) else "embedded"
+        if publish is None or (is_mapping(publish) and "kind" not in publish):
+            return {**data, "publish": {"kind": default_publisher(kind), **(publish or {})}}
+        return data
+
+    @model_validator(mode="after")
+    def _publisher_fits(self) -> RunConfig:
+        embedded = self.rollout.kind == "embedded"
+        if embedded != (self.publish.kind == "memory"):
+            allowed = "memory" if embedded else "http, disk, xccl"
+            raise FieldError(
+                "publish.kind",
+                f"{self.publish.kind!r} cannot reach rollout.kind {self.rollout.kind!r}; "
+                f"allowed: {allowed}",
+            )
+        return self
 
     @model_validator(mode="after")
     def _every_adapter_can_run(self) -> RunConfig:
@@ -90,6 +124,11 @@ class RunConfig(ExperimentDefaults):
     def warnings(self) -> list[str]:
         """What can run but is probably not meant, one line each."""
         found: list[str] = []
+        if not self.publish.canary.enabled:
+            found.append(
+                "publish.canary.enabled: false; nobody notices a rollout engine that serves no "
+                "adapter, an old one or another's"
+            )
         for experiment in self.experiments():
             algo, where = experiment.algo, f"adapter {experiment.name}: algo"
             if not experiment.lora.use_lora and algo.lr > HIGH_FULL_LR:

@@ -48,13 +48,18 @@ class Section(BaseModel):
         return data
 
 
-def tagged(*sections: type[Section]) -> BeforeValidator:
-    """Refuses a mapping whose `kind` is none of those of `sections`, and says which they are."""
+def tagged(*sections: type[Section], default: str | None = None) -> BeforeValidator:
+    """Refuses a mapping whose `kind` is none of those of `sections`, and says which they are.
+
+    default: the kind of a mapping without one.
+    """
     kinds = [get_args(section.model_fields["kind"].annotation)[0] for section in sections]
 
     def check(data: Any) -> Any:
         if is_mapping(data):
             if "kind" not in data:
+                if default is not None:
+                    return {"kind": default, **data}
                 raise FieldError("kind", f"is required; allowed: {', '.join(kinds)}")
             if data["kind"] not in kinds:
                 fix = nearest(str(data["kind"]), kinds)

@@ -18,6 +18,7 @@ from lorelei.lora.state import AdapterSnapshot
 from lorelei.obs.console import Console
 from lorelei.obs.history import read_metrics
 from lorelei.publish.contract import PublishError
+from lorelei.publish.page import CanaryFailed
 from lorelei.rollout.contract import EngineClosed
 from lorelei.store.identity import read_identity
 from lorelei.store.run import RunStore
@@ -73,6 +74,8 @@ async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None
         try:
             stopped = await _run(loop)
         except (ValueError, EngineClosed, EngineFailed, PublishError) as error:
+            if isinstance(error, CanaryFailed):
+                console.page(error.page)
             if store.latest is None:  # what could not begin leaves nothing behind
                 store.discard()
             else:

@@ -12,6 +12,8 @@ import torch
 
 from lorelei.config.experiment import Experiment
 from lorelei.config.paths import resolve_model
+from lorelei.config.publish import DiskPublish, HttpPublish, MemoryPublish, XcclPublish
+from lorelei.config.rollout import EmbeddedRollout, SglangRollout, VllmRollout
 from lorelei.config.run import RunConfig
 from lorelei.data.contract import PromptSource
 from lorelei.data.source import make_source
@@ -24,13 +26,18 @@ from lorelei.model.decoder import Decoder
 from lorelei.model.load import load_decoder, read_config
 from lorelei.model.tokenizer import load_tokenizer, stop_token_ids
 from lorelei.obs.console import Console
-from lorelei.publish.memory import MemoryPublisher
+from lorelei.publish.canary import Canary, Watched, fixed_tokens
+from lorelei.publish.contract import Publisher
+from lorelei.publish.publisher import VersionPublisher, Way
 from lorelei.reward.pool import make_pool
 from lorelei.rollout.admission import Admission
 from lorelei.rollout.collector import Collector, Lane
+from lorelei.rollout.contract import RolloutEngine
 from lorelei.rollout.embedded.engine import EmbeddedEngine
 from lorelei.rollout.evaluate import Evaluator
+from lorelei.rollout.meter import Meter
 from lorelei.rollout.sampler import Policy
+from lorelei.rollout.server.engine import ServerEngine
 from lorelei.store.peft_folder import read_peft_folder
 from lorelei.store.run import RunStore
 from lorelei.store.spool import Spool
@@ -51,7 +58,7 @@ class Parts:
 
     folder: Path  # of the model
     decoder: Decoder
-    rollout: EmbeddedEngine
+    rollout: RolloutEngine
     sources: Mapping[str, PromptSource]
     held_out: Mapping[str, list[Prompt]]
     envs: Mapping[str, SingleTurn]
@@ -84,13 +91,10 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
         stack.callback(pool.close)
         envs[e.name] = SingleTurn(reward=pool)
     decoder = load_decoder(folder, DTYPES[config.dtype], default_device())
-    rollout = EmbeddedEngine(
-        decoder,
-        tokenizer=tokenizer,
-        max_running=config.rollout.max_running,
-        max_context=config.rollout.max_context,
-    )
+    rollout = _rollout_engine(config, folder, decoder, tokenizer)
     stack.push_async_callback(rollout.close)
+    if isinstance(rollout, ServerEngine):
+        await rollout.start()
     return Parts(
         folder=folder,
         decoder=decoder,
@@ -119,19 +123,21 @@ def make_loop(
     config: RunConfig, parts: Parts, trainer: Trainer, store: RunStore, console: Console
 ) -> Loop:
     """The loop of a new run, or of one that goes on where its last manifest says."""
-    spool = Spool(store.folder)
+    spool, meter = Spool(store.folder), Meter()
+    publisher = VersionPublisher(parts.rollout, store.run_id, _way(config, parts, store))
     lanes = [_lane(e, parts, store, spool) for e in config.experiments()]
     for warning in (*store.warnings, *spool.warnings):
         console.warn(warning)
     state = store.latest.state if store.latest else {}
     return Loop(
-        collector=Collector(lanes, parts.rollout, spool),
+        collector=Collector(lanes, parts.rollout, spool, meter),
         trainer=trainer,
-        publisher=MemoryPublisher(parts.rollout, store.run_id),
+        publisher=publisher,
+        canary=_canary(config, parts, trainer, publisher, store.run_id),
         store=store,
         spool=spool,
         console=console,
-        evaluators=evaluators(config, parts),
+        evaluators=evaluators(config, parts, meter),
         checkpoint_every=config.checkpoint.every,
         step=store.latest.step if store.latest else 0,
         scores=dict(state.get("score", {})),
@@ -152,14 +158,70 @@ def _train_engine(config: RunConfig, folder: Path, decoder: Decoder) -> TrainEng
     return RemoteEngine(spec, train.workers)
 
 
-def evaluators(config: RunConfig, parts: Parts) -> dict[str, Evaluator]:
+def _rollout_engine(
+    config: RunConfig, folder: Path, decoder: Decoder, tokenizer: PreTrainedTokenizerBase
+) -> RolloutEngine:
+    match config.rollout:
+        case EmbeddedRollout() as embedded:
+            return EmbeddedEngine(
+                decoder,
+                tokenizer=tokenizer,
+                max_running=embedded.max_running,
+                max_context=embedded.max_context,
+            )
+        case VllmRollout() | SglangRollout() as servers:
+            from lorelei.launch.servers import make_server_engine
+
+            return make_server_engine(config, servers, folder, decoder.config, tokenizer)
+
+
+def _way(config: RunConfig, parts: Parts, store: RunStore) -> Way | None:
+    """How versions travel; none: by the engine's own `load`."""
+    publish, engine = config.publish, parts.rollout
+    match publish:
+        case MemoryPublish() | HttpPublish():
+            return None
+        case DiskPublish():
+            from lorelei.publish.disk import Disk
+
+            assert isinstance(engine, ServerEngine), "checked by the configuration"
+            given = publish.folder and Path(publish.folder) / store.run_id
+            return Disk(engine, given or store.folder / "published", config.model)
+        case XcclPublish():
+            from lorelei.publish.xccl import Xccl
+
+            assert isinstance(engine, ServerEngine), "checked by the configuration"
+            return Xccl(engine, parts.decoder.device, publish.host, publish.timeout)
+
+
+def _canary(
+    config: RunConfig, parts: Parts, trainer: Trainer, publisher: Publisher, run_id: str
+) -> Canary | None:
+    if not config.publish.canary.enabled:
+        return None
+    count = config.publish.canary.tokens or (64 if config.dtype == "float32" else 512)
+    watched: dict[str, Watched] = {}
+    for e in config.experiments():
+        source = parts.sources[e.name]
+        prompts = parts.held_out[e.name] or map(source.prompt, range(count))
+        watched[e.name] = Watched(
+            spec=e.lora.spec(),
+            temperature=e.rollout.temperature,
+            sequences=fixed_tokens(prompts, count),
+        )
+    return Canary(watched, trainer, parts.rollout, publisher, run_id)
+
+
+def evaluators(config: RunConfig, parts: Parts, meter: Meter | None = None) -> dict[str, Evaluator]:
     """The evaluator of every adapter that holds problems out."""
+    meter = meter or Meter()
     return {
         e.name: Evaluator(
             engine=parts.rollout,
             prompts=parts.held_out[e.name],
             env=parts.envs[e.name],
             policy=_eval_policy(e, parts),
+            meter=meter,
         )
         for e in config.experiments()
         if e.eval.every
@@ -197,6 +259,7 @@ def _lane(e: Experiment, parts: Parts, store: RunStore, spool: Spool) -> Lane:
             ),
             stream=e.name,
             decode=parts.decode,
+            interruptible=e.rollout.interruptible,
         ),
         admission=Admission(
             batch_size=e.algo.batch_size,

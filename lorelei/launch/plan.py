@@ -18,6 +18,7 @@ from lorelei.config.task import JsonlTask, ParquetTask
 from lorelei.launch.adapter_size import AdapterSize, full_size, lora_size
 from lorelei.launch.device import has_accelerator
 from lorelei.launch.memory import BYTES, Footprint, estimate_memory
+from lorelei.launch.server_limits import check_servers
 from lorelei.lora.targets import HEAD, Shape, match_targets, module_shapes
 from lorelei.model.config import DecoderConfig
 
@@ -92,6 +93,7 @@ def plan(config: RunConfig) -> Plan:
         for e in config.experiments()
     )
     on_cpu = not has_accelerator()
+    check_servers(config, model, {name for a in adapters for name in a.modules}, on_cpu)
     return Plan(
         run=config.name,
         model=config.model,

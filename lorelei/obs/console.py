@@ -82,6 +82,11 @@ class Console:
         """Something a person should look at."""
         self._screen.line([f"warning: {text}"], style="yellow")
 
+    def page(self, lines: Iterable[str]) -> None:
+        """Why the run stops, at length."""
+        for line in lines:
+            self._screen.line([line], style="red")
+
     def finished(self, lines: Iterable[str]) -> None:
         """Freeze the live table and print the closing lines below it."""
         self.close()

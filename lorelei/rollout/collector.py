@@ -18,6 +18,7 @@ from lorelei.data.contract import PromptSource
 from lorelei.env.contract import Env
 from lorelei.rollout.admission import Admission
 from lorelei.rollout.contract import EngineClosed, RolloutEngine
+from lorelei.rollout.meter import Meter
 from lorelei.rollout.sampler import EngineSampler, Policy
 from lorelei.store.spool import Spool
 from lorelei.types import AdapterRef, Group, Prompt, Rollout
@@ -80,8 +81,15 @@ class Lane:
 class Collector:
     """Starts groups where admission has room; see `batches`."""
 
-    def __init__(self, lanes: Iterable[Lane], engine: RolloutEngine, spool: Spool) -> None:
+    def __init__(
+        self,
+        lanes: Iterable[Lane],
+        engine: RolloutEngine,
+        spool: Spool,
+        meter: Meter | None = None,
+    ) -> None:
         self.lanes = {lane.experiment.name: lane for lane in lanes}
+        self.meter = meter or Meter()
         self._engine, self._spool = engine, spool
         self._stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -113,6 +121,15 @@ class Collector:
             lane.admission.version = ref.version
             self._drop_stale(lane)
         return replaced
+
+    async def interrupt(self, replaced: Iterable[AdapterRef]) -> None:
+        """Move what is sampled from replaced versions to the newest ones, where a run asks for it.
+
+        Requests go on behind the tokens they have, see rollout.sampler.
+        """
+        for ref in replaced:
+            if self.lanes[ref.name].policy.interruptible:
+                await self._engine.abort(ref)
 
     def stop(self) -> None:
         """Let `batches` end instead of giving another batch."""
@@ -190,7 +207,7 @@ class Collector:
         self._drop_stale(lane)  # training may have gone on without it
 
     async def _rollout(self, lane: Lane, prompt: Prompt, index: int, number: int) -> Rollout:
-        sampler = EngineSampler(self._engine, lane.policy, f"{index}/{number}")
+        sampler = EngineSampler(self._engine, lane.policy, f"{index}/{number}", self.meter)
         start = time.perf_counter()
         try:
             episode = await lane.env.run(prompt, sampler)

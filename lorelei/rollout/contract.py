@@ -31,6 +31,8 @@ class RolloutEngine(Protocol):
     async def generate(self, request: GenerateRequest) -> Completion:
         """Sample one completion.
 
+        A request with a `position` goes on with an interrupted answer: its first token is drawn
+        with the number of that position of the stream, or at least not with an earlier one.
         Cancelling the call aborts the request. Raises KeyError for an adapter version that is
         not loaded and ValueError for a prompt that does not fit the context.
         """
@@ -58,8 +60,11 @@ class RolloutEngine(Protocol):
         """Go on after `pause`."""
         ...
 
-    async def abort(self) -> None:
-        """End every request now with finish_reason 'abort' and the tokens it has."""
+    async def abort(self, adapter: AdapterRef | None = None) -> None:
+        """End every request now with finish_reason 'abort' and the tokens it has.
+
+        adapter: only the requests of this version; one that is not loaded has none.
+        """
         ...
 
     async def sleep(self) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lorelei.env.contract import Env, Episode
 from lorelei.rollout.contract import EngineClosed, RolloutEngine
+from lorelei.rollout.meter import Meter
 from lorelei.rollout.sampler import EngineSampler, Policy
 from lorelei.types import AdapterRef, Prompt
 
@@ -31,6 +32,7 @@ class Evaluator:
     prompts: Sequence[Prompt]
     env: Env
     policy: Policy  # its ref is ignored
+    meter: Meter = field(default_factory=Meter)
 
     async def run(self, ref: AdapterRef | None) -> Scores:
         """Score every prompt once under a version, or under the base model."""
@@ -51,7 +53,9 @@ class Evaluator:
 
     async def _episode(self, prompt: Prompt, policy: Policy) -> Episode:
         try:
-            return await self.env.run(prompt, EngineSampler(self.engine, policy, prompt.id))
+            return await self.env.run(
+                prompt, EngineSampler(self.engine, policy, prompt.id, self.meter)
+            )
         except EngineClosed:
             raise
         except Exception as error:  # the border to environments

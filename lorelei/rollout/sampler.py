@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import numpy as np
 
 from lorelei.rollout.contract import RolloutEngine
-from lorelei.types import AdapterRef, GenerateRequest, Ints, SamplingParams, Turn
+from lorelei.rollout.meter import Meter
+from lorelei.types import AdapterRef, Completion, GenerateRequest, Ints, SamplingParams, Turn
 
 
 @dataclass(slots=True, kw_only=True)
@@ -17,13 +21,17 @@ class Policy:
     sampling: SamplingParams
     stream: str  # distinguishes random streams: the adapter's name, "eval", ...
     decode: Callable[[Ints], str]
+    interruptible: bool = False  # an aborted answer goes on under a newer version, if there is one
 
 
 class EngineSampler:
     """Implements env's Sampler: every turn is sampled from the newest version of the policy."""
 
-    def __init__(self, engine: RolloutEngine, policy: Policy, key: str) -> None:
+    def __init__(
+        self, engine: RolloutEngine, policy: Policy, key: str, meter: Meter | None = None
+    ) -> None:
         self._engine, self._policy, self._key = engine, policy, key
+        self._meter = meter or Meter()
 
     async def __call__(self, tokens: Ints, turn: int = 0) -> Turn:
         request = GenerateRequest(
@@ -32,7 +40,54 @@ class EngineSampler:
             sampling=self._policy.sampling,
             key=f"{self._policy.stream}/{self._key}/{turn}",
         )
-        completion = await self._engine.generate(request)
+        parts = [await self._generate(request)]
+        while self._interrupted(request, parts[-1]):
+            request = _continued(request, parts[-1], self._policy.ref)
+            parts.append(await self._generate(request))
+        completion = _joined(parts)
         return Turn(
             prompt=tokens, completion=completion, text=self._policy.decode(completion.tokens)
         )
+
+    async def _generate(self, request: GenerateRequest) -> Completion:
+        with self._meter.busy():
+            return await self._engine.generate(request)
+
+    def _interrupted(self, request: GenerateRequest, part: Completion) -> bool:
+        """Whether a newer version took over; any other abort is the answer's end."""
+        return (
+            self._policy.interruptible
+            and part.finish_reason == "abort"
+            and self._policy.ref != request.adapter
+            and len(part.tokens) < request.sampling.max_new_tokens
+        )
+
+
+def _continued(
+    request: GenerateRequest, part: Completion, ref: AdapterRef | None
+) -> GenerateRequest:
+    """The request for what is missing, which conditions on the part that is there."""
+    count = len(part.tokens)
+    left = request.sampling.max_new_tokens - count
+    return replace(
+        request,
+        tokens=np.concatenate([request.tokens, part.tokens]),
+        adapter=ref,
+        sampling=replace(request.sampling, max_new_tokens=left),
+        position=request.position + count,
+    )
+
+
+def _joined(parts: Sequence[Completion]) -> Completion:
+    if len(parts) == 1:
+        return parts[0]
+    spans = [span for part in parts for span in part.versions]
+    return Completion(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        logprobs=np.concatenate([part.logprobs for part in parts]),
+        versions=tuple(
+            (version, sum(count for _, count in run))
+            for version, run in groupby(spans, key=lambda span: span[0])
+        ),
+        finish_reason=parts[-1].finish_reason,
+    )

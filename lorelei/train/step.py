@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -170,6 +171,12 @@ def _rollout_metrics(share: _Share, versions: Mapping[str, int]) -> dict[str, fl
         "staleness_mean": float(np.mean(staleness)),
         "staleness_max": float(max(staleness)),
     }
+    tokens: Counter[int] = Counter()
+    for turn in turns:
+        for version, count in turn.completion.versions:
+            tokens[now - version] += count
+    for stale, count in sorted(tokens.items()):
+        found[f"staleness/{stale}"] = float(count)  # trained tokens
     names = sorted({name for r in kept for name in r.metrics})
     for name in names:
         found[f"reward/{name}"] = float(np.mean([r.metrics.get(name, 0.0) for r in kept]))
@@ -182,5 +189,8 @@ def _mismatch(batch: Batch, outputs: ItemOutputs, rows: slice) -> dict[str, floa
     return {
         "kl_sampler": float(np.mean(np.expm1(log_ratio) - log_ratio)),
         "ratio_max": float(np.exp(np.abs(log_ratio).max())),
+        "ratio_mean": float(np.exp(log_ratio).mean()),
+        "ratio_p05": float(np.exp(np.quantile(log_ratio, 0.05))),
+        "ratio_p95": float(np.exp(np.quantile(log_ratio, 0.95))),
         "entropy": float(outputs.entropy[rows].mean()),
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ class ReferenceEngine:
         self._go.set()
         self._users: dict[str | None, int] = {}
         self._idle = asyncio.Condition()
-        self._aborts = 0
+        self._aborts: Counter[str | None] = Counter()
         self._unfinished = self._running = self._generated = 0
         self._closed = False
         self._served: set[str] = set()
@@ -101,13 +102,13 @@ class ReferenceEngine:
         self._check(request)
         self._users[name] = self._users.get(name, 0) + 1
         self._unfinished += 1
-        aborts = self._aborts
+        aborts = self._aborts[name]
         try:
-            await self._ready(aborts)
+            await self._ready(name, aborts)
             async with self._slots:
                 self._running += 1
                 try:
-                    return await self._sample(request, self._models[name], aborts)
+                    return await self._sample(request, name, aborts)
                 finally:
                     self._running -= 1
         finally:
@@ -116,25 +117,24 @@ class ReferenceEngine:
             async with self._idle:
                 self._idle.notify_all()
 
-    async def _ready(self, aborts: int) -> None:
+    async def _ready(self, name: str | None, aborts: int) -> None:
         await asyncio.sleep(0)
-        while not self._go.is_set() and aborts == self._aborts and not self._closed:
+        while not self._go.is_set() and aborts == self._aborts[name] and not self._closed:
             await asyncio.sleep(0.001)
         if self._closed:
             raise EngineClosed("the engine was closed")
 
-    async def _sample(
-        self, request: GenerateRequest, model: PreTrainedModel, aborts: int
-    ) -> Completion:
-        sampling = request.sampling
+    async def _sample(self, request: GenerateRequest, name: str | None, aborts: int) -> Completion:
+        sampling, model = request.sampling, self._models[name]
         rng = np.random.default_rng([sampling.seed, zlib.crc32(request.key.encode())])
+        rng.random(request.position)  # `choice` draws one number a token
         limit = min(sampling.max_new_tokens, self._max_context - len(request.tokens))
         tokens: list[int] = []
         logprobs: list[float] = []
         reason: FinishReason | None = None
         while reason is None:
-            await self._ready(aborts)
-            if aborts != self._aborts:
+            await self._ready(name, aborts)
+            if aborts != self._aborts[name]:
                 reason = "abort"
                 break
             so_far = np.concatenate([request.tokens, np.array(tokens, dtype=np.int32)])
@@ -149,7 +149,8 @@ class ReferenceEngine:
             tokens.append(token)
             logprobs.append(float(scaled[token]))
             self._generated += 1
-            if token in sampling.stop_token_ids or self._stops(sampling.stop_strings, tokens):
+            answer = [*request.tokens[len(request.tokens) - request.position :].tolist(), *tokens]
+            if token in sampling.stop_token_ids or self._stops(sampling.stop_strings, answer):
                 reason = "stop"
             elif len(tokens) == limit:
                 reason = "length"
@@ -209,8 +210,9 @@ class ReferenceEngine:
     async def resume(self) -> None:
         self._go.set()
 
-    async def abort(self) -> None:
-        self._aborts += 1
+    async def abort(self, adapter: AdapterRef | None = None) -> None:
+        for name in [*self._models] if adapter is None else [adapter.served_name]:
+            self._aborts[name] += 1
 
     async def sleep(self) -> None:
         self._go.clear()

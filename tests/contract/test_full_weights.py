@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorelei.lora.state import AdapterState
 from lorelei.publish.contract import PublishError
-from lorelei.publish.memory import MemoryPublisher
+from lorelei.publish.publisher import VersionPublisher
 from lorelei.rollout.embedded.engine import EmbeddedEngine
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.contract import TrainEngine
@@ -214,7 +214,7 @@ def test_versions_and_the_base_are_served_side_by_side_as_each_alone(
 ) -> None:
     async def body() -> None:
         engine = EmbeddedEngine(load_decoder(folder), max_running=4)
-        publisher = MemoryPublisher(engine, "r")
+        publisher = VersionPublisher(engine, "r")
         one = (await publisher.publish(trainer, {"a": 1}))["a"]
         train(trainer, range(1, 3))
         two = (await publisher.publish(trainer, {"a": 2}))["a"]
@@ -250,7 +250,7 @@ def test_what_is_served_is_what_was_published_whatever_the_trainer_does_next(
 
     async def body() -> list[np.ndarray]:
         engine = EmbeddedEngine(trainer._bank.decoder)  # one process, one base model
-        ref = (await MemoryPublisher(engine, "r").publish(trainer, {"a": 1}))["a"]
+        ref = (await VersionPublisher(engine, "r").publish(trainer, {"a": 1}))["a"]
         train(trainer, range(1, 3))
         scores = await engine.score(tokens, ref)
         base = await engine.score(tokens, None)
@@ -296,7 +296,7 @@ def test_a_sampler_in_bf16_refuses_fp32_weights(folder: Path, trainer: ArchonEng
     async def body() -> None:
         engine = EmbeddedEngine(load_decoder(folder, torch.bfloat16))
         with pytest.raises(PublishError, match=r"need a run with dtype: float32"):
-            await MemoryPublisher(engine, "r").publish(trainer, {"a": 1})
+            await VersionPublisher(engine, "r").publish(trainer, {"a": 1})
         await engine.close()
 
     run(body())

@@ -24,11 +24,10 @@ from tests.contract.reference_rollout import (
     reference_logprobs,
     reference_model,
 )
+from tests.contract.vllm_server import CONTEXT, FAMILIES, RunningServer
 from tests.decoders import load_decoder
-from tests.tiny_models import make_tiny
+from tests.environments import needs
 
-FAMILIES = ("llama", "qwen3", "qwen3_moe")
-CONTEXT = 256
 # fp32 sums in another order: logits of this size (up to 8) agree to a few 1e-6
 LOGPROB_TOLERANCE = 1e-5
 PROMPT = np.arange(5, 22, dtype=np.int32)
@@ -50,17 +49,26 @@ def make_reference(folder: Path, tokenizer: Any, max_running: int) -> RolloutEng
 
 
 ENGINES: dict[str, Make] = {"embedded": make_embedded, "reference": make_reference}
+SERVERS = ("vllm",)  # each a server for the session, on the llama only
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {family: make_tiny(family, root / family) for family in FAMILIES}
-
-
-@pytest.fixture(params=sorted(ENGINES))
+@pytest.fixture(
+    params=[*sorted(ENGINES), *(pytest.param(kind, marks=needs(kind)) for kind in SERVERS)]
+)
 def make(request: pytest.FixtureRequest) -> Make:
-    return ENGINES[request.param]
+    if request.param in ENGINES:
+        return ENGINES[request.param]
+
+    def attach(folder: Path, tokenizer: Any, max_running: int) -> RolloutEngine:
+        if folder.name != "llama":
+            pytest.skip(f"the {request.param} server of the tests has the llama")
+        server: RunningServer = request.getfixturevalue(f"{request.param}_server")
+        return server.engine(tokenizer, max_running)
+
+    if (family := request.node.callspec.params.get("family", "llama")) != "llama":
+        pytest.skip(f"the {request.param} server of the tests has the llama, not the {family}")
+    request.getfixturevalue(f"{request.param}_server")
+    return attach
 
 
 @asynccontextmanager
@@ -359,6 +367,35 @@ def test_abort_ends_all_requests_with_the_tokens_they_have(
     assert later.finish_reason == "length"
 
 
+def test_abort_of_one_version_leaves_the_requests_of_others(
+    make: Make, folders: dict[str, Path]
+) -> None:
+    state = make_state(folders["llama"], seed=1)
+    old, new = make_ref(state, version=1), make_ref(state, version=2)
+
+    async def body() -> list[Completion]:
+        async with opened(make(folders["llama"], None, 4)) as engine:
+            for ref in (old, new):
+                await engine.load(ref, state)
+            tasks = [
+                asyncio.create_task(engine.generate(ask(adapter=ref, key="k", max_new_tokens=60)))
+                for ref in (old, new, None)
+            ]
+
+            async def started() -> bool:
+                return (await engine.health()).tokens_generated >= 6
+
+            await until(started)
+            await engine.abort(old)
+            return await asyncio.gather(*tasks)
+
+    answers = run(body())
+    assert [answer.finish_reason for answer in answers] == ["abort", "length", "length"]
+    count = len(answers[0].tokens)
+    assert 0 < count < 60
+    assert answers[0].tokens.tolist() == answers[1].tokens[:count].tolist()
+
+
 def test_cancelling_a_call_aborts_its_request_and_no_other(
     make: Make, folders: dict[str, Path]
 ) -> None:
@@ -396,8 +433,8 @@ def test_pause_holds_requests_and_resume_loses_nothing(
 ) -> None:
     async def body() -> tuple[Completion, Completion]:
         async with opened(make(folders["llama"], None, 4)) as engine:
-            undisturbed = await engine.generate(ask(max_new_tokens=40))
-            task = asyncio.create_task(engine.generate(ask(max_new_tokens=40)))
+            undisturbed = await engine.generate(ask(max_new_tokens=150))
+            task = asyncio.create_task(engine.generate(ask(max_new_tokens=150)))
             base = (await engine.health()).tokens_generated
 
             async def started() -> bool:

@@ -37,7 +37,7 @@ BAD = [
     ("model: m\ntask: {kind: json, path: x}", "task.kind: 'json' is not allowed; did you mean"),
     (GOOD + "reward: {kind: 3}", "reward.kind: 3 is not allowed; allowed: math_verify, python"),
     (GOOD + "train: {kind: megatron}", "train.kind: 'megatron' is not allowed; allowed: 'archon'"),
-    (GOOD + "rollout: {kind: vllm}", "rollout.kind: 'vllm' is not allowed; allowed: 'embedded'"),
+    (GOOD + "rollout: {kind: vlm}", "rollout.kind: 'vlm' is not allowed; did you mean 'vllm'?"),
     (GOOD + "lora: {peft_type: dora}", "lora.peft_type: 'dora' is not allowed; allowed: 'lora'"),
     (GOOD + "dtype: fp32", "dtype: 'fp32' is not allowed; allowed: 'float32', 'bfloat16'"),
     # types and ranges

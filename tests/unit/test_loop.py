@@ -18,7 +18,7 @@ from lorelei.launch.parts import build, make_loop, make_trainer
 from lorelei.loop import Loop
 from lorelei.obs.console import Console
 from lorelei.publish.contract import PublishError
-from lorelei.publish.memory import MemoryPublisher
+from lorelei.publish.publisher import VersionPublisher
 from lorelei.rollout.collector import RolloutsFail
 from lorelei.store.check import check_run
 from lorelei.store.index import list_runs
@@ -177,7 +177,7 @@ def test_a_stop_between_two_checkpoints_saves_the_step(tmp_path: Path, place: Pa
     asyncio.run(body())
 
 
-class Unlucky(MemoryPublisher):
+class Unlucky(VersionPublisher):
     """Cannot publish one of the versions."""
 
     bad: int = 2

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lorelei.rollout.embedded.stops import StopStrings
+from lorelei.rollout.stops import StopStrings
 
 
 def tokens_until_stop(tokenizer: Any, text: str, strings: tuple[str, ...]) -> int | None:

@@ -15,13 +15,13 @@ from lorelei.lora.state import AdapterState
 from lorelei.model.decoder import Decoder
 from lorelei.rollout.contract import Health
 from lorelei.rollout.embedded.decoding import Decoding, Outcome
-from lorelei.rollout.embedded.limits import Limits
 from lorelei.rollout.embedded.published import PublishedAdapters
 from lorelei.rollout.embedded.sampler import uniform_stream
 from lorelei.rollout.embedded.scheduler import Row, Scheduler
 from lorelei.rollout.embedded.scoring import score
-from lorelei.rollout.embedded.stops import StopStrings, Tokenizer
 from lorelei.rollout.embedded.worker import Worker
+from lorelei.rollout.limits import Limits
+from lorelei.rollout.stops import StopStrings, Tokenizer
 from lorelei.types import AdapterRef, Completion, Floats, GenerateRequest, Ints
 
 T = TypeVar("T")
@@ -107,8 +107,8 @@ class EmbeddedEngine:
     async def resume(self) -> None:
         await self._call(lambda: self._held.discard("pause"))
 
-    async def abort(self) -> None:
-        await self._call(self._abort_all)
+    async def abort(self, adapter: AdapterRef | None = None) -> None:
+        await self._call(lambda: self._abort(adapter))
 
     async def sleep(self) -> None:
         """Rows that still run wait and keep their keys and values, so that nothing is lost."""
@@ -166,18 +166,24 @@ class EmbeddedEngine:
     def _submit(self, arrivals: Sequence[Arrival]) -> None:
         for request, future in arrivals:
             sampling, limit = request.sampling, self._limits.new_tokens(request)
+            before = request.position
             stops = None
             if sampling.stop_strings and self._tokenizer is not None:
                 stops = StopStrings(self._tokenizer, sampling.stop_strings)
-            uniforms = uniform_stream(sampling.seed, request.key, limit)
+                for token in request.tokens[len(request.tokens) - before :].tolist():
+                    stops.completes(token)
+            uniforms = uniform_stream(sampling.seed, request.key, before + limit)[before:]
             prompt = self._scheduler.prompt(request)
             self._scheduler.submit(Row(request, future, prompt, limit, uniforms, stops))
 
-    def _abort_all(self) -> None:
-        for row in list(self._scheduler.waiting):
+    def _abort(self, adapter: AdapterRef | None) -> None:
+        def meant(row: Row) -> bool:
+            return adapter is None or row.prompt.adapter == adapter.served_name
+
+        for row in filter(meant, list(self._scheduler.waiting)):
             self._scheduler.drop(row)
             self._finish(row, "abort")
-        for row in list(self._scheduler.running):
+        for row in filter(meant, list(self._scheduler.running)):
             self._decoding.leave(row)
             self._finish(row, "abort")
 

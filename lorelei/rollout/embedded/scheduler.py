@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorelei.rollout.embedded.kv_cache import PromptCache
-from lorelei.rollout.embedded.stops import StopStrings
+from lorelei.rollout.stops import StopStrings
 from lorelei.types import Completion, GenerateRequest, Ints
 
 PromptKey = tuple[str | None, bytes]

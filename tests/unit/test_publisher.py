@@ -16,7 +16,7 @@ from lorelei.lora.state import AdapterState
 from lorelei.model.decoder import Decoder
 from lorelei.model.load import load_decoder
 from lorelei.publish.contract import PublishError
-from lorelei.publish.memory import MemoryPublisher
+from lorelei.publish.publisher import VersionPublisher
 from lorelei.rollout.embedded.engine import EmbeddedEngine
 from lorelei.types import AdapterSpec
 from tests.tiny_models import make_tiny
@@ -51,7 +51,7 @@ def test_a_published_version_is_served_until_it_is_retired(folder: Path) -> None
 
     async def body() -> None:
         engine = EmbeddedEngine(decoder)
-        publisher = MemoryPublisher(engine, "run7")
+        publisher = VersionPublisher(engine, "run7")
         refs = await publisher.publish(source, {"a": 1, "b": 4})  # type: ignore[arg-type]
         assert {str(ref) for ref in refs.values()} == {"a@v1", "b@v4"}
         assert refs["a"].digest == source.adapter_state("a").digest()
@@ -79,7 +79,7 @@ def test_a_copy_that_differs_is_an_error_and_nothing_stays(folder: Path) -> None
     async def body() -> None:
         engine = EmbeddedEngine(load_decoder(folder))
         with pytest.raises(PublishError, match=r"a@v1: .*installed"):
-            await MemoryPublisher(engine, "run").publish(source, {"a": 1})  # type: ignore[arg-type]
+            await VersionPublisher(engine, "run").publish(source, {"a": 1})  # type: ignore[arg-type]
         assert (await engine.health()).adapters == ()
         await engine.close()
 
@@ -95,7 +95,7 @@ def test_one_adapter_that_fails_takes_the_others_back(folder: Path) -> None:
     async def body() -> None:
         engine = EmbeddedEngine(decoder)
         with pytest.raises(PublishError, match=r"b@v1: .*not finite"):
-            await MemoryPublisher(engine, "run").publish(source, {"a": 1, "b": 1})  # type: ignore[arg-type]
+            await VersionPublisher(engine, "run").publish(source, {"a": 1, "b": 1})  # type: ignore[arg-type]
         assert (await engine.health()).adapters == ()
         await engine.close()
 

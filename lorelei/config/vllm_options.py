@@ -1,0 +1,52 @@
+"""Which of vLLM's options follow from the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lorelei.config.errors import FieldError
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts as a maximum
+
+# options that follow from the run, and from what
+DERIVED: Mapping[str, str] = {
+    "model": "model",
+    "tokenizer": "model",
+    "served-model-name": "model",
+    "dtype": "dtype",
+    "host": "rollout.urls",
+    "port": "rollout.urls",
+    "api-key": "rollout.urls",
+    "max-model-len": "rollout.max_context",
+    "max-num-seqs": "rollout.max_running",
+    "tensor-parallel-size": "rollout.tensor_parallel_size",
+    "enable-lora": "lora",
+    "max-lora-rank": "lora.lora_rank and rollout.reserve_rank",
+    "max-loras": "adapters and rollout.max_head_offpolicyness",
+    "max-cpu-loras": "adapters and rollout.max_head_offpolicyness",
+    "lora-dtype": "dtype",
+    "lora-target-modules": "lora.target_modules",
+    "fully-sharded-loras": "rollout.tensor_parallel_size",
+    "logprobs-mode": "what training needs",
+    "worker-extension-cls": "what publishing needs",
+    "middleware": "what publishing needs",
+    "enable-sleep-mode": "train and rollout on one device",
+}
+
+
+def check_extra_args(extra_args: Mapping[str, object]) -> None:
+    """Raises FieldError for a name that is derived."""
+    for name in extra_args:
+        plain = name.strip("-").replace("_", "-")
+        if plain in DERIVED:
+            raise FieldError(
+                f"extra_args.{name}", f"follows from {DERIVED[plain]}; remove it and set that"
+            )
+
+
+def rank_at_least(rank: int) -> int:
+    """The smallest maximum that vLLM accepts. Raises FieldError above the largest."""
+    for allowed in RANKS:
+        if allowed >= rank:
+            return allowed
+    raise FieldError("reserve_rank", f"{rank} is more than vLLM's {RANKS[-1]}; lower it")

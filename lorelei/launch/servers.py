@@ -1,0 +1,89 @@
+"""The engine of rollout servers, built from a run's configuration."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorelei.config.paths import cache_folder
+from lorelei.config.rollout import SglangRollout, VllmRollout
+from lorelei.config.run import RunConfig
+from lorelei.launch.device import has_accelerator
+from lorelei.model.config import DecoderConfig
+from lorelei.rollout.limits import Limits
+from lorelei.rollout.server.dialect import Dialect
+from lorelei.rollout.server.engine import ServerEngine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKEN = "LORELEI_SERVER_TOKEN"
+
+
+def make_server_engine(
+    config: RunConfig,
+    rollout: VllmRollout | SglangRollout,
+    folder: Path,
+    model: DecoderConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> ServerEngine:
+    """Not started yet. folder: of the model."""
+    context = min(rollout.max_context or model.max_positions, model.max_positions)
+    match rollout:
+        case VllmRollout():
+            dialect = _vllm(config, rollout, folder, context)
+        case SglangRollout():
+            dialect = _sglang(config, rollout, folder, context)
+    return ServerEngine(
+        dialect,
+        Limits(vocab=model.vocab, context=context, decodes_text=True),
+        cache_folder() / "logs" / config.name,
+        tokenizer=tokenizer,  # type: ignore[arg-type]  # its decode takes more
+        replicas=rollout.replicas,
+        urls=rollout.urls,
+        token=os.environ.get(TOKEN),
+        max_running=rollout.max_running,
+    )
+
+
+def max_rank(config: RunConfig, rollout: VllmRollout | SglangRollout) -> int:
+    """Of any adapter that a server may get."""
+    return max(rollout.reserve_rank, *(e.lora.lora_rank for e in config.experiments()))
+
+
+def versions_in_use(config: RunConfig) -> int:
+    """Adapter versions that may be sampled from at once, and one that is being published."""
+    return sum(e.rollout.max_head_offpolicyness + 2 for e in config.experiments())
+
+
+def device() -> str:
+    return "cuda" if has_accelerator() else "cpu"
+
+
+def _vllm(config: RunConfig, rollout: VllmRollout, folder: Path, context: int) -> Dialect:
+    from lorelei.rollout.vllm.command import VllmOptions
+    from lorelei.rollout.vllm.dialect import VllmDialect
+
+    if rollout.urls:
+        return VllmDialect(None)
+    return VllmDialect(
+        VllmOptions(
+            model=folder,
+            dtype=config.dtype,
+            context=context,
+            max_rank=max_rank(config, rollout),
+            versions=versions_in_use(config),
+            max_running=rollout.max_running,
+            tensor_parallel=rollout.tensor_parallel_size,
+            device=device(),
+            has_tokenizer=True,
+            threads=rollout.threads,
+            cpu_cache_gib=rollout.cpu_cache_gib,
+            extra_args=rollout.extra_args,
+        )
+    )
+
+
+def _sglang(config: RunConfig, rollout: SglangRollout, folder: Path, context: int) -> Dialect:
+    raise ValueError("rollout.kind: 'sglang' is not built yet; use vllm or embedded")

@@ -1,0 +1,38 @@
+"""Publishing by disk: an immutable PEFT folder for each version, then the servers' load call."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+from lorelei.lora.state import AdapterState
+from lorelei.rollout.server.delivery import ByFolder
+from lorelei.rollout.server.engine import ServerEngine
+from lorelei.store.peft_folder import write_peft_folder
+from lorelei.types import AdapterRef
+
+
+class Disk:
+    """Implements Way. A folder is durable before any server hears of it."""
+
+    def __init__(self, engine: ServerEngine, folder: Path, base_model: str) -> None:
+        """folder: ours alone; what an earlier process left there is deleted."""
+        self._engine, self._folder, self._base_model = engine, folder.absolute(), base_model
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def send(self, ref: AdapterRef, state: AdapterState) -> str | None:
+        folder = self._folder / ref.served_name
+        await asyncio.to_thread(write_peft_folder, folder, state, self._base_model)
+        try:
+            return await self._engine.install(ref, ByFolder(ref=ref, folder=folder))
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    async def unload(self, ref: AdapterRef) -> None:
+        await self._engine.unload(ref)
+        await asyncio.to_thread(shutil.rmtree, self._folder / ref.served_name, True)
+
+    async def close(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,91 @@
+"""The publisher: each new version to one rollout engine, all of them or none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Protocol
+
+from lorelei.lora.state import AdapterState
+from lorelei.publish.contract import PublishError
+from lorelei.publish.page import wrong_digest
+from lorelei.rollout.contract import RolloutEngine
+from lorelei.rollout.server.client import ServerTrouble
+from lorelei.train.contract import TrainEngine
+from lorelei.types import AdapterRef
+
+
+class Way(Protocol):
+    """How the tensors of a version travel."""
+
+    async def send(self, ref: AdapterRef, state: AdapterState) -> str | None:
+        """Make it available everywhere. Returns and raises like ServerEngine.install."""
+        ...
+
+    async def unload(self, ref: AdapterRef) -> None:
+        """Forget it, once nothing in flight uses it, and whatever it took on the way."""
+        ...
+
+    async def close(self) -> None:
+        """Give up what was kept between versions."""
+        ...
+
+
+class Direct:
+    """The engine's own `load`: a copy in this process, or bytes over HTTP to servers."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self._engine = engine
+
+    async def send(self, ref: AdapterRef, state: AdapterState) -> str | None:
+        return await self._engine.load(ref, state)
+
+    async def unload(self, ref: AdapterRef) -> None:
+        await self._engine.unload(ref)
+
+    async def close(self) -> None:
+        pass
+
+
+class VersionPublisher:
+    """Implements Publisher; without a way, by the engine's own `load`."""
+
+    def __init__(self, engine: RolloutEngine, run_id: str, way: Way | None = None) -> None:
+        self._engine, self._run_id = engine, run_id
+        self._way: Way = way or Direct(engine)
+
+    async def publish(
+        self, source: TrainEngine, versions: Mapping[str, int]
+    ) -> dict[str, AdapterRef]:
+        refs: dict[str, AdapterRef] = {}
+        try:
+            for name, version in versions.items():
+                refs[name] = await self._publish_one(source, name, version)
+        except BaseException:
+            # all or none: a cancelled publication leaves nothing behind either
+            for ref in refs.values():
+                await self._way.unload(ref)
+            raise
+        return refs
+
+    async def _publish_one(self, source: TrainEngine, name: str, version: int) -> AdapterRef:
+        state = await asyncio.to_thread(source.adapter_state, name)
+        digest = await asyncio.to_thread(state.digest)
+        ref = AdapterRef(name=name, version=version, run_id=self._run_id, digest=digest)
+        try:
+            installed = await self._way.send(ref, state)
+        except ValueError as error:
+            raise PublishError(f"{ref}: the rollout engine refuses it: {error}") from error
+        except ServerTrouble as error:
+            raise PublishError(f"{ref}: it does not arrive: {error}") from error
+        if installed is not None and installed != digest:
+            await self._way.unload(ref)
+            raise wrong_digest(ref, installed)
+        return ref
+
+    async def retire(self, ref: AdapterRef) -> None:
+        await self._way.unload(ref)
+
+    async def close(self) -> None:
+        """Give up what was kept between versions. Idempotent."""
+        await self._way.close()

@@ -1,0 +1,112 @@
+"""Publishing by broadcast: NCCL or gloo from this process to every worker of every server.
+
+Nothing is sent before every server has accepted to receive it. The group lives until a server
+restarts, and is then made anew under another name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from lorelei.lora.state import AdapterState
+from lorelei.rollout.server import broadcast
+from lorelei.rollout.server.client import ServerTrouble
+from lorelei.rollout.server.delivery import ByBroadcast
+from lorelei.rollout.server.dialect import Group
+from lorelei.rollout.server.engine import ServerEngine
+from lorelei.rollout.server.payload import pack
+from lorelei.rollout.server.replicas import Replica
+from lorelei.types import AdapterRef
+
+
+class Xccl:
+    """Implements Way. A version that no broadcast could carry goes as bytes: see `fallbacks`."""
+
+    def __init__(
+        self, engine: ServerEngine, device: torch.device, host: str, timeout: float
+    ) -> None:
+        """device: of the sender. host: where the servers find this process."""
+        self._engine, self._host, self._timeout = engine, host, timeout
+        self._device = device if device.type == "cuda" else torch.device("cpu")
+        listener = socket.create_server((host, 0))
+        self._port: int = listener.getsockname()[1]
+        self._store = TCPStore(
+            *(host, self._port, None, True),
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        self._group: Any = None
+        self._name = ""
+        self._members: tuple[tuple[int, int], ...] = ()
+        self.broadcasts = 0
+        self.fallbacks = 0  # versions that went as bytes
+
+    async def send(self, ref: AdapterRef, state: AdapterState) -> str | None:
+        await self._engine.start()
+        data = await asyncio.to_thread(pack, state)
+        try:
+            await self._broadcast(ref, data)
+            self.broadcasts += 1
+        except (ServerTrouble, KeyError, RuntimeError):
+            self.fallbacks += 1
+            await self._leave()
+        return await self._engine.install(ref, ByBroadcast(ref=ref, state=state))
+
+    async def unload(self, ref: AdapterRef) -> None:
+        await self._engine.unload(ref)
+
+    async def close(self) -> None:
+        await self._leave()
+
+    async def _broadcast(self, ref: AdapterRef, data: bytes) -> None:
+        servers = [replica for replica in self._engine.replicas if replica.ready]
+        if self._group is None or self._members != tuple(r.identity for r in servers):
+            await self._form(servers)
+        await asyncio.gather(*(r.receive(ref, self._name, len(data)) for r in servers))
+        await asyncio.to_thread(broadcast.send, self._group, data, self._device)
+
+    async def _form(self, servers: Sequence[Replica]) -> None:
+        await self._leave()
+        self._name = f"lorelei-{secrets.token_hex(8)}"
+        backend = "nccl" if self._device.type == "cuda" else "gloo"
+        workers = [replica.facts.workers for replica in servers if replica.facts is not None]
+        firsts = [1 + sum(workers[:n]) for n in range(len(servers))]
+        self._members = tuple(replica.identity for replica in servers)
+        await asyncio.gather(
+            *(
+                replica.join(
+                    Group(
+                        name=self._name,
+                        host=self._host,
+                        port=self._port,
+                        size=1 + sum(workers),
+                        first_rank=first,
+                        backend=backend,
+                        timeout=self._timeout,
+                    )
+                )
+                for replica, first in zip(servers, firsts, strict=True)
+            )
+        )
+        self._group = await asyncio.to_thread(
+            broadcast.meet,
+            *(self._name, self._host, self._port, 1 + sum(workers), 0, backend, self._timeout),
+        )
+
+    async def _leave(self) -> None:
+        """Whoever has accepted something wakes up."""
+        name, self._name, self._group, self._members = self._name, "", None, ()
+        if not name:
+            return
+        for replica in self._engine.replicas:
+            if replica.ready:
+                with suppress(ServerTrouble, KeyError, ValueError):
+                    await replica.leave(name)

@@ -1,0 +1,1 @@
+"""What every rollout server has in common: its process, its client, its replicas."""

@@ -1,0 +1,59 @@
+"""Broadcast groups: one sender, all workers of all servers. Runs inside servers too.
+
+The group is an object of its own: torch's default group and its names are left alone, so that it
+can be made, lost and made again in a process that has groups for other purposes.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+
+def meet(
+    name: str, host: str, port: int, size: int, rank: int, backend: str, timeout: float
+) -> Any:
+    """The process group, once all `size` ranks are there.
+
+    name: never used twice at one store. timeout: seconds for the meeting and for each broadcast.
+    Raises RuntimeError when somebody stays away.
+    """
+    within = timedelta(seconds=timeout)
+    store = PrefixStore(
+        name, TCPStore(host, port, None, False, timeout=within, wait_for_workers=False)
+    )
+    if backend == "nccl":
+        from torch.distributed import ProcessGroupNCCL
+
+        options = ProcessGroupNCCL.Options()
+        options._timeout = within
+        return ProcessGroupNCCL(store, rank, size, options)
+    from torch.distributed import ProcessGroupGloo
+
+    return ProcessGroupGloo(store, rank, size, within)
+
+
+def send(group: Any, data: bytes, device: torch.device) -> None:
+    """Broadcast from rank 0. Raises RuntimeError when a receiver is gone or does not receive."""
+    _broadcast(group, torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device))
+
+
+def receive(group: Any, size: int, device: torch.device) -> bytes:
+    """The `size` bytes that rank 0 sends. Raises RuntimeError when none come in time."""
+    held = torch.empty(size, dtype=torch.uint8, device=device)
+    _broadcast(group, held)
+    return held.cpu().numpy().tobytes()
+
+
+def _broadcast(group: Any, tensor: Tensor) -> None:
+    from torch.distributed import BroadcastOptions  # pyright: ignore[reportPrivateImportUsage]
+
+    options = BroadcastOptions()
+    options.rootRank = 0
+    group.broadcast([tensor], options).wait()
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()

@@ -1,0 +1,129 @@
+"""Keeps one replica up: starts it or finds it, watches it, and starts it again when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+
+from lorelei.rollout.contract import EngineClosed
+from lorelei.rollout.server.client import Client, ServerTrouble
+from lorelei.rollout.server.dialect import Facts
+from lorelei.rollout.server.process import ServerProcess, free_port
+from lorelei.rollout.server.replicas import Replica
+
+START = 600.0  # seconds for a server to come up: a large model is read, kernels are compiled
+WATCH = 3.0  # seconds between two looks
+STATUS = 10.0  # seconds for an answer to one look
+LOOKS = 3  # looks in vain, one after another, after which a server counts as hung
+STARTS = 3  # in a row without one answered request between them
+
+
+class Caretaker:
+    """Runs `keep` for as long as the engine is open."""
+
+    def __init__(
+        self, replica: Replica, folder: Path, restore: Callable[[Replica], Awaitable[None]]
+    ) -> None:
+        """restore: makes a server that has just come up hold what it should.
+
+        folder: for logs and other files of servers that are started here.
+        """
+        self._replica, self._folder, self._restore = replica, folder, restore
+        self._starts_here = not replica.client.url  # else attached to
+        self._fruitless = 0
+
+    async def keep(self, changed: Callable[[], None]) -> None:
+        """Calls `changed` when the replica became ready or was lost; ends by raising only.
+
+        Raises ValueError for a server that cannot do what is needed, EngineClosed when it dies
+        again and again, or cannot be started at all.
+        """
+        replica = self._replica
+        while True:
+            replica.suspect.clear()
+            try:
+                await self._bring_up()
+                replica.ready = True
+                changed()
+                reason = await self._watch()
+            except ServerTrouble as trouble:
+                reason = str(trouble)
+            if replica.finished:
+                self._fruitless = 0
+            replica.lost()
+            changed()
+            self._fruitless += 1
+            words = replica.process.last_words() if replica.process else ""
+            await self.stop()
+            if self._fruitless >= STARTS or (
+                self._starts_here and replica.incarnation == 1 and not replica.facts
+            ):
+                raise EngineClosed(self._obituary(reason, words))
+
+    async def stop(self) -> None:
+        """End the server, if it was started here."""
+        if self._replica.process is not None:
+            await self._replica.process.stop()
+            self._replica.process = None
+
+    async def _bring_up(self) -> None:
+        replica = self._replica
+        replica.incarnation += 1
+        if self._starts_here:
+            port, token = free_port(), secrets.token_hex(16)
+            launch = replica.dialect.launch(replica.number, port, token, self._folder)
+            log = self._folder / f"{replica.dialect.name}-{replica.number}.log"
+            await replica.client.close()
+            replica.client = Client(f"http://127.0.0.1:{port}", token, replica.dialect.silence)
+            replica.process = await asyncio.to_thread(ServerProcess, launch, log)
+        replica.facts = await self._first_answer()
+        await replica.dialect.warm_up(replica.client)
+        status = await replica.dialect.status(replica.client)
+        replica.base = replica.counter = status.tokens_generated
+        await self._restore(replica)
+
+    async def _first_answer(self) -> Facts:
+        replica, deadline = self._replica, time.monotonic() + START
+        while True:
+            try:
+                return await replica.dialect.facts(replica.client)
+            except ServerTrouble as trouble:
+                if replica.process is not None and not replica.process.alive:
+                    raise ServerTrouble("it ended while starting") from trouble
+                if time.monotonic() > deadline:
+                    raise ServerTrouble(f"no answer in {START:g} s: {trouble}") from trouble
+            await asyncio.sleep(0.2)
+
+    async def _watch(self) -> str:
+        """Returns why the server is given up."""
+        replica, vain = self._replica, 0
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(replica.suspect.wait(), WATCH)
+            replica.suspect.clear()
+            if replica.process is not None and not replica.process.alive:
+                return "it ended"
+            try:
+                async with asyncio.timeout(STATUS):
+                    status = await replica.dialect.status(replica.client)
+            except (ServerTrouble, TimeoutError) as trouble:
+                vain += 1
+                if vain >= LOOKS:
+                    return f"{LOOKS} looks in vain: {trouble or 'no answer'}"
+                await asyncio.sleep(0.5)
+                continue
+            vain = 0
+            replica.counter = status.tokens_generated
+            if set(replica.loaded) - set(status.adapters):
+                return "it has lost adapters: another server answers at its address"
+
+    def _obituary(self, reason: str, words: str) -> str:
+        replica = self._replica
+        name = f"{replica.dialect.name}-{replica.number}"
+        tries = f" after {self._fruitless} starts in a row" if self._fruitless > 1 else ""
+        end = f"; the end of {self._folder / f'{name}.log'}:\n{words}" if words else ""
+        return f"server {name} ({replica.client.url}) was given up{tries}: {reason}{end}"

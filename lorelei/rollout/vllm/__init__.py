@@ -1,0 +1,1 @@
+"""The vLLM rollout engine: what is said to the server, and what runs inside it."""
