@@ -7,7 +7,7 @@ BIN := .venv/bin
 CACHE := $(or $(LORELEI_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lorelei)
 MODEL := $(CACHE)/models/HuggingFaceTB--SmolLM2-135M-Instruct/config.json
 
-.PHONY: train test unit lint curve bench page peers setup model vllm sglang clean
+.PHONY: train test unit lint curve bench page peers setup model vllm sglang acceptance clean
 
 train: setup model
 	$(BIN)/lorelei train recipes/chain_sum/run.yaml $(ARGS)
@@ -34,6 +34,11 @@ bench: setup model peers
 # writes docs/benchmarks.md from benchmarks/results
 page: setup
 	$(BIN)/python -m benchmarks page
+
+# the long matrices over all engines, about an hour on 2 quiet cores; ARGS='publishing vllm-disk-tiny'
+acceptance: setup model vllm sglang
+	$(BIN)/python -m acceptance $(ARGS)
+	$(BIN)/python -m acceptance page
 
 peers: setup
 	$(BIN)/python -m benchmarks.peers.environment

@@ -1,0 +1,1 @@
+"""Long checks of real engines: matrices whose results are committed and shown in the docs."""

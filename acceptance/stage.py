@@ -1,0 +1,163 @@
+"""A train engine, a publisher and a rollout engine on one base model, as a run builds them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import MODEL
+from lorelei.config.load import validate
+from lorelei.config.paths import resolve_model
+from lorelei.launch.parts import build, make_trainer
+from lorelei.lora.state import AdapterSnapshot, AdapterState
+from lorelei.model.tokenizer import load_tokenizer
+from lorelei.publish.contract import Publisher
+from lorelei.publish.memory import MemoryPublisher
+from lorelei.rollout.contract import RolloutEngine
+from lorelei.train.contract import TrainEngine
+from lorelei.types import AdapterRef
+from tests.tiny_models import make_tiny
+
+NAME = "default"  # of the adapter
+REWARD = "def zero(completion, **row):\n    return 0.0\n"
+PUBLISHERS = {
+    "embedded": ("memory",),
+    "vllm": ("disk", "xccl", "http"),
+    "sglang": ("disk", "xccl", "http"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """A base model and its adapter."""
+
+    rank: int
+    spread: float  # standard deviation of B, so that every version answers differently
+    tolerance: float  # of log-probabilities in fp32
+
+
+SIZES = {
+    "tiny": Size(rank=8, spread=0.1, tolerance=1e-5),
+    "smollm2": Size(rank=16, spread=0.02, tolerance=3e-4),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What is put on the stage."""
+
+    engine: str
+    publisher: str
+    size: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine}-{self.publisher}-{self.size}"
+
+
+def cases(*sizes: str) -> dict[str, Case]:
+    """Every rollout engine by every publisher that reaches it, for models of these sizes."""
+    found = [
+        Case(engine=engine, publisher=publisher, size=size)
+        for engine, publishers in PUBLISHERS.items()
+        for size in sizes
+        for publisher in publishers
+    ]
+    return {case.name: case for case in found}
+
+
+@dataclass(slots=True, kw_only=True)
+class Stage:
+    """The engines, and the files they may write."""
+
+    case: Case
+    model: Path
+    folder: Path  # of the run
+    trainer: TrainEngine
+    rollout: RolloutEngine
+    publisher: Publisher
+    version: int = 0  # the last one published
+
+    @property
+    def size(self) -> Size:
+        return SIZES[self.case.size]
+
+    def state(self, version: int) -> AdapterState:
+        """The adapter that `change` makes: other tensors for every version."""
+        mine = self.trainer.adapter_state(NAME)
+        generator = torch.Generator().manual_seed(version)
+        tensors = {
+            name: torch.randn(old.shape, generator=generator) * self.size.spread
+            if "lora_B" in name
+            else old
+            for name, old in mine.tensors.items()
+        }
+        return AdapterState(spec=mine.spec, tensors=tensors)
+
+    def change(self) -> None:
+        """Give the trainer the tensors of the version after the last one."""
+        state = self.state(self.version + 1)
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in state.tensors.items()}
+        snapshot = AdapterSnapshot(state=state, exp_avg=zeros, exp_avg_sq=zeros, step=0)
+        self.trainer.restore(NAME, snapshot)
+
+    async def publish(self) -> AdapterRef:
+        """Publish what the trainer has as the next version."""
+        self.version += 1
+        return (await self.publisher.publish(self.trainer, {NAME: self.version}))[NAME]
+
+
+@asynccontextmanager
+async def staged(case: Case) -> AsyncIterator[Stage]:
+    """Start everything, and stop it at the end."""
+    with tempfile.TemporaryDirectory() as place:
+        async with AsyncExitStack() as stack:
+            root = Path(place)
+            model = _model(case, root)
+            config = validate(_config(case, model, root))
+            parts = await build(config, stack)
+            trainer = make_trainer(config, parts, stack)
+            folder = root / "runs" / config.name
+            yield Stage(
+                case=case,
+                model=model,
+                folder=folder,
+                trainer=trainer.engine,
+                rollout=parts.rollout,
+                publisher=MemoryPublisher(parts.rollout, "acceptance"),
+            )
+
+
+def _model(case: Case, root: Path) -> Path:
+    real = resolve_model(MODEL)
+    if case.size == "smollm2":
+        return real
+    tokenizer = load_tokenizer(real)
+    folder = make_tiny("llama", root / "model", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _config(case: Case, model: Path, root: Path) -> dict[str, Any]:
+    (root / "rows.jsonl").write_text(json.dumps({"question": "?", "answer": "1"}) + "\n")
+    (root / "reward.py").write_text(REWARD)
+    rank = SIZES[case.size].rank
+    return {
+        "name": "acceptance",
+        "model": str(model),
+        "runs_dir": str(root / "runs"),
+        "threads": 1,
+        "lora": {"lora_rank": rank, "lora_alpha": 2 * rank},
+        "rollout": {"kind": case.engine, "max_running": 16, "max_context": 512},
+        "publish": {"kind": case.publisher},
+        "task": {"kind": "jsonl", "path": str(root / "rows.jsonl")},
+        "reward": {"kind": "python", "path": f"{root / 'reward.py'}:zero", "workers": 1},
+        "eval": {"every": 0},
+    }

@@ -1,0 +1,111 @@
+"""docs/acceptance.md says what acceptance/results say; what does not hold is said first."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from acceptance import asynchronous, fifty_publishes, page, publishing, record
+from acceptance.traffic import gaps, rate
+from lorelei.obs.records import StepRecord
+
+# tokens at 10 a second, but none between 1.0 and 1.5
+TIMES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.5, 1.6, 1.7, 1.8]
+COUNTS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10, 10, 11, 12, 13, 14]
+
+FIFTY = {
+    "publishes": 50,
+    "tolerance": 1e-5,
+    "largest_error": 2e-6,
+    "nearest_other": 0.3,
+    "grown_bytes": 100,
+    "adapter_bytes": 1000,
+    "names_left": 0,
+    "files_left": 0,
+}
+
+
+def test_rate_and_gaps_of_a_counter():
+    assert rate(TIMES, COUNTS, [(0.0, 1.0)]) == pytest.approx(10)
+    assert rate(TIMES, COUNTS, [(1.0, 1.4), (0.5, 0.9)]) == pytest.approx(5)
+    assert max(end - start for start, end in gaps(TIMES, COUNTS)) == pytest.approx(0.5)
+    assert len(gaps(TIMES, COUNTS)) == 13
+
+
+def test_a_gap_counts_for_the_publication_that_it_meets():
+    row = publishing.summary(TIMES, COUNTS, [(0.3, 0.4), (1.1, 1.45)], (0.0, 1.8))
+    assert row["step_ms"] == pytest.approx(100)
+    assert row["longest_gap_ms"] == {"between": 100, "publishing": 500}
+    assert row["tokens_per_s"]["publishing"] == pytest.approx(1.5 / 0.45, abs=0.1)
+    assert row["within_bound"] == 2, "0.5 s is less than two steps and a load of 0.35 s"
+    late = publishing.summary(TIMES, COUNTS, [(1.1, 1.2)], (0.0, 1.8))
+    assert late["within_bound"] == 0
+    assert "1 of 1 publications held tokens up" in publishing.problems({**late, "aborted": 0})[0]
+
+
+def test_aborted_requests_are_a_problem():
+    row = {"aborted": 2, "publishes": 20, "within_bound": 20}
+    assert publishing.problems(row) == ["2 requests were aborted"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("largest_error", 2e-5, "differ by 2.0e-05"),
+        ("nearest_other", 1e-6, "another version is as near"),
+        ("grown_bytes", 2000, "memory grew by 2.0 adapters"),
+        ("names_left", 1, "1 names are left"),
+        ("files_left", 3, "3 files are left"),
+    ],
+)
+def test_what_fifty_publications_must_not_do(field, value, words):
+    assert fifty_publishes.problems(FIFTY) == []
+    (problem,) = fifty_publishes.problems({**FIFTY, field: value})
+    assert words in problem
+
+
+def test_idle_is_the_share_of_a_step_that_waits_for_rollouts():
+    seconds = {"rollout": 3.0, "train": 0.5, "step": 4.0}
+    step = StepRecord(
+        step=2, adapter="a", staleness_mean=1, kl_sampler=0, generated_tokens=40, seconds=seconds
+    )
+    summary = asynchronous.summary([step, step])
+    assert (summary["idle"], summary["step_s"], summary["tokens_per_s"]) == (0.75, 4, 10)
+
+
+def test_every_matrix_has_its_cases_and_every_engine_is_in_each():
+    for matrix in page.MATRICES:
+        engines = {case.engine for case in import_module(f"acceptance.{matrix}").CASES.values()}
+        assert engines == {"embedded", "vllm", "sglang"}
+
+
+def test_committed_page_is_what_the_results_give():
+    assert page.page() == page.PAGE.read_text(), "run `make acceptance ARGS=page`"
+
+
+def test_a_problem_stands_before_the_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    assert "Nothing is measured yet." in page.page()
+    record.keep("fifty_publishes", "embedded-memory-tiny", {**FIFTY, "problems": []})
+    assert "Everything that was measured holds." in page.page()
+    assert "asynchronous (embedded, vllm, sglang)" in page.page(), "what is not measured is named"
+    record.keep("fifty_publishes", "vllm-disk-tiny", {**FIFTY, "problems": ["3 files are left"]})
+    text = page.page()
+    assert "- fifty_publishes vllm-disk-tiny: 3 files are left" in text.partition("##")[0]
+    assert "| embedded | memory | tiny | 2.0e-06 |" in text
+    assert len(json.loads((tmp_path / "fifty_publishes.json").read_text())["cases"]) == 2
+
+
+def test_an_unknown_matrix_or_case_is_refused_with_those_there_are():
+    for arguments, words in (
+        (["speed"], "no matrix 'speed'; use publishing, fifty_publishes"),
+        (["publishing", "vllm"], "no case 'vllm'; use embedded-memory-tiny"),
+    ):
+        command = [sys.executable, "-m", "acceptance", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert words in done.stderr
