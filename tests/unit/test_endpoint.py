@@ -42,7 +42,7 @@ class Says:
         self.asked.append({"tokens": tokens, "most": max_new_tokens, "stop": tuple(stop_strings)})
         if self.hangs:
             await asyncio.sleep(60)
-        if len(tokens) > 400:
+        if len(tokens) > 1500:
             raise ValueError("the prompt has too many tokens")
         text = self._texts[turn % len(self._texts)]
         said = [i for c in text for i in self._tokenizer(c)["input_ids"]] + [2]
