@@ -19,7 +19,7 @@ from lorelei.launch.parts import build, make_trainer
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.publish.contract import Publisher
-from lorelei.publish.memory import MemoryPublisher
+from lorelei.publish.publisher import VersionPublisher
 from lorelei.rollout.contract import RolloutEngine
 from lorelei.train.contract import TrainEngine
 from lorelei.types import AdapterRef
@@ -131,7 +131,7 @@ async def staged(case: Case) -> AsyncIterator[Stage]:
                 folder=folder,
                 trainer=trainer.engine,
                 rollout=parts.rollout,
-                publisher=MemoryPublisher(parts.rollout, "acceptance"),
+                publisher=VersionPublisher(parts.rollout, "acceptance"),
             )
 
 

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 from pydantic import Field, ValidationError, model_validator
 
 from lorelei.config.algo import AlgoConfig
+from lorelei.config.env import EnvConfig, SingleTurnEnv
 from lorelei.config.errors import ConfigError, FieldError, describe
 from lorelei.config.evaluation import EvalConfig
 from lorelei.config.lora import LoraConfig
-from lorelei.config.reward import ReasoningGymReward, RewardConfig
+from lorelei.config.reward import EnvReward, ReasoningGymReward, RewardConfig
 from lorelei.config.rollout import (
     EmbeddedRollout,
     RolloutConfig,
@@ -22,6 +23,7 @@ from lorelei.config.rollout import (
 from lorelei.config.section import Section, is_mapping
 from lorelei.config.task import ReasoningGymTask, TaskConfig
 
+_OWN_REWARD = frozenset({"python", "agent"})  # environments that may give the reward themselves
 _FOR_THE_RUN = "belongs to the whole run, not to one adapter; move it to the top level"
 
 _ROLLOUT_FIELDS = {
@@ -38,8 +40,14 @@ class ExperimentDefaults(Section):
     steps: int = Field(default=30, ge=1, description="Training steps.")
     lora: LoraConfig = Field(default_factory=LoraConfig, description="The adapter.")
     task: TaskConfig | None = Field(default=None, description="Where the problems come from.")
+    env: EnvConfig = Field(
+        default_factory=SingleTurnEnv,
+        description="What happens between a prompt and its reward. Default: one answer.",
+    )
     reward: RewardConfig | None = Field(
-        default=None, description="What scores a rollout. Default: the task's own scorer."
+        default=None,
+        description="What scores a rollout. Default: the task's own scorer; where it has none, "
+        "what an environment of kind python or agent gives.",
     )
     algo: AlgoConfig = Field(default_factory=AlgoConfig, description="How it learns.")
     rollout: RolloutConfig = Field(default_factory=EmbeddedRollout, description="How it samples.")
@@ -58,6 +66,7 @@ class AdapterOverrides(Section):
     steps: int | None = Field(default=None, description="See the run's.")
     lora: Raw = Field(default_factory=Raw, description="Overrides of `lora`.")
     task: Raw = Field(default_factory=Raw, description="Overrides of `task`.")
+    env: Raw = Field(default_factory=Raw, description="Overrides of `env`.")
     reward: Raw = Field(default_factory=Raw, description="Overrides of `reward`.")
     algo: Raw = Field(default_factory=Raw, description="Overrides of `algo`.")
     rollout: Raw = Field(
@@ -82,6 +91,7 @@ class Experiment(Section):
     steps: int
     lora: LoraConfig
     task: TaskConfig
+    env: EnvConfig
     reward: RewardConfig
     algo: AlgoConfig
     rollout: RolloutConfig
@@ -108,6 +118,12 @@ class Experiment(Section):
                 "reward.kind",
                 f"'reasoning_gym' cannot score task.kind {self.task.kind!r}; "
                 "use math_verify or python",
+            )
+        if isinstance(self.reward, EnvReward) and self.env.kind not in _OWN_REWARD:
+            raise FieldError(
+                "reward.kind",
+                f"'env' with env.kind {self.env.kind!r}, which gives no reward of its own; "
+                "use another scorer, or env.kind python or agent",
             )
         if self.eval.every and self.eval_size < self.eval.n_prompts:
             raise FieldError(
@@ -136,12 +152,15 @@ def resolve(name: str, defaults: ExperimentDefaults, overrides: AdapterOverrides
         raise ConfigError(f"{dotted}task: is required, such as {{kind: reasoning_gym, name: ...}}")
     reward = merged.reward
     if reward is None:
-        if not isinstance(merged.task, ReasoningGymTask):
+        if isinstance(merged.task, ReasoningGymTask):
+            reward = ReasoningGymReward(kind="reasoning_gym")
+        elif merged.env.kind in _OWN_REWARD:
+            reward = EnvReward(kind="env")
+        else:
             raise ConfigError(
                 f"{dotted}reward: is required for task.kind {merged.task.kind!r}; "
                 "use {kind: math_verify} or {kind: python, path: rewards.py:my_reward}"
             )
-        reward = ReasoningGymReward(kind="reasoning_gym")
     parts = {field: getattr(merged, field) for field in fields}
     try:
         return Experiment.model_validate({**parts, "name": name, "reward": reward})
@@ -152,11 +171,11 @@ def resolve(name: str, defaults: ExperimentDefaults, overrides: AdapterOverrides
 def _merge_sections(base: Raw, over: Raw) -> Raw:
     """`over` on top of `base`, without what means nothing to another task or reward."""
     base = dict(base)
-    for section in ("task", "reward"):
+    for section in ("task", "env", "reward"):
         below, above = base.get(section), over.get(section)
         if below is None or above is None:
             continue
-        if above.get("kind", below["kind"]) != below["kind"]:
+        if "kind" in above and above["kind"] != below.get("kind"):
             del base[section]
         elif section == "task" and ("name" in above or "mixture" in above):
             stale = ("name", "mixture", "config")

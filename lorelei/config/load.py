@@ -1,8 +1,8 @@
 """Reading and writing the configuration file, with dotted overrides.
 
-Relative paths of files (task.path, reward.path, lora.init_from, and a model that starts with '.')
-are taken from the YAML file's folder, those in command-line overrides from the working directory;
-both are made absolute here. runs_dir is relative to the working directory.
+Relative paths of files (task.path, env.path, env.tools, reward.path, lora.init_from, and a model
+that starts with '.') are taken from the YAML file's folder, those in command-line overrides from
+the working directory; both are made absolute here. runs_dir is relative to the working directory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import ValidationError
@@ -150,7 +150,12 @@ def _absolute(config: Raw, folder: Path) -> Raw:
 
 def _absolute_sections(sections: Raw, folder: Path, kind_above: object) -> Raw:
     sections = dict(sections)
-    for name, key in (("task", "path"), ("reward", "path"), ("lora", "init_from")):
+    for name, key in (
+        ("task", "path"),
+        ("env", "path"),
+        ("reward", "path"),
+        ("lora", "init_from"),
+    ):
         section = sections.get(name)
         if not is_mapping(section):
             continue
@@ -159,8 +164,15 @@ def _absolute_sections(sections: Raw, folder: Path, kind_above: object) -> Raw:
         on_hub = name == "task" and section.get("kind", kind_above) == "hf"
         if isinstance(section.get(key), str) and section[key] and not on_hub:
             section[key] = _join(folder, section[key])
+        if name == "env" and isinstance(tools := section.get("tools"), list):
+            section["tools"] = [_tool(folder, tool) for tool in cast(list[object], tools)]
         sections[name] = section
     return sections
+
+
+def _tool(folder: Path, tool: object) -> object:
+    """A function in a file; the names of built-in tools have no colon."""
+    return _join(folder, tool) if isinstance(tool, str) and ".py:" in tool else tool
 
 
 def _join(folder: Path, path: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -55,8 +55,17 @@ class PythonReward(_Reward):
         return value
 
 
+class EnvReward(Section):
+    """What the environment itself gives (env.kind python or agent)."""
+
+    workers: ClassVar[int] = 0
+
+    kind: Literal["env"] = Field(description="Which scorer.")
+
+
+ScorerConfig = ReasoningGymReward | MathVerifyReward | PythonReward
 RewardConfig = Annotated[
-    ReasoningGymReward | MathVerifyReward | PythonReward,
+    ScorerConfig | EnvReward,
     Field(discriminator="kind"),
-    tagged(ReasoningGymReward, MathVerifyReward, PythonReward),
+    tagged(ReasoningGymReward, MathVerifyReward, PythonReward, EnvReward),
 ]

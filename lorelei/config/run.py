@@ -53,7 +53,7 @@ class RunConfig(ExperimentDefaults):
     )
     adapters: dict[Name, AdapterOverrides] = Field(
         default_factory=dict[Name, AdapterOverrides],
-        description="Several adapters at once: {name: overrides of seed, steps, lora, task, "
+        description="Several adapters at once: {name: overrides of seed, steps, lora, task, env, "
         "reward, algo, rollout, eval}. Default: one, called 'default'.",
     )
 

@@ -23,7 +23,12 @@ _MIB = 1 << 20
 # transformers and the tokenizer.
 CONTROLLER = 450 * _MIB
 TRAIN_WORKER = 340 * _MIB
-REWARD_WORKER = {"reasoning_gym": 111 * _MIB, "math_verify": 60 * _MIB, "python": 15 * _MIB}
+REWARD_WORKER = {
+    "reasoning_gym": 111 * _MIB,
+    "math_verify": 60 * _MIB,
+    "python": 15 * _MIB,
+    "env": 0,
+}
 # task.max_prompt_tokens is a guard against odd problems: prompts are taken to be this much of it
 PROMPT_SHARE = 0.25
 # of the code that allocates; tests compare them

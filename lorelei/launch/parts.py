@@ -15,9 +15,12 @@ from lorelei.config.paths import resolve_model
 from lorelei.config.publish import DiskPublish, HttpPublish, MemoryPublish, XcclPublish
 from lorelei.config.rollout import EmbeddedRollout, SglangRollout, VllmRollout
 from lorelei.config.run import RunConfig
+from lorelei.data.chat import ChatTemplate
 from lorelei.data.contract import PromptSource
 from lorelei.data.source import make_source
-from lorelei.env.single_turn import SingleTurn
+from lorelei.env.contract import Endpoint, Env
+from lorelei.env.environment import make_env
+from lorelei.env.outcome import NoReward
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.backend import DTYPES, default_device
@@ -61,7 +64,7 @@ class Parts:
     rollout: RolloutEngine
     sources: Mapping[str, PromptSource]
     held_out: Mapping[str, list[Prompt]]
-    envs: Mapping[str, SingleTurn]
+    envs: Mapping[str, Env]
     tasks: Mapping[str, str]  # for people
     decode: Callable[[Ints], str]
     stop_token_ids: tuple[int, ...]
@@ -85,11 +88,11 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
     }
     for name, source in sources.items():
         _check_prompts([source.prompt(0), *held_out[name]], model, config.rollout.max_context)
-    envs: dict[str, SingleTurn] = {}
-    for e in experiments:
-        pool = make_pool(e.reward)
-        stack.callback(pool.close)
-        envs[e.name] = SingleTurn(reward=pool)
+    stops = stop_token_ids(folder, tokenizer)
+    context = min(config.rollout.max_context or model.max_positions, model.max_positions)
+    chat = ChatTemplate(tokenizer=tokenizer, stop_token_ids=stops)
+    endpoint = await _endpoint(experiments, chat, stack)
+    envs = {e.name: _env(e, chat, context, endpoint, stack) for e in experiments}
     decoder = load_decoder(folder, DTYPES[config.dtype], default_device())
     rollout = _rollout_engine(config, folder, decoder, tokenizer)
     stack.push_async_callback(rollout.close)
@@ -104,7 +107,39 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
         envs=envs,
         tasks={e.name: task_words(e) for e in experiments},
         decode=decoder_of(tokenizer),
-        stop_token_ids=stop_token_ids(folder, tokenizer),
+        stop_token_ids=stops,
+    )
+
+
+async def _endpoint(
+    experiments: Sequence[Experiment], chat: ChatTemplate, stack: AsyncExitStack
+) -> Endpoint | None:
+    """What agents speak to, if there are any."""
+    if all(e.env.kind != "agent" for e in experiments):
+        return None
+    from lorelei.rollout.endpoint.server import HttpEndpoint
+
+    endpoint = HttpEndpoint(chat)
+    stack.push_async_callback(endpoint.close)
+    await endpoint.start()
+    return endpoint
+
+
+def _env(
+    e: Experiment,
+    chat: ChatTemplate,
+    context: int,
+    endpoint: Endpoint | None,
+    stack: AsyncExitStack,
+) -> Env:
+    """The environment of an adapter, and its reward's workers, which the stack ends."""
+    if e.reward.kind == "env":
+        reward = NoReward()
+    else:
+        reward = make_pool(e.reward)
+        stack.callback(reward.close)
+    return make_env(
+        e.env, reward=reward, chat=chat, context=context, endpoint=endpoint, model=e.name
     )
 
 
@@ -306,6 +341,7 @@ def _eval_policy(e: Experiment, parts: Parts) -> Policy:
         ),
         stream=f"{e.name}/eval",
         decode=parts.decode,
+        training=False,
     )
 
 

@@ -210,9 +210,13 @@ def _check_context(config: RunConfig, model: DecoderConfig) -> None:
 def _check_files(config: RunConfig) -> None:
     for experiment in config.experiments():
         task, reward, start = experiment.task, experiment.reward, experiment.lora.init_from
+        env = experiment.env
+        yours = env.tools if env.kind == "tools" else ()
         files = {
+            "env.path": _file(env.path) if env.kind in ("python", "agent") else None,
+            **{f"env.tools: {tool}": _file(tool) for tool in yours if ".py:" in tool},
             "task.path": task.path if isinstance(task, JsonlTask | ParquetTask) else None,
-            "reward.path": reward.path.rpartition(":")[0] if reward.kind == "python" else None,
+            "reward.path": _file(reward.path) if reward.kind == "python" else None,
             "lora.init_from": str(Path(start, "adapter_config.json")) if start else None,
         }
         for field, file in files.items():
@@ -221,6 +225,11 @@ def _check_files(config: RunConfig) -> None:
                     f"{field}: there is no file {file} (adapter {experiment.name}); a relative "
                     "path starts at the YAML file's folder"
                 )
+
+
+def _file(path: str) -> str:
+    """The file of 'file.py:function'."""
+    return path.rpartition(":")[0]
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -111,9 +111,9 @@ class Canary:
     async def _check(self, refs: Mapping[str, AdapterRef]) -> dict[str, dict[str, float]]:
         start = time.perf_counter()
         sequences = {name: self._watched[name].sequences for name in refs}
-        right, *scored = await asyncio.gather(
+        right, scored = await asyncio.gather(
             self._train_logprobs(sequences),
-            *(self._score(sequences[name], ref) for name, ref in refs.items()),
+            asyncio.gather(*(self._score(sequences[name], ref) for name, ref in refs.items())),
         )
         seconds = time.perf_counter() - start
         metrics: dict[str, dict[str, float]] = {}

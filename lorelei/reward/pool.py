@@ -20,13 +20,13 @@ from queue import SimpleQueue
 from typing import Any
 
 import lorelei
-from lorelei.config.reward import RewardConfig
+from lorelei.config.reward import ScorerConfig
 from lorelei.reward.contract import RewardResult
 
 START_TIMEOUT = 120.0  # seconds until a worker has imported its scorer
 
 
-def make_pool(reward: RewardConfig) -> RewardPool:
+def make_pool(reward: ScorerConfig) -> RewardPool:
     """The pool of a configuration. Raises ValueError when the scorer cannot be loaded."""
     return RewardPool(
         reward.kind,

@@ -14,10 +14,10 @@ import os
 import resource
 from collections.abc import Mapping
 from functools import partial
-from numbers import Real
 from typing import Any, TextIO
 
 from lorelei.reward.contract import Scorer
+from lorelei.reward.score import NotANumber, read_score
 
 # Private writable memory. RLIMIT_AS would also count the libraries a user's file maps, which are
 # tens of GB for a CUDA build of torch.
@@ -63,37 +63,17 @@ def make_scorer(kind: str, path: str | None, answer_after: str | None = None) ->
             )
 
 
-class _NotANumber(Exception):
-    """What a reward returned instead of a finite number."""
-
-
 def judge(scorer: Scorer, data: Mapping[str, Any], completion: str) -> dict[str, Any]:
     """The fields of the RewardResult, whatever the scorer does short of ending the process."""
     try:
-        scored = scorer(data, completion)
-        value, metrics = scored, {}
-        if isinstance(scored, tuple) and len(scored) == 2 and isinstance(scored[1], Mapping):
-            value, metrics = scored
-        numbers = {str(k): _finite(v, f"metric {k} ") for k, v in metrics.items()}
-        return {"value": _finite(value), "metrics": numbers, "error": None}
-    except _NotANumber as error:
+        value, metrics = read_score(scorer(data, completion))
+        return {"value": value, "metrics": metrics, "error": None}
+    except NotANumber as error:
         line = f"not a number: {error}"
     # The border to the user's code: a reward that raises is data with a reason.
     except (Exception, SystemExit) as error:
         line = f"raised {type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     return {"value": None, "metrics": {}, "error": line[:300]}
-
-
-def _finite(value: object, where: str = "") -> float:
-    if not isinstance(value, Real):
-        raise _NotANumber(where + ("None" if value is None else type(value).__name__))
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise _NotANumber(f"{where}{number}")
-    return number
 
 
 def _private_pipes() -> tuple[TextIO, TextIO]:

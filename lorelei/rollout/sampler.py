@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -22,6 +22,7 @@ class Policy:
     stream: str  # distinguishes random streams: the adapter's name, "eval", ...
     decode: Callable[[Ints], str]
     interruptible: bool = False  # an aborted answer goes on under a newer version, if there is one
+    training: bool = True  # whether the loss will need the log-probabilities
 
 
 class EngineSampler:
@@ -33,11 +34,33 @@ class EngineSampler:
         self._engine, self._policy, self._key = engine, policy, key
         self._meter = meter or Meter()
 
-    async def __call__(self, tokens: Ints, turn: int = 0) -> Turn:
+    @property
+    def pinned(self) -> Mapping[str, float]:
+        """See Sampler."""
+        if not self._policy.training:
+            return {}
+        names = ("temperature", "top_p", "top_k", "min_p")
+        return {name: getattr(self._policy.sampling, name) for name in names}
+
+    async def __call__(
+        self,
+        tokens: Ints,
+        turn: int = 0,
+        *,
+        max_new_tokens: int | None = None,
+        stop_strings: Sequence[str] = (),
+    ) -> Turn:
+        """See Sampler."""
+        own = self._policy.sampling
+        most = own.max_new_tokens if max_new_tokens is None else max_new_tokens
         request = GenerateRequest(
             tokens=tokens,
             adapter=self._policy.ref,
-            sampling=self._policy.sampling,
+            sampling=replace(
+                own,
+                max_new_tokens=min(most, own.max_new_tokens),
+                stop_strings=(*own.stop_strings, *stop_strings),
+            ),
             key=f"{self._policy.stream}/{self._key}/{turn}",
         )
         parts = [await self._generate(request)]

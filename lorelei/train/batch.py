@@ -16,7 +16,7 @@ from lorelei.types import Batch, Floats, Ints, Items, Rollout, Segment
 
 @dataclass(slots=True)
 class _Row:
-    """One token row of a rollout; a turn that continues the row before it extends it."""
+    """One token row of a rollout; a turn that continues an earlier row extends it."""
 
     tokens: Ints
     predicted: list[tuple[int, int]]  # completions as [start, stop) in the row
@@ -104,9 +104,10 @@ def _rows(rollout: Rollout) -> list[_Row]:
         sampled = turn.completion.tokens
         if len(sampled) == 0:
             continue
-        if not rows or not _starts_with(turn.prompt, rows[-1].tokens):
-            rows.append(_Row(turn.prompt, [], []))
-        row = rows[-1]
+        # the newest first: conversations that go on side by side are rows of their own
+        row = next((r for r in reversed(rows) if _starts_with(turn.prompt, r.tokens)), None)
+        if row is None:
+            rows.append(row := _Row(turn.prompt, [], []))
         row.tokens = np.concatenate([turn.prompt, sampled])
         row.predicted.append((len(turn.prompt), len(row.tokens)))
         row.behaviour.append(turn.completion.logprobs)

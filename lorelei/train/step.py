@@ -167,6 +167,7 @@ def _rollout_metrics(share: _Share, versions: Mapping[str, int]) -> dict[str, fl
         "generated_tokens": float(sum(len(t.completion.tokens) for r in rollouts for t in r.turns)),
         "trained_tokens": float(sum(len(t.completion.tokens) for t in turns)),
         "completion_tokens_mean": float(np.mean([len(t.completion.tokens) for t in turns])),
+        "turns_mean": float(np.mean([len(r.turns) for r in kept])),
         "truncated": float(np.mean([t.completion.finish_reason == "length" for t in turns])),
         "staleness_mean": float(np.mean(staleness)),
         "staleness_max": float(max(staleness)),

@@ -112,6 +112,35 @@ def test_loss_outputs_and_gradients_are_those_of_grpo_on_padded_sequences(
     assert all(not got[n].any() for n in got.keys() - reached.keys())
 
 
+def test_turns_have_the_gradients_of_plain_sequences_one_by_one(
+    engine: TrainEngine, family: str, folder: Path
+) -> None:
+    """Turns that go on, a history that was rewritten, and two conversations side by side."""
+    rng = np.random.default_rng(3)
+    ask, new = rng.integers(0, 300, 5).tolist(), rng.integers(0, 300, 4).tolist()
+    a, b, c = ([int(t) for t in rng.integers(0, 300, n)] for n in (3, 4, 2))
+    group = (
+        rollout(turn(ask, a), turn([*ask, *a, *new], b), turn([*ask, *a, *new, *b, 7], c)),
+        rollout(turn(ask, b), turn([*ask, *new], a), turn([*new, 9], c)),
+        rollout(turn(ask, a), turn(new, b), turn([*ask, *a, 8], c), turn([*new, *b, 8], a)),
+    )
+    groups = [tuple(replace(r, reward=float(i) - 0.5) for i, r in enumerate(group))]
+    batch = weighted_batch("a", groups)
+    assert sum(len(s.tokens) for s in batch.segments) < sum(
+        len(t.prompt) + len(t.completion.tokens) for r in group for t in r.turns
+    )
+    with adapters(engine, a=SPEC):
+        tensors = engine.adapter_state("a").tensors
+        oracle = make_oracle(family, folder, torch.float32, SPEC, tensors)
+        expected = grpo_loss(oracle, flat(groups))  # every turn is a sequence of its own there
+        expected.backward()
+        outputs = engine.forward_backward(batch, {"a": GRPO})
+        got = look(engine, "a")["a"]
+    assert outputs.loss["a"] == pytest.approx(expected.item(), rel=FP32)
+    reached = {n: p.grad for n, p in oracle.parameters.items() if p.grad is not None}
+    assert_close({n: got[n] for n in reached}, reached, FP32)
+
+
 def test_three_steps_are_those_of_torchs_adamw_on_the_oracle(
     engine: TrainEngine, family: str, folder: Path
 ) -> None:
