@@ -68,6 +68,7 @@ async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None
             stack.callback(store.close)
         console = stack.enter_context(Console({e.name: e.steps for e in config.experiments()}))
         loop = make_loop(config, parts, trainer, store, console)
+        stack.push_async_callback(loop.publisher.close)
         stack.push_async_callback(loop.collector.close)
         console.resumed(read_metrics(folder / "metrics.jsonl"))
         console.started(_opening(config, parts, loop))

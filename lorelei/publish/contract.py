@@ -28,3 +28,7 @@ class Publisher(Protocol):
     async def retire(self, ref: AdapterRef) -> None:
         """Forget a version everywhere once nothing in flight uses it."""
         ...
+
+    async def close(self) -> None:
+        """Give up what was kept between versions: folders, groups. Idempotent."""
+        ...
