@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from benchmarks.cases import MODEL
-from lorelei.config.load import validate
+from lorelei.config.load import to_plain, validate
 from lorelei.config.paths import resolve_model
-from lorelei.launch.parts import build, make_trainer
+from lorelei.launch.parts import build, make_loop, make_trainer
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.tokenizer import load_tokenizer
+from lorelei.obs.console import Console
 from lorelei.publish.contract import Publisher
-from lorelei.publish.publisher import VersionPublisher
 from lorelei.rollout.contract import RolloutEngine
+from lorelei.store.run import RunStore
 from lorelei.train.contract import TrainEngine
 from lorelei.types import AdapterRef
 from tests.tiny_models import make_tiny
@@ -125,13 +126,16 @@ async def staged(case: Case) -> AsyncIterator[Stage]:
             parts = await build(config, stack)
             trainer = make_trainer(config, parts, stack)
             folder = root / "runs" / config.name
+            store = RunStore.create(folder, to_plain(config), keep=config.checkpoint.keep)
+            stack.callback(store.close)
+            loop = make_loop(config, parts, trainer, store, Console({NAME: 1}))
             yield Stage(
                 case=case,
                 model=model,
                 folder=folder,
                 trainer=trainer.engine,
                 rollout=parts.rollout,
-                publisher=VersionPublisher(parts.rollout, "acceptance"),
+                publisher=loop.publisher,
             )
 
 
