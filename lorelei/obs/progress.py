@@ -77,6 +77,7 @@ def step_words(name: str, progress: Progress) -> list[str]:
         _value("stale", r.staleness_mean, ".1f") + _value("/", r.staleness_max, ".0f", space=""),
         "" if isnan(gen) else f"gen {short(gen)} tok/s",
         "" if isnan(train) else f"train {short(train)} tok/s",
+        _value("idle train", r.trainer_idle, ".0%") + _value(" gen", r.rollout_idle, ".0%"),
         _value("len", r.completion_tokens_mean, ".1f"),
         _value("cut", r.truncated, ".0%"),
         _value("grad", r.grad_norm, ".3f"),

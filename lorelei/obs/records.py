@@ -27,6 +27,9 @@ class StepRecord:
     ratio_max: float = nan
     clipped: float = nan
     rejected: float = nan
+    dropped_stale: float = nan  # share of finished groups that had become too old
+    trainer_idle: float = nan  # share of the step that it waited for rollouts
+    rollout_idle: float = nan  # share of the step without a request in flight
     staleness_mean: float = nan
     staleness_max: float = nan
     generated_tokens: float = nan

@@ -78,8 +78,21 @@ def _subtitle(run_folder: Path, history: History) -> str:
         str(kind or ""),
         f"{steps} steps" if steps != 1 else "1 step",
         f"{len(history.adapters)} adapters" if len(history.adapters) > 1 else "",
+        _idle(history),
     ]
     return "  ·  ".join(word for word in words if word)
+
+
+def _idle(history: History) -> str:
+    """How much of their time the two engines wait, over the whole run."""
+    records = [r for rs in history.steps.values() for r in rs if isfinite(r.rollout_idle)]
+    if not records:
+        return ""
+    trainer, rollout = (
+        sum(getattr(r, name) for r in records) / len(records)
+        for name in ("trainer_idle", "rollout_idle")
+    )
+    return f"idle: trainer {trainer:.0%}, rollouts {rollout:.0%}"
 
 
 def _colour(history: History, adapter: str) -> str:

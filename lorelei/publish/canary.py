@@ -67,7 +67,7 @@ class _Memory:
     def others(self, version: int) -> dict[str, Floats]:
         """What a wrong answer may be the answer of."""
         found = {f"version {v}": logprobs_T for v, logprobs_T in self.earlier if v != version}
-        return {**found, BASE: self.base_T}
+        return {BASE: self.base_T, **found}
 
 
 class Canary:

@@ -49,7 +49,7 @@ def wrong_proof(who: str, verdict: Verdict, share: float, signal: float) -> Cana
             *_distances("the random adapter", verdict),
             f"  It lies {share:.2f} of the way from the base model (0) to the adapter (1), which "
             f"are {signal:.2g} nats apart.",
-            f"  Likely: {_likely_cause(share)}",
+            f"  Likely: {_likely_cause(verdict, signal)}",
             "  Do: check what the server says of the adapter when it loads it; with mixtures of "
             "experts, target the attention only where it cannot adapt experts.",
         ],
@@ -122,12 +122,13 @@ def _distances(right: str, verdict: Verdict) -> list[str]:
     return [f"    {name:<{width}}  {value:.1e} nats  {note}".rstrip() for name, value, note in rows]
 
 
-def _likely_cause(share: float) -> str:
-    if abs(share) < 0.1:
+def _likely_cause(verdict: Verdict, signal: float) -> str:
+    if min(verdict.others.values(), default=signal) < 0.1 * signal:
         return "the adapter is ignored."
-    if 0.2 < share < 0.8 or share > 1.2:
-        return "the scale differs (alpha / rank, rsLoRA), or some modules or experts are ignored."
-    return "tensors of different modules are swapped, or some modules are ignored."
+    return (
+        "the scale differs (alpha / rank, rsLoRA), some modules or experts are ignored, tensors "
+        "of modules are swapped, or another adapter is served under this name."
+    )
 
 
 def _likely_lie(taken_for: str | None) -> str:

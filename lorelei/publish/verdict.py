@@ -32,8 +32,12 @@ class Verdict:
     @property
     def taken_for(self) -> str | None:
         """The policy that answered instead, when one is nearer than the right one."""
-        nearer = {n: d for n, d in self.others.items() if d < self.distance}
-        return min(nearer.keys() & self.told_apart, key=lambda n: nearer[n], default=None)
+        nearer = {
+            name: d
+            for name, d in self.others.items()
+            if name in self.told_apart and d < self.distance
+        }
+        return min(nearer, key=lambda name: nearer[name], default=None)
 
     @property
     def holds(self) -> bool:
