@@ -13,20 +13,20 @@ from tests.contract.vllm_server import CONTEXT, FAMILIES, RunningServer, running
 from tests.tiny_models import make_tiny
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     return {family: make_tiny(family, root / family) for family in FAMILIES}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def servers() -> Iterator[Servers]:
     servers = Servers()
     yield servers
     servers.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def vllm_server(
     folders: dict[str, Path], tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
