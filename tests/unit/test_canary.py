@@ -299,7 +299,7 @@ def test_an_engine_that_is_stuck_is_caught_when_small_steps_have_added_up(
             ]
 
     async def body() -> None:
-        small = {"algo": {"lr": 1e-4}, "steps": 40}
+        small = {"algo": {"lr": 3e-4}, "steps": 40}
         async with loop_of(tmp_path / "run", place, Noisy, **small) as loop:
             with pytest.raises(CanaryFailed, match="answers as"):
                 await whole(loop)
