@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -254,8 +255,11 @@ def train_worker(pid: int) -> int:
 
 def spool(folder: Path) -> dict[int, int]:
     """{index of a waiting group: when it was written}."""
-    paths = (folder / "spool/default").glob("*.json")
-    return {int(path.stem): path.stat().st_mtime_ns for path in paths}
+    found: dict[int, int] = {}
+    for path in (folder / "spool/default").glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):  # trained on in this moment
+            found[int(path.stem)] = path.stat().st_mtime_ns
+    return found
 
 
 def spooled(folder: Path, since: int) -> Callable[[], bool]:

@@ -281,7 +281,7 @@ CALL = '<tool_call>\n{"name": "lookup", "arguments": {"word": "abc"}}\n</tool_ca
 
 def calls_first(request: GenerateRequest) -> str | None:
     """The first answers of every other rollout call a tool: a tiny random model would not."""
-    where, turn = request.key.rsplit("/", 1)
+    where, _, turn = request.key.rpartition("/")  # the canary's key has no turn
     return f"Well. {CALL}" if turn == "0" and int(where[-1]) % 2 == 0 else None
 
 
