@@ -35,7 +35,10 @@ BAD = [
     # kinds
     ("model: m\ntask: {name: chain_sum}", "task.kind: is required; allowed: reasoning_gym, jsonl"),
     ("model: m\ntask: {kind: json, path: x}", "task.kind: 'json' is not allowed; did you mean"),
-    (GOOD + "reward: {kind: 3}", "reward.kind: 3 is not allowed; allowed: math_verify, python"),
+    (
+        GOOD + "reward: {kind: 3}",
+        "reward.kind: 3 is not allowed; allowed: env, math_verify, python",
+    ),
     (GOOD + "train: {kind: megatron}", "train.kind: 'megatron' is not allowed; allowed: 'archon'"),
     (GOOD + "rollout: {kind: vlm}", "rollout.kind: 'vlm' is not allowed; did you mean 'vllm'?"),
     (GOOD + "lora: {peft_type: dora}", "lora.peft_type: 'dora' is not allowed; allowed: 'lora'"),
