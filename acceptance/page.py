@@ -32,7 +32,7 @@ def _opening(measured: dict[str, dict[str, Line]]) -> str:
 
 Train engine, publishers and rollout engines as a run uses them, with the real servers. Every
 number comes from a file of [acceptance/results](../acceptance/results); `make acceptance` measures
-all again (about an hour on 2 cores), `make acceptance ARGS='MATRIX CASE'` one case,
+all again, `make acceptance ARGS='MATRIX CASE'` one case,
 `make acceptance ARGS=page` writes this page.
 
 {lines}
