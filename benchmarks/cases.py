@@ -18,6 +18,7 @@ class StepCase:
     samples: int = 8
     filler: int = 0  # sentences put before the question, to make prompts long
     new_tokens: int = 64
+    steps: int = 3  # of one turn, the first included, which warms up
 
     def messages(self, step: int) -> list[list[dict[str, str]]]:
         """The chat prompts of one step."""
@@ -34,7 +35,7 @@ STEP_CASES = {
         StepCase(name="2x8", prompts=2),
         StepCase(name="4x8", prompts=4),
         StepCase(name="2x8-prompt512", prompts=2, filler=48),
-        StepCase(name="2x8-new512", prompts=2, new_tokens=512),
+        StepCase(name="2x8-new512", prompts=2, new_tokens=512, steps=2),
     )
 }
 

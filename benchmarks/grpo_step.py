@@ -17,19 +17,21 @@ from benchmarks.peers.environment import peers_python
 from benchmarks.turns import Line, begun, keep, pinned, run
 from lorelei.config.paths import resolve_model
 
-TURNS, STEPS = 2, 3  # steps of one turn, the first included
+TURNS = 2
 
 
 def ours(case: str) -> list[Line]:
+    steps = str(STEP_CASES[case].steps)
     # one malloc arena, as the command line sets it
-    command = [sys.executable, "-m", "benchmarks.ours_step", case, str(STEPS)]
+    command = [sys.executable, "-m", "benchmarks.ours_step", case, steps]
     return run(command, MALLOC_ARENA_MAX="1")[1:]
 
 
 def trl(case: str) -> list[Line]:
+    steps = str(STEP_CASES[case].steps)
     # waiting threads that spin: the faster setting for TRL on a quiet machine
     folder = str(resolve_model(MODEL))
-    command = [str(peers_python()), "-m", "benchmarks.peers.trl_step", case, str(STEPS), folder]
+    command = [str(peers_python()), "-m", "benchmarks.peers.trl_step", case, steps, folder]
     return run(command, OMP_WAIT_POLICY="active")[1:]
 
 
