@@ -54,6 +54,25 @@ def plan(run: ConfigFile, overrides: Overrides = None, as_json: Json = False) ->
 
 
 @app.command()
+def convert(
+    run: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Default: print it.")] = None,
+) -> None:
+    """Write a file of AReaL as a configuration of ours."""
+    from lorelei.config.load import dump_set
+
+    text = dump_set(_loaded(run, overrides))
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    if out.exists():
+        raise ValueError(f"--out: {str(out)!r} exists; give another name or remove it")
+    out.write_text(text)
+    typer.echo(f"wrote {out}", err=True)
+
+
+@app.command()
 def train(run: ConfigFile, overrides: Overrides = None) -> None:
     """Train the adapters of a run."""
     config, planned = _planned(run, overrides)
@@ -267,11 +286,23 @@ def main() -> None:
 
 
 def _planned(run: Path, overrides: list[str] | None) -> tuple[RunConfig, Plan]:
-    from lorelei.config.load import load_config
     from lorelei.launch.plan import plan as make_plan
 
-    config = load_config(run, overrides or [])
+    config = _loaded(run, overrides)
     return config, make_plan(config)
+
+
+def _loaded(run: Path, overrides: list[str] | None) -> RunConfig:
+    """A file's configuration; what became of one of AReaL's is printed."""
+    from lorelei.config.load import read_config
+
+    loaded = read_config(run, overrides or [])
+    if loaded.translation is not None:
+        from lorelei.config.areal.report import lines
+
+        for line in lines(loaded.translation, run.name):
+            typer.echo(line, err=True)
+    return loaded.config
 
 
 def _set_threads(config: RunConfig) -> None:
