@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,7 +12,9 @@ from lorelei.config.parallel import ParallelSizes
 from lorelei.config.section import Section, tagged
 
 
-class _Train(Section):
+class TrainSection(Section):
+    """What every train engine has."""
+
     max_tokens_per_mb: int = Field(
         default=1024, ge=1, description="Tokens of one micro-batch; a longer sequence stands alone."
     )
@@ -20,7 +23,7 @@ class _Train(Section):
     )
 
 
-class ArchonTrain(_Train):
+class ArchonTrain(TrainSection):
     """The torch-native train engine."""
 
     kind: Literal["archon"] = Field(default="archon", description="Which train engine.")
@@ -31,17 +34,36 @@ class ArchonTrain(_Train):
         return ParallelSizes(data=self.workers)
 
 
-class FsdpTrain(_Train):
-    """PyTorch's FSDP2 over any causal language model of transformers."""
+class FsdpTrain(TrainSection):
+    """Any causal language model of transformers, its base sharded by PyTorch's FSDP2."""
 
-    kind: Literal["fsdp"] = Field(description="Which train engine.")
+    refused: ClassVar[Mapping[str, str]] = {
+        "workers": "follows from data_parallel * tensor_parallel * sequence_parallel; set those"
+    }
+
+    kind: Literal["fsdp"] = Field(default="fsdp", description="Which train engine.")
     data_parallel: int = Field(
-        default=1, ge=1, description="Processes that share the base model and get batches each."
+        default=1, ge=1, description="Shares of a batch; each holds a part of every frozen matrix."
     )
-    tensor_parallel: int = Field(default=1, ge=1, description="Processes that share each matrix.")
+    tensor_parallel: int = Field(
+        default=1, ge=1, description="Processes that multiply with parts of each matrix."
+    )
     sequence_parallel: int = Field(
-        default=1, ge=1, description="Processes that share each sequence (Ulysses)."
+        default=1,
+        ge=1,
+        description="Processes that each hold a part of the tokens of a micro-batch, for long "
+        "sequences (Ulysses).",
     )
+    cpu_offload: bool = Field(
+        default=False,
+        description="Keep the frozen base in the CPU's memory and copy a layer to the accelerator "
+        "when it is needed.",
+    )
+
+    @property
+    def workers(self) -> int:
+        """Processes in all."""
+        return self.data_parallel * self.tensor_parallel * self.sequence_parallel
 
     @property
     def sizes(self) -> ParallelSizes:
@@ -49,19 +71,48 @@ class FsdpTrain(_Train):
             data=self.data_parallel, tensor=self.tensor_parallel, context=self.sequence_parallel
         )
 
+    @model_validator(mode="after")
+    def _one_way_to_split_heads(self) -> FsdpTrain:
+        if self.tensor_parallel > 1 and self.sequence_parallel > 1:
+            raise FieldError(
+                "sequence_parallel",
+                f"{self.sequence_parallel} together with tensor_parallel: {self.tensor_parallel}; "
+                "both share out the heads of the attention: set one of them to 1",
+            )
+        return self
 
-class MegatronTrain(_Train):
-    """Megatron-Core; `make megatron` installs it."""
+
+class MegatronTrain(TrainSection):
+    """Megatron-Core and Megatron-Bridge in an interpreter of their own; `make megatron`.
+
+    Runs data_parallel x tensor_parallel x pipeline_parallel processes. Experts are spread over
+    the same processes: expert_parallel x expert_tensor_parallel divides those of one stage.
+    """
 
     kind: Literal["megatron"] = Field(description="Which train engine.")
-    data_parallel: int = Field(default=1, ge=1, description="Processes that get batches each.")
-    tensor_parallel: int = Field(default=1, ge=1, description="Processes that share each matrix.")
+    data_parallel: int = Field(default=1, ge=1, description="Copies of the model.")
+    tensor_parallel: int = Field(default=1, ge=1, description="Processes a layer is split over.")
     pipeline_parallel: int = Field(default=1, ge=1, description="Stages of layers.")
-    context_parallel: int = Field(default=1, ge=1, description="Processes that share a sequence.")
-    expert_parallel: int = Field(default=1, ge=1, description="Processes that share the experts.")
-    expert_tensor_parallel: int = Field(
-        default=1, ge=1, description="Processes that share each expert's matrices."
+    context_parallel: int = Field(
+        default=1, ge=1, description="Processes a sequence is split over; only 1 is built."
     )
+    expert_parallel: int = Field(default=1, ge=1, description="Processes experts are dealt to.")
+    expert_tensor_parallel: int = Field(
+        default=1, ge=1, description="Processes an expert is split over."
+    )
+    sequence_parallel: bool = Field(
+        default=False,
+        description="Split tokens over the tensor-parallel processes between layers; a mixture "
+        "of experts with tensor_parallel needs it.",
+    )
+    distributed_optimizer: bool = Field(
+        default=False, description="Each copy keeps a part of the optimizer's moments."
+    )
+
+    @property
+    def workers(self) -> int:
+        """How many processes there are."""
+        return self.data_parallel * self.tensor_parallel * self.pipeline_parallel
 
     @property
     def sizes(self) -> ParallelSizes:
@@ -75,11 +126,28 @@ class MegatronTrain(_Train):
         )
 
     @model_validator(mode="after")
-    def _sizes_fit(self) -> MegatronTrain:
-        try:
-            _ = self.sizes
-        except ValueError as error:
-            raise FieldError("expert_parallel", f"{self.expert_parallel}: {error}") from error
+    def _fits_together(self) -> MegatronTrain:
+        if self.context_parallel > 1:
+            raise FieldError(
+                "context_parallel",
+                f"{self.context_parallel} is not built: attention reads whole rows; use "
+                "tensor_parallel with sequence_parallel: true for long sequences",
+            )
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise FieldError(
+                "sequence_parallel",
+                "true needs tensor_parallel above 1, whose processes share the tokens; raise it, "
+                "or leave sequence_parallel out",
+            )
+        stage = self.data_parallel * self.tensor_parallel
+        experts = self.expert_parallel * self.expert_tensor_parallel
+        if stage % experts:
+            raise FieldError(
+                "expert_parallel",
+                f"{self.expert_parallel} x expert_tensor_parallel {self.expert_tensor_parallel} "
+                f"does not divide the {stage} processes of a stage (data_parallel x "
+                "tensor_parallel); change one of them",
+            )
         return self
 
 
