@@ -31,6 +31,7 @@ MEGATRON: dict[str, dict[str, Any]] = {  # layouts: how many processes, and what
     "megatron-dp2-sharded": {"workers": 2, "distributed_optimizer": True},
     "megatron-tp2-pp2": {"workers": 4, "tensor_parallel": 2, "pipeline_parallel": 2},
     "megatron-ep2": {"workers": 2, "expert_parallel": 2},
+    "megatron-ep2-sharded": {"workers": 2, "expert_parallel": 2, "distributed_optimizer": True},
     "megatron-tp2-sp-ep2": {
         "workers": 2,
         "tensor_parallel": 2,
@@ -79,10 +80,11 @@ def randomise(engine: TrainEngine, name: str, seed: int, scale: float = 0.05) ->
     """Give an adapter random tensors, so that B is not zero; returns them."""
     generator = torch.Generator().manual_seed(seed)
     state = engine.adapter_state(name)
-    tensors = {
-        n: (torch.randn(t.shape, generator=generator, dtype=torch.float64) * scale).to(t.dtype)
-        for n, t in state.tensors.items()
-    }
+    drawn: dict[int, Tensor] = {}  # names that share a tensor go on sharing it
+    for t in state.tensors.values():
+        numbers = torch.randn(t.shape, generator=generator, dtype=torch.float64) * scale
+        drawn.setdefault(id(t), numbers.to(t.dtype))
+    tensors = {n: drawn[id(t)] for n, t in state.tensors.items()}
     zeros = {n: torch.zeros_like(t) for n, t in tensors.items()}
     fresh = AdapterState(spec=state.spec, tensors=tensors)
     engine.restore(name, AdapterSnapshot(state=fresh, exp_avg=zeros, exp_avg_sq=zeros, step=0))
