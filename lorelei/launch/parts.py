@@ -15,12 +15,14 @@ from lorelei.config.paths import resolve_model
 from lorelei.config.publish import DiskPublish, HttpPublish, MemoryPublish, XcclPublish
 from lorelei.config.rollout import EmbeddedRollout, SglangRollout, VllmRollout
 from lorelei.config.run import RunConfig
+from lorelei.config.train import ArchonTrain, MegatronTrain
 from lorelei.data.chat import ChatTemplate
 from lorelei.data.contract import PromptSource
 from lorelei.data.source import make_source
 from lorelei.env.contract import Endpoint, Env
 from lorelei.env.environment import make_env
 from lorelei.env.outcome import NoReward
+from lorelei.interpreters.recipe import interpreter
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.backend import DTYPES, default_device
@@ -47,7 +49,7 @@ from lorelei.store.spool import Spool
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.contract import TrainEngine
 from lorelei.train.remote import RemoteEngine
-from lorelei.train.spec import ArchonSpec
+from lorelei.train.spec import ArchonSpec, MegatronSpec
 from lorelei.train.step import Trainer
 from lorelei.types import Ints, Prompt, SamplingParams
 
@@ -76,6 +78,8 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
     The stack closes what was started. Raises ValueError with one line for what a user can mend.
     """
     experiments = config.experiments()
+    if isinstance(config.train, MegatronTrain):
+        interpreter("megatron")  # or what is missing is said before anything is loaded
     folder = resolve_model(config.model)
     model = DecoderConfig.from_hf(read_config(folder))
     tokenizer = load_tokenizer(folder)
@@ -181,16 +185,31 @@ def make_loop(
 
 
 def _train_engine(config: RunConfig, folder: Path, decoder: Decoder) -> TrainEngine:
-    train = config.train
-    if train.workers == 1:
-        return ArchonEngine(decoder, train.max_tokens_per_mb, train.gradient_checkpointing)
-    spec = ArchonSpec(
-        model=str(folder),
-        dtype=config.dtype,
-        max_tokens_per_mb=train.max_tokens_per_mb,
-        recompute=train.gradient_checkpointing,
-    )
-    return RemoteEngine(spec, train.workers)
+    match config.train:
+        case ArchonTrain(workers=1) as train:
+            return ArchonEngine(decoder, train.max_tokens_per_mb, train.gradient_checkpointing)
+        case ArchonTrain() as train:
+            spec = ArchonSpec(
+                model=str(folder),
+                dtype=config.dtype,
+                max_tokens_per_mb=train.max_tokens_per_mb,
+                recompute=train.gradient_checkpointing,
+            )
+            return RemoteEngine(spec, train.workers)
+        case MegatronTrain() as train:
+            spec = MegatronSpec(
+                model=str(folder),
+                dtype=config.dtype,
+                max_tokens_per_mb=train.max_tokens_per_mb,
+                recompute=train.gradient_checkpointing,
+                tensor_parallel=train.tensor_parallel,
+                pipeline_parallel=train.pipeline_parallel,
+                expert_parallel=train.expert_parallel,
+                expert_tensor_parallel=train.expert_tensor_parallel,
+                sequence_parallel=train.sequence_parallel,
+                distributed_optimizer=train.distributed_optimizer,
+            )
+            return RemoteEngine(spec, train.workers, str(interpreter("megatron")))
 
 
 def _rollout_engine(

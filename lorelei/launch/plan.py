@@ -19,6 +19,7 @@ from lorelei.launch.adapter_size import AdapterSize, full_size, lora_size
 from lorelei.launch.device import has_accelerator
 from lorelei.launch.memory import BYTES, Footprint, estimate_memory
 from lorelei.launch.server_limits import check_servers
+from lorelei.launch.train_limits import check_training
 from lorelei.lora.targets import HEAD, Shape, match_targets, module_shapes
 from lorelei.model.config import DecoderConfig
 
@@ -87,6 +88,7 @@ def plan(config: RunConfig) -> Plan:
         ) from error
     _check_context(config, model)
     _check_files(config)
+    check_training(config, model, hf_config)
     parameters = count_parameters(model, shapes, hf_config)
     adapters = tuple(
         _adapter_plan(e, config, shapes, model, sum(parameters.values()))

@@ -18,6 +18,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 import lorelei
 from lorelei.config.threads import physical_cores
+from lorelei.interpreters.recipe import import_path
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.train.contract import EngineFailed
 from lorelei.train.spec import EngineSpec
@@ -233,8 +234,10 @@ def _environment(number: int, size: int, port: int, python: str) -> dict[str, st
         "OMP_NUM_THREADS": str(max(threads // size, 1)),
         "MALLOC_ARENA_MAX": "1",  # see config.threads
     }
-    if python == sys.executable:  # another environment has a Lorelei of its own
+    if python == sys.executable:
         package = str(Path(lorelei.__file__).parents[1])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         found["PYTHONPATH"] = os.pathsep.join(paths)
+    else:
+        found["PYTHONPATH"] = str(import_path())
     return found
