@@ -40,9 +40,28 @@ def schema() -> None:
 
 
 @app.command()
-def plan(run: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Say what a run would train and need, without loading weights."""
-    _, planned = _planned(run, overrides)
+def plan(
+    run: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Machines. Default: machine.nodes.")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Accelerators of each. Default: machine.devices.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of each accelerator, such as 80GB. Default: machine.memory.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run would train and need, and where, without loading weights."""
+    from lorelei.launch.hardware import wanted
+    from lorelei.launch.plan import plan as make_plan
+
+    asked = {"nodes": nodes, "devices": devices, "memory": memory}
+    machine = [f"machine.{key}={value}" for key, value in asked.items() if value is not None]
+    config = _loaded(run, [*(overrides or []), *machine])
+    planned = make_plan(config, wanted(config.machine))
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=2))
         return

@@ -22,6 +22,8 @@ SHARED = {
     "seed": 1,
     "steps": 10 * (7473 // 256),
     "runs_dir": "/tmp/areal/experiments",
+    "machine.nodes": 1,
+    "machine.devices": 8,
     "dtype": "bfloat16",
     "train.max_tokens_per_mb": 10240,
     "rollout.n_samples": 4,
@@ -136,6 +138,9 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
+SECTIONS_OF_RUN = ("name", "model", "dtype", "runs_dir", "train", "publish", "machine")
+
+
 def at(value: Any, dotted: str) -> Any:
     for name in dotted.split("."):
         value = getattr(value, name)
@@ -159,7 +164,7 @@ def test_every_value_of_the_page_arrives(name):
     assert experiment.name == "lora-gsm8k"
     for key, value in {**SHARED, **OWN[name]}.items():
         section = key.partition(".")[0]
-        of_run = section in ("name", "model", "dtype", "runs_dir", "train", "publish")
+        of_run = section in SECTIONS_OF_RUN
         assert at(config if of_run else experiment, key) == value, key
 
 
@@ -225,6 +230,7 @@ OTHERS = {  # values that differ from the example's and are allowed
     "actor.optimizer.lr_scheduler_type": "linear",
     "actor.rejection_sampling.lower": 0.1,
     "cluster.fileroot": "/elsewhere",
+    "cluster.n_gpus_per_node": 16,
     "actor.eps_clip_higher": 0.3,
     "actor.kl_ctl": 0.25,
     "actor.reward_bias": 0.25,

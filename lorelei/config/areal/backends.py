@@ -70,6 +70,7 @@ def train_section(backend: Backend, field: str) -> Raw:
                 "context_parallel": sizes.context,
                 "expert_parallel": sizes.expert,
                 "expert_tensor_parallel": sizes.expert_tensor,
+                "sequence_parallel": sizes.tensor > 1,  # as AReaL sets it
             }
 
 

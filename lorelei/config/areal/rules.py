@@ -31,8 +31,10 @@ RUN = (
     only("enable_offload", False, why="trainer and servers have devices of their own here"),
     equal("tokenizer_path", "actor.path", "the tokenizer is the model's own"),
     made("allocation_mode", *_SAMPLE, *_TRAIN, why="the older way of writing both backends"),
-    made("cluster.n_nodes", why="with n_gpus_per_node: what the backends take must be there"),
-    made("cluster.n_gpus_per_node", why="see cluster.n_nodes"),
+    copied("cluster.n_nodes", "machine.nodes"),
+    copied(
+        "cluster.n_gpus_per_node", "machine.devices", why="what the backends take must be there"
+    ),
     copied("cluster.fileroot", "runs_dir"),
     ignored("cluster.cluster_name", "machines are not named here"),
     ignored("cluster.name_resolve.*", "the controller knows its workers' addresses"),
