@@ -59,7 +59,8 @@ def process_groups(
         parts, problem = server_parts(run, servers, shapes, modules, hardware)
         problems += [problem] if problem else []
         places = [place for taken in seats[1 + sampler :] for place in taken]
-        words = f"{servers.replicas} replicas of {servers.tensor_parallel_size} processes"
+        size = servers.tensor_parallel_size
+        words = f"{servers.replicas} x {size} process{'es' * (size > 1)}"
         found.append(_group(f"{servers.kind} server", places, parts, words))
     elif isinstance(rollout, ServerRollout):
         found.append(_group(f"{rollout.kind} server", rollout.urls, (), "runs already"))
