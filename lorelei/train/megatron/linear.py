@@ -78,12 +78,10 @@ class AdaptedLinear:
         site = self._site
         some = next(o for o in outputs if o is not None)
         ahead = some.shape[:-1]
-        blocks = [
-            some.new_zeros(*ahead, site.groups, width // site.groups)
-            if output is None
-            else output.view(*ahead, site.groups, -1)
-            for output, width in zip(outputs, site.widths, strict=True)
-        ]
+        blocks: list[Tensor] = []
+        for output, width in zip(outputs, site.widths, strict=True):
+            shape = (*ahead, site.groups, width // site.groups)
+            blocks.append(some.new_zeros(shape) if output is None else output.view(shape))
         return torch.cat(blocks, dim=-1).flatten(-2)
 
 
