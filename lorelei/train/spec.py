@@ -25,6 +25,7 @@ class MegatronSpec:
     recompute: bool
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    context_parallel: int = 1
     expert_parallel: int = 1
     expert_tensor_parallel: int = 1
     sequence_parallel: bool = False

@@ -25,7 +25,6 @@ from lorelei.train.items import Outputs, loss_items
 from lorelei.train.layout import Piece, join, micro_batches, pieces, share
 from lorelei.train.megatron.adapter import Adapter, Shard
 from lorelei.train.megatron.collect import collect
-from lorelei.train.megatron.layout import Layout
 from lorelei.train.megatron.model import build_model
 from lorelei.train.megatron.pipeline import Pipeline
 from lorelei.train.megatron.row import Row, make_row
@@ -51,8 +50,8 @@ class MegatronEngine:
         """Build this rank's part of the model. Raises ValueError for one that cannot be."""
         hf_config = read_config(Path(spec.model))
         config = DecoderConfig.from_hf(hf_config)
-        model = build_model(spec, config)
-        self._ranks, self._layout = ranks, Layout.current(spec.sequence_parallel)
+        model, self._layout = build_model(spec, config)
+        self._ranks = ranks
         self._max_tokens = spec.max_tokens_per_mb
         self._pipeline = Pipeline(model, config, self._layout, spec.recompute)
         self._slots, self._references = (
@@ -148,8 +147,7 @@ class MegatronEngine:
                 piece = Piece(batch=part.batch, items=joined.items[part.items])
                 # other micro-batches and ranks draw other masks
                 seed = stable_seed(steps, piece.items[0]) if dropout else None
-                pipeline = self._pipeline
-                yield make_row(piece, adapter, seed, pipeline.multiple, pipeline.device)
+                yield make_row(piece, adapter, seed, self._layout, self._pipeline.device)
 
     def _adapter(self, name: str, policy: Policy) -> Adapter | None:
         if policy == "current":

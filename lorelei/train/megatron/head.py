@@ -49,18 +49,19 @@ def item_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """log p(target) and entropy [I] of softmax(logits / temperature), nats; entropy: no gradient.
 
-    hidden: [T, 1, D], of this rank's part of the sequence where that is split.
+    hidden: [t, 1, D], of this rank's part of the sequence where that is split; I: the row's items
+    that are predicted here.
     """
     if layout.sequence_parallel:
         # what comes back is whole on every rank, of which each takes its own part
         hidden = mappings.gather_from_sequence_parallel_region(
             hidden, tensor_parallel_output_grad=False, group=layout.tensor.group
         )
-    hidden_ID = hidden[:, 0].index_select(0, row.source_I)
+    hidden_ID = hidden[:, 0].index_select(0, row.source_i)
     if row.adapter is not None and module in row.adapter.sites:
         _, (part,) = row.adapter.sites[module]
-        return _adapted(hidden_ID, row, row.adapter, part, vocabulary)
-    return _TargetLogprobs.apply(hidden_ID, vocabulary, row.target_I, row.temperature_I)  # type: ignore[no-any-return]
+        return _adapted(hidden_ID, row, row.adapter, part, vocabulary, layout.context.rank)
+    return _TargetLogprobs.apply(hidden_ID, vocabulary, row.target_i, row.temperature_i)  # type: ignore[no-any-return]
 
 
 class _TargetLogprobs(torch.autograd.Function):
@@ -134,7 +135,12 @@ class _OfLogits(torch.autograd.Function):
 
 
 def _adapted(
-    hidden_ID: Tensor, row: Row, adapter: Adapter, part: Part, head: Vocabulary
+    hidden_ID: Tensor,
+    row: Row,
+    adapter: Adapter,
+    part: Part,
+    head: Vocabulary,
+    ordinal: int,
 ) -> tuple[Tensor, Tensor]:
     """Where an adapter acts on the head itself: chunks are recomputed in the backward pass."""
     dtype = torch.promote_types(hidden_ID.dtype, torch.float32)
@@ -146,14 +152,14 @@ def _adapted(
         logits_CV = (base @ head.weight.T + added).to(dtype) / heat.to(dtype)[:, None]
         return _OfLogits.apply(logits_CV, head, target)  # type: ignore[no-any-return]
 
-    x = masked(hidden_ID, row, adapter, (part.name, 0))
+    x = masked(hidden_ID, row, adapter, (part.name, ordinal))
     low_IR = x @ part.a.T.to(x.dtype)
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
     for rows in _chunks(len(hidden_ID), head.weight.shape[0], hidden_ID.device):
         logprob, entropy = checkpoint(
             chunk,
-            *(hidden_ID[rows], low_IR[rows], row.target_I[rows], row.temperature_I[rows]),
+            *(hidden_ID[rows], low_IR[rows], row.target_i[rows], row.temperature_i[rows]),
             use_reentrant=False,
         )
         logprobs.append(logprob)

@@ -63,6 +63,16 @@ class Layout:
         """Whether what this rank says of its items counts: one rank for each."""
         return self.last_stage and self.tensor.rank == 0 and self.context.rank == 0
 
+    @property
+    def multiple(self) -> int:
+        """What the length of a row must be a multiple of."""
+        return self.context.size * (self.tensor.size if self.sequence_parallel else 1)
+
+    @property
+    def meets(self) -> bool:
+        """Whether ranks with other rows take part in a layer."""
+        return self.expert.size > 1 or self.expert_tensor.size > 1
+
     def splitting(self, expert: bool) -> Axis:
         """The axis that a layer's weights are split over."""
         return self.expert_tensor if expert else self.tensor

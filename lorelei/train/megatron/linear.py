@@ -36,7 +36,12 @@ class AdaptedLinear:
             return None
         y, bias = output
         _, parts = row.adapter.sites[module]
-        x = masked(args[0], row, row.adapter, (self._site.parts[0], self._ordinal))
+        x = masked(
+            args[0],
+            row,
+            row.adapter,
+            (self._site.parts[0], self._ordinal, self._layout.context.rank),
+        )
         add = self._column if self._site.style == "column" else self._row
         return y + add(x, parts) * row.adapter.spec.scale, bias
 
@@ -73,12 +78,10 @@ class AdaptedLinear:
         site = self._site
         some = next(o for o in outputs if o is not None)
         ahead = some.shape[:-1]
-        blocks = [
-            some.new_zeros(*ahead, site.groups, width // site.groups)
-            if output is None
-            else output.view(*ahead, site.groups, -1)
-            for output, width in zip(outputs, site.widths, strict=True)
-        ]
+        blocks: list[Tensor] = []
+        for output, width in zip(outputs, site.widths, strict=True):
+            shape = (*ahead, site.groups, width // site.groups)
+            blocks.append(some.new_zeros(shape) if output is None else output.view(shape))
         return torch.cat(blocks, dim=-1).flatten(-2)
 
 
@@ -90,7 +93,7 @@ def stacked(parts: Sequence[Part], dtype: torch.dtype) -> tuple[Tensor, list[sli
     return torch.cat(list(own.values())).to(dtype), [at[id(part.a)] for part in parts]
 
 
-def masked(x: Tensor, row: Row, adapter: Adapter, where: tuple[str, int]) -> Tensor:
+def masked(x: Tensor, row: Row, adapter: Adapter, where: tuple[object, ...]) -> Tensor:
     """x with the adapter's dropout; the same mask every time, so a recomputed pass agrees."""
     dropout = adapter.spec.dropout
     if row.dropout_seed is None or dropout == 0:

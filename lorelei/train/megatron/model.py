@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from lorelei.model.backend import DTYPES
 from lorelei.model.config import DecoderConfig
 from lorelei.model.rope import frequencies
+from lorelei.train.megatron.context import to_heads, to_tokens
+from lorelei.train.megatron.layout import Axis, Layout
 from lorelei.train.megatron.row import Row
 from lorelei.train.spec import MegatronSpec
 
@@ -31,8 +33,8 @@ _NORMS = {  # where layers have norms of their own; with Transformer Engine they
 }
 
 
-def build_model(spec: MegatronSpec, config: DecoderConfig) -> Any:
-    """This rank's part of the model, frozen. Megatron's parallel groups are made here.
+def build_model(spec: MegatronSpec, config: DecoderConfig) -> tuple[Any, Layout]:
+    """This rank's part of the model, frozen, and its place. Megatron's groups are made here.
 
     Raises ValueError for a checkpoint that does not fill it.
     """
@@ -50,8 +52,9 @@ def build_model(spec: MegatronSpec, config: DecoderConfig) -> Any:
             )
     model.requires_grad_(False)
     _load(bridge, model, Path(spec.model))
-    _use_rope(model, config)
-    return model
+    layout = Layout.current(spec.sequence_parallel)
+    _use_own_positions(model, config, layout)
+    return model, layout
 
 
 def _provider(bridge: Any, spec: MegatronSpec, config: DecoderConfig) -> Any:
@@ -72,7 +75,7 @@ def _provider(bridge: Any, spec: MegatronSpec, config: DecoderConfig) -> Any:
         "fp16": dtype == torch.float16,
         "tensor_model_parallel_size": spec.tensor_parallel,
         "pipeline_model_parallel_size": spec.pipeline_parallel,
-        "context_parallel_size": 1,
+        "context_parallel_size": spec.context_parallel,
         "expert_model_parallel_size": spec.expert_parallel,
         "expert_tensor_parallel_size": spec.expert_tensor_parallel,
         "sequence_parallel": spec.sequence_parallel,
@@ -124,6 +127,7 @@ class RowAttention(MegatronModule):
         assert not config.apply_query_key_layer_scaling and config.softmax_scale is None
 
         self._layer = layer_number
+        self.axis: Axis | None = None  # the ranks that have the rest of the row
 
     def forward(
         self,
@@ -135,8 +139,10 @@ class RowAttention(MegatronModule):
         packed_seq_params: Row,
         **_: Any,
     ) -> Tensor:
-        """[T, 1, H, d] and [T, 1, K, d] -> [T, 1, H * d]."""
-        mixed = packed_seq_params.attention(self._layer, query[:, 0], key[:, 0], value[:, 0])
+        """[t, 1, H, d] and [t, 1, K, d] -> [t, 1, H * d]."""
+        assert self.axis is not None
+        q, k, v = (to_heads(x[:, 0], self.axis) for x in (query, key, value))
+        mixed = to_tokens(packed_seq_params.attention(self._layer, q, k, v), self.axis)
         return mixed.reshape(len(mixed), 1, -1)
 
 
@@ -152,18 +158,19 @@ class RowRope(nn.Module):
         return arguments[-1]
 
     def forward(self, row: Row, **_: Any) -> Tensor:
-        """[T, 1, 1, d]."""
-        angles = row.positions_T.to(torch.float32)[:, None] * self._inverse.to(
-            row.positions_T.device
+        """[t, 1, 1, d]."""
+        angles = row.positions_t.to(torch.float32)[:, None] * self._inverse.to(
+            row.positions_t.device
         )
         return torch.cat([angles, angles], dim=-1)[:, None, None]
 
 
-def _use_rope(model: Any, config: DecoderConfig) -> None:
+def _use_own_positions(model: Any, config: DecoderConfig, layout: Layout) -> None:
     inverse, scale = frequencies(config)
     model.rotary_pos_emb = RowRope(inverse)
     for layer in model.decoder.layers:
         layer.self_attention._yarn_concentration_factor = scale
+        layer.self_attention.core_attention.axis = layout.context
 
 
 def _load(bridge: Any, model: Any, folder: Path) -> None:

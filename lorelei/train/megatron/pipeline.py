@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from lorelei.model.config import DecoderConfig
+from lorelei.train.megatron.context import of_all_items
 from lorelei.train.megatron.head import Vocabulary, item_logprobs
 from lorelei.train.megatron.layout import Layout
 from lorelei.train.megatron.linear import AdaptedLinear
@@ -39,18 +40,8 @@ class Pipeline:
                 AdaptedLinear(site, layout, bound)
         # ranks that meet within a layer must all come back through it; and a recomputed layer has
         # no gradients to give where its input has none
-        if self._meets or recompute:
+        if layout.meets or recompute:
             _want_gradients(model)
-
-    @property
-    def multiple(self) -> int:
-        """What the length of a row must be a multiple of."""
-        return self._layout.tensor.size if self._layout.sequence_parallel else 1
-
-    @property
-    def _meets(self) -> bool:
-        """Whether ranks with other rows take part in a layer."""
-        return self._layout.expert.size > 1 or self._layout.expert_tensor.size > 1
 
     def forward(self, rows: Sequence[Row], judge: Judge) -> None:
         """Without gradients; what the judge returns is ignored."""
@@ -79,8 +70,8 @@ class Pipeline:
         def step(waiting: Iterator[Row], model: Any) -> tuple[Tensor, Any]:
             row = next(waiting)
             output = model(
-                input_ids=row.tokens_T[None],
-                position_ids=row.positions_T[None],
+                input_ids=row.tokens_t[None],
+                position_ids=row.positions_t[None],
                 attention_mask=None,
                 packed_seq_params=row,
                 output_processor=self._head,
@@ -103,12 +94,12 @@ class Pipeline:
 
     def _in_company(self, rows: Sequence[Row]) -> list[Row]:
         """The rows, and as many without content as the rank with most rows has more."""
-        if not self._meets:
+        if not self._layout.meets:
             return list(rows)
         most = torch.tensor([len(rows)])
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         missing = int(most) - len(rows)
-        return [*rows, *(company_row(self.multiple, self.device) for _ in range(missing))]
+        return [*rows, *(company_row(self._layout, self.device) for _ in range(missing))]
 
     def _head(
         self,
@@ -122,9 +113,10 @@ class Pipeline:
         first, stop = head_rows(self._config, self._layout)
         weight = output_layer.weight if output_weight is None else output_weight
         vocabulary = Vocabulary(weight[: stop - first], first, self._layout.tensor)
-        return item_logprobs(
-            hidden_states, packed_seq_params, vocabulary, output_layer, self._layout
-        )
+        row = packed_seq_params
+        outputs = item_logprobs(hidden_states, row, vocabulary, output_layer, self._layout)
+        count = len(row.here_i) if row.piece is None else len(row.piece.items)
+        return of_all_items(outputs, row.here_i, count, self._layout.context)
 
 
 def _as_it_is(loss: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -2,7 +2,7 @@
 
 Megatron hands its `packed_seq_params` to every layer, in the recomputed forward pass too, so the
 row is an argument there; linear layers, which get nothing but x, find it in `Bound`.
-Shapes: T tokens of the row, padding included; I items.
+Shapes: T tokens of the row, padding included, t of them on this rank; i items predicted here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from lorelei.model.attention import PackedAttention, tree_blocks
 from lorelei.train.layout import Piece
 from lorelei.train.megatron.adapter import Adapter
+from lorelei.train.megatron.layout import Layout
 from lorelei.types import Segment
 
 
@@ -29,12 +30,13 @@ class Row(PackedSeqParams):
     piece: Piece | None  # none: a row that only keeps other ranks company
     adapter: Adapter | None
     dropout_seed: int | None
-    tokens_T: Tensor
-    positions_T: Tensor
-    attention: PackedAttention
-    source_I: Tensor
-    target_I: Tensor
-    temperature_I: Tensor
+    tokens_t: Tensor
+    positions_t: Tensor
+    attention: PackedAttention  # of the whole row
+    here_i: Tensor  # which items of the piece these are
+    source_i: Tensor
+    target_i: Tensor
+    temperature_i: Tensor
 
 
 class Bound:
@@ -52,46 +54,52 @@ class Bound:
 
 
 def make_row(
-    piece: Piece,
-    adapter: Adapter | None,
-    dropout_seed: int | None,
-    multiple: int,
-    device: torch.device,
+    piece: Piece, adapter: Adapter | None, dropout_seed: int | None, layout: Layout, device: Any
 ) -> Row:
-    """The row of a piece, of a length that `multiple` divides."""
+    """This rank's part of the row of a piece."""
     segments, items = piece.batch.segments, piece.batch.items
     tokens, positions = _columns(segments)
     lengths, parents = [len(s.tokens) for s in segments], [s.parent for s in segments]
-    if padding := -len(tokens) % multiple:
+    if padding := -len(tokens) % layout.multiple:
         tokens = np.concatenate([tokens, np.zeros(padding, dtype=np.int64)])
         positions = np.concatenate([positions, np.arange(padding)])
         lengths, parents = [*lengths, padding], [*parents, -1]
+    t = len(tokens) // layout.context.size
+    first = layout.context.rank * t
+    here = np.flatnonzero((items.source >= first) & (items.source < first + t))
+
+    def on_device(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
     return Row(
         piece=piece,
         adapter=adapter,
         dropout_seed=dropout_seed,
-        tokens_T=torch.from_numpy(tokens).to(device),
-        positions_T=torch.from_numpy(positions).to(device),
+        tokens_t=on_device(tokens[first : first + t]),
+        positions_t=on_device(positions[first : first + t]),
         attention=PackedAttention(tree_blocks(lengths, parents)),
-        source_I=torch.from_numpy(items.source).to(device),
-        target_I=torch.from_numpy(items.target).to(device, torch.int64),
-        temperature_I=torch.from_numpy(items.temperature).to(device),
+        here_i=on_device(here),
+        source_i=on_device(items.source[here] - first),
+        target_i=on_device(items.target[here].astype(np.int64)),
+        temperature_i=on_device(items.temperature[here]),
     )
 
 
-def company_row(multiple: int, device: torch.device) -> Row:
+def company_row(layout: Layout, device: Any) -> Row:
     """A row of nothing but padding, whose loss is zero."""
-    zeros = torch.zeros(multiple, dtype=torch.int64, device=device)
+    t = layout.multiple // layout.context.size
+    zeros = torch.zeros(t, dtype=torch.int64, device=device)
     return Row(
         piece=None,
         adapter=None,
         dropout_seed=None,
-        tokens_T=zeros,
-        positions_T=torch.arange(multiple, device=device),
-        attention=PackedAttention(tree_blocks([multiple], [-1])),
-        source_I=zeros[:1],
-        target_I=zeros[:1],
-        temperature_I=torch.ones(1, device=device),
+        tokens_t=zeros,
+        positions_t=torch.arange(t, device=device),
+        attention=PackedAttention(tree_blocks([layout.multiple], [-1])),
+        here_i=zeros[:1],
+        source_i=zeros[:1],
+        target_i=zeros[:1],
+        temperature_i=torch.ones(1, device=device),
     )
 
 
