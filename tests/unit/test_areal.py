@@ -212,6 +212,15 @@ def test_overrides_in_areals_words_reach_what_refers_to_them():
     assert (config.algo.batch_size, config.steps) == (64, 10 * (7473 // 64))
 
 
+def test_steps_take_the_place_of_epochs():
+    more = ["total_train_steps=5", "evaluator.freq_steps=2"]
+    loaded = read_config(example("gsm8k_grpo_lora"), more)
+    assert (loaded.config.steps, loaded.config.eval.every) == (5, 2)
+    text = "\n".join(lines(loaded.translation, "x"))
+    assert "  total_train_epochs: 10: total_train_steps takes its place" in text
+    assert "total_train_steps: 5  ->  steps: 5" in text
+
+
 def test_overrides_in_our_words_are_set_in_the_translation():
     config = changed("gsm8k_grpo_lora", "steps=3", "rollout.kind=embedded", "publish.kind=memory")
     assert (config.steps, config.rollout.kind) == (3, "embedded")

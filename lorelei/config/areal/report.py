@@ -16,6 +16,11 @@ from lorelei.config.section import is_mapping
 
 Raw = dict[str, Any]
 
+REPLACED = {  # by what takes its place
+    "total_train_epochs": "total_train_steps",
+    "evaluator.freq_epochs": "evaluator.freq_steps",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fate:
@@ -70,6 +75,8 @@ def _fate(key: str, value: Any, ours: Raw, translation: Translation) -> Fate:
     if key.startswith(f"{_unused(translation)}."):
         sampler = translation.config["rollout"]["kind"]
         return Fate(key=key, value=value, became={}, why=f"rollout.backend is {sampler}")
+    if (other := REPLACED.get(key)) and translation.file.has(other):
+        return Fate(key=key, value=value, became={}, why=f"{other} takes its place")
     if rule.how in ("copied", "made") and value is not None:
         became = _became(rule, ours)
         if rule.key.endswith(BELOW):
