@@ -80,6 +80,41 @@ def resume(run: RunFolder) -> None:
     _until_stopped(lambda: local.resume(folder))
 
 
+launch_app = typer.Typer(help="Run on a cluster.", no_args_is_help=True)
+app.add_typer(launch_app, name="launch")
+
+
+@launch_app.command()
+def slurm(
+    run: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="0: train on CPUs.")] = 0,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(help="An option of sbatch, such as --sbatch=--partition=gpu; repeatable."),
+    ] = None,
+    setup: Annotated[
+        list[str] | None,
+        typer.Option(help="A shell line before the start, such as 'module load cuda'; repeatable."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the job script, submit nothing.")] = False,
+) -> None:
+    """Submit a Slurm job that starts Ray on its nodes and trains on them."""
+    from lorelei.launch.slurm import SlurmJob, check, job_script, submit
+
+    config, _ = _planned(run, [*(overrides or []), "cluster.kind=ray"])
+    job = SlurmJob(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        options=tuple(sbatch or ()),
+        setup=tuple(setup or ()),
+    )
+    check(config, job)
+    script = job_script(config, job, run, overrides or [])
+    typer.echo(script if dry_run else submit(script), nl=not dry_run)
+
+
 @app.command()
 def install(
     kind: Annotated[str, typer.Argument(help="vllm or sglang.", metavar="KIND")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorelei.config.cluster import LocalCluster, RayCluster
 from lorelei.config.experiment import Experiment
 from lorelei.config.paths import resolve_model
 from lorelei.config.publish import DiskPublish, HttpPublish, MemoryPublish, XcclPublish
@@ -41,18 +43,23 @@ from lorelei.rollout.evaluate import Evaluator
 from lorelei.rollout.meter import Meter
 from lorelei.rollout.sampler import Policy
 from lorelei.rollout.server.engine import ServerEngine
+from lorelei.rollout.server.place import HERE
 from lorelei.store.peft_folder import read_peft_folder
 from lorelei.store.run import RunStore
 from lorelei.store.spool import Spool
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.contract import TrainEngine
 from lorelei.train.remote import RemoteEngine
+from lorelei.train.restarting import Restarting
 from lorelei.train.spec import ArchonSpec
 from lorelei.train.step import Trainer
+from lorelei.train.workers import LOOPBACK, LocalWorkers
 from lorelei.types import Ints, Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from lorelei.launch.ray_cluster import Cluster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +75,7 @@ class Parts:
     tasks: Mapping[str, str]  # for people
     decode: Callable[[Ints], str]
     stop_token_ids: tuple[int, ...]
+    cluster: Cluster | None  # none: this machine alone
 
 
 async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
@@ -93,8 +101,11 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
     chat = ChatTemplate(tokenizer=tokenizer, stop_token_ids=stops)
     endpoint = await _endpoint(experiments, chat, stack)
     envs = {e.name: _env(e, chat, context, endpoint, stack) for e in experiments}
+    cluster = await asyncio.to_thread(_cluster, config)
+    if cluster is not None:
+        stack.callback(cluster.close)
     decoder = load_decoder(folder, DTYPES[config.dtype], default_device())
-    rollout = _rollout_engine(config, folder, decoder, tokenizer)
+    rollout = _rollout_engine(config, folder, decoder, tokenizer, cluster)
     stack.push_async_callback(rollout.close)
     if isinstance(rollout, ServerEngine):
         await rollout.start()
@@ -108,7 +119,26 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
         tasks={e.name: task_words(e) for e in experiments},
         decode=decoder_of(tokenizer),
         stop_token_ids=stops,
+        cluster=cluster,
     )
+
+
+def _cluster(config: RunConfig) -> Cluster | None:
+    """The connection to Ray, with places for all processes of the run."""
+    match config.cluster:
+        case LocalCluster():
+            return None
+        case RayCluster() as ray:
+            from lorelei.launch.ray_cluster import Cluster
+
+            rollout = config.rollout
+            here = rollout.kind == "embedded" or bool(rollout.urls)
+            return Cluster(
+                ray,
+                workers=config.train.workers,
+                servers=0 if here else rollout.replicas,
+                server_cpus=1 if here else rollout.threads * rollout.tensor_parallel_size,
+            )
 
 
 async def _endpoint(
@@ -146,7 +176,7 @@ def _env(
 def make_trainer(config: RunConfig, parts: Parts, stack: AsyncExitStack) -> Trainer:
     """The trainer with the run's adapters, all fresh; the stack closes it."""
     experiments = config.experiments()
-    engine = _train_engine(config, parts.folder, parts.decoder)
+    engine = _train_engine(config, parts)
     trainer = Trainer(engine, {e.name: e for e in experiments})
     stack.callback(trainer.close)
     for e in experiments:
@@ -180,21 +210,28 @@ def make_loop(
     )
 
 
-def _train_engine(config: RunConfig, folder: Path, decoder: Decoder) -> TrainEngine:
+def _train_engine(config: RunConfig, parts: Parts) -> TrainEngine:
     train = config.train
-    if train.workers == 1:
-        return ArchonEngine(decoder, train.max_tokens_per_mb, train.gradient_checkpointing)
+    if train.workers == 1 and parts.cluster is None:
+        return ArchonEngine(parts.decoder, train.max_tokens_per_mb, train.gradient_checkpointing)
     spec = ArchonSpec(
-        model=str(folder),
+        model=str(parts.folder),
         dtype=config.dtype,
         max_tokens_per_mb=train.max_tokens_per_mb,
         recompute=train.gradient_checkpointing,
     )
-    return RemoteEngine(spec, train.workers)
+    launcher = LocalWorkers if parts.cluster is None else parts.cluster.launch_workers
+    return Restarting(
+        lambda: RemoteEngine(spec, train.workers, launcher=launcher), config.cluster.restarts
+    )
 
 
 def _rollout_engine(
-    config: RunConfig, folder: Path, decoder: Decoder, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig,
+    folder: Path,
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    cluster: Cluster | None,
 ) -> RolloutEngine:
     match config.rollout:
         case EmbeddedRollout() as embedded:
@@ -207,7 +244,9 @@ def _rollout_engine(
         case VllmRollout() | SglangRollout() as servers:
             from lorelei.launch.servers import make_server_engine
 
-            return make_server_engine(config, servers, folder, decoder.config, tokenizer)
+            return make_server_engine(
+                config, servers, folder, decoder.config, tokenizer, cluster or HERE
+            )
 
 
 def _way(config: RunConfig, parts: Parts, store: RunStore) -> Way | None:
@@ -226,7 +265,8 @@ def _way(config: RunConfig, parts: Parts, store: RunStore) -> Way | None:
             from lorelei.publish.xccl import Xccl
 
             assert isinstance(engine, ServerEngine), "checked by the configuration"
-            return Xccl(engine, parts.decoder.device, publish.host, publish.timeout)
+            known = parts.cluster.host if parts.cluster is not None else LOOPBACK
+            return Xccl(engine, parts.decoder.device, publish.host or known, publish.timeout)
 
 
 def _canary(

@@ -16,6 +16,7 @@ from lorelei.model.load import read_config
 from lorelei.rollout.limits import Limits
 from lorelei.rollout.server.dialect import Dialect
 from lorelei.rollout.server.engine import ServerEngine
+from lorelei.rollout.server.place import HERE, Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,8 +30,9 @@ def make_server_engine(
     folder: Path,
     model: DecoderConfig,
     tokenizer: PreTrainedTokenizerBase,
+    place: Place = HERE,
 ) -> ServerEngine:
-    """Not started yet. folder: of the model."""
+    """Not started yet. folder: of the model. place: where servers are started."""
     context = min(rollout.max_context or model.max_positions, model.max_positions)
     match rollout:
         case VllmRollout():
@@ -46,6 +48,7 @@ def make_server_engine(
         urls=rollout.urls,
         token=os.environ.get(TOKEN),
         max_running=rollout.max_running,
+        place=place,
     )
 
 
