@@ -80,6 +80,23 @@ def resume(run: RunFolder) -> None:
     _until_stopped(lambda: local.resume(folder))
 
 
+@app.command()
+def rollout(
+    run: ConfigFile,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen at.")] = 30000,
+) -> None:
+    """Run the rollout server of a run here, for a trainer elsewhere (rollout.urls).
+
+    The trainer shows the token in LORELEI_SERVER_TOKEN; an address that others reach needs one.
+    """
+    config, _ = _planned(run, overrides)
+    from lorelei.launch.servers import serve
+
+    serve(config, host, port)
+
+
 launch_app = typer.Typer(help="Run on a cluster.", no_args_is_help=True)
 app.add_typer(launch_app, name="launch")
 

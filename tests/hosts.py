@@ -18,9 +18,11 @@ import pytest
 
 _INSIDE = """
 hostname {name}
+mount --bind {folder}/hosts /etc/hosts
 mkdir -p /tmp/ray && mount --bind {folder} /tmp/ray
 ip link set lo up
 ip link set eth0 up
+ip route add default via 10.77.0.254
 echo ready
 sleep infinity & wait
 """
@@ -34,6 +36,8 @@ class Host:
         self._switch, self._port = switch, f"p{number}"
         self._space = f"{switch}-{number}"
         folder.mkdir()
+        names = [f"10.77.0.{n} host{n}" for n in range(1, 10)]
+        (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names]) + "\n")
         _ip("netns", "add", self._space)
         here = ("-n", switch, "link")
         _ip(*here, "add", self._port, "type", "veth", "peer", "eth0", "netns", self._space)

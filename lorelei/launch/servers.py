@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from lorelei.config.paths import cache_folder
+from lorelei.config.paths import cache_folder, resolve_model
 from lorelei.config.rollout import SglangRollout, VllmRollout
 from lorelei.config.run import RunConfig
 from lorelei.launch.device import has_accelerator
@@ -34,13 +36,8 @@ def make_server_engine(
 ) -> ServerEngine:
     """Not started yet. folder: of the model. place: where servers are started."""
     context = min(rollout.max_context or model.max_positions, model.max_positions)
-    match rollout:
-        case VllmRollout():
-            dialect = _vllm(config, rollout, folder, context)
-        case SglangRollout():
-            dialect = _sglang(config, rollout, folder, context)
     return ServerEngine(
-        dialect,
+        _dialect(config, rollout, folder, model),
         Limits(vocab=model.vocab, context=context, decodes_text=True),
         cache_folder() / "logs" / config.name,
         tokenizer=tokenizer,  # type: ignore[arg-type]  # its decode takes more
@@ -50,6 +47,24 @@ def make_server_engine(
         max_running=rollout.max_running,
         place=place,
     )
+
+
+def serve(config: RunConfig, host: str, port: int) -> NoReturn:
+    """Become the rollout server of a run. Raises ValueError for what a user can mend."""
+    rollout = config.rollout
+    if rollout.kind == "embedded":
+        raise ValueError("rollout.kind: 'embedded' is no server; use vllm or sglang")
+    token = os.environ.get(TOKEN, "")
+    if not token and not ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
+        raise ValueError(
+            f"--host: {host} is reached by others and {TOKEN} is not set; whoever reaches the "
+            "server could replace its adapters. Set the same secret here and at the trainer"
+        )
+    folder = resolve_model(config.model)
+    model = DecoderConfig.from_hf(read_config(folder))
+    rollout = rollout.model_copy(update={"urls": ()})
+    launch = _dialect(config, rollout, folder, model).launch(0, port, token, Path.cwd(), host)
+    os.execvpe(launch.command[0], launch.command, {**os.environ, **launch.environment})
 
 
 def max_rank(config: RunConfig, rollout: VllmRollout | SglangRollout) -> int:
@@ -64,6 +79,17 @@ def versions_in_use(config: RunConfig) -> int:
 
 def device() -> str:
     return "cuda" if has_accelerator() else "cpu"
+
+
+def _dialect(
+    config: RunConfig, rollout: VllmRollout | SglangRollout, folder: Path, model: DecoderConfig
+) -> Dialect:
+    context = min(rollout.max_context or model.max_positions, model.max_positions)
+    match rollout:
+        case VllmRollout():
+            return _vllm(config, rollout, folder, context)
+        case SglangRollout():
+            return _sglang(config, rollout, folder, context)
 
 
 def _vllm(config: RunConfig, rollout: VllmRollout, folder: Path, context: int) -> Dialect:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import PreTrainedTokenizerFast
 
 from lorelei.store.check import check_run
@@ -60,6 +61,12 @@ def test_too_few_gpus_and_a_missing_sbatch_are_one_line(place: Path) -> None:
     assert "3 processes need a GPU each" in " ".join(few.split())
     assert "there is no sbatch here" in dry(place, code=2)
     assert "algo.rl" in dry(place, "algo.rl=1", code=2)
+
+
+def test_the_template_for_skypilot_is_one_that_bash_accepts() -> None:
+    task = yaml.safe_load(Path("recipes/cluster/skypilot.yaml").read_text())
+    subprocess.run(["bash", "-n"], input=task["run"], text=True, check=True)
+    assert set(task["envs"]) == {"RAY_AUTH_TOKEN", "RUN"} and Path(task["envs"]["RUN"]).is_file()
 
 
 @pytest.mark.timeout(240)
