@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorelei.config.cluster import LocalCluster, RayCluster
+from lorelei.config.cluster import RayCluster
 from lorelei.config.experiment import Experiment
 from lorelei.config.paths import resolve_model
 from lorelei.config.publish import DiskPublish, HttpPublish, MemoryPublish, XcclPublish
@@ -43,7 +42,6 @@ from lorelei.rollout.evaluate import Evaluator
 from lorelei.rollout.meter import Meter
 from lorelei.rollout.sampler import Policy
 from lorelei.rollout.server.engine import ServerEngine
-from lorelei.rollout.server.place import HERE
 from lorelei.store.peft_folder import read_peft_folder
 from lorelei.store.run import RunStore
 from lorelei.store.spool import Spool
@@ -78,9 +76,10 @@ class Parts:
     cluster: Cluster | None  # none: this machine alone
 
 
-async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
+async def build(config: RunConfig, stack: AsyncExitStack, *, training: bool = True) -> Parts:
     """Check data and rewards, load the model, make the rollout engine on it.
 
+    training: whether a trainer is to be made of these parts too.
     The stack closes what was started. Raises ValueError with one line for what a user can mend.
     """
     experiments = config.experiments()
@@ -101,7 +100,7 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
     chat = ChatTemplate(tokenizer=tokenizer, stop_token_ids=stops)
     endpoint = await _endpoint(experiments, chat, stack)
     envs = {e.name: _env(e, chat, context, endpoint, stack) for e in experiments}
-    cluster = await asyncio.to_thread(_cluster, config)
+    cluster = _cluster(config, training)
     if cluster is not None:
         stack.callback(cluster.close)
     decoder = load_decoder(folder, DTYPES[config.dtype], default_device())
@@ -123,22 +122,19 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
     )
 
 
-def _cluster(config: RunConfig) -> Cluster | None:
-    """The connection to Ray, with places for all processes of the run."""
+def _cluster(config: RunConfig, training: bool) -> Cluster | None:
+    """The connection to Ray, with places for all processes of the run, if it has any there."""
+    rollout = config.rollout
+    attached = rollout.kind == "embedded" or bool(rollout.urls)
+    workers, servers = config.train.workers if training else 0, 0 if attached else rollout.replicas
     match config.cluster:
-        case LocalCluster():
-            return None
-        case RayCluster() as ray:
+        case RayCluster() as ray if workers + servers:
             from lorelei.launch.ray_cluster import Cluster
 
-            rollout = config.rollout
-            here = rollout.kind == "embedded" or bool(rollout.urls)
-            return Cluster(
-                ray,
-                workers=config.train.workers,
-                servers=0 if here else rollout.replicas,
-                server_cpus=1 if here else rollout.threads * rollout.tensor_parallel_size,
-            )
+            cpus = 1 if attached else rollout.threads * rollout.tensor_parallel_size
+            return Cluster(ray, workers, servers, cpus)
+        case _:
+            return None
 
 
 async def _endpoint(
@@ -244,9 +240,10 @@ def _rollout_engine(
         case VllmRollout() | SglangRollout() as servers:
             from lorelei.launch.servers import make_server_engine
 
-            return make_server_engine(
-                config, servers, folder, decoder.config, tokenizer, cluster or HERE
-            )
+            built = (config, servers, folder, decoder.config, tokenizer)
+            if cluster is None:
+                return make_server_engine(*built)
+            return make_server_engine(*built, cluster, "cuda" if cluster.gpus else "cpu")
 
 
 def _way(config: RunConfig, parts: Parts, store: RunStore) -> Way | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -50,6 +51,7 @@ class Cluster:
         self.host = config.host or ray.util.get_node_ip_address()
         try:
             self.gpus = self._gpus()
+            self._idle: list[Any] = []
             self._bundles = [{"CPU": config.cpus_per_worker, "GPU": self.gpus}] * workers
             self._bundles += [{"CPU": server_cpus, "GPU": self.gpus}] * servers
             self._places = placement_group(
@@ -58,15 +60,17 @@ class Cluster:
             )
             if not self._places.wait(config.wait):
                 raise ValueError(f"cluster.wait: {self._no_room()}")
-            self._check([self._seat(n) for n in range(len(self._bundles))])
+            self._idle += [self._new_seat(n) for n in range(len(self._bundles))]
+            self._check(self._idle)
         except BaseException:
             ray.shutdown()
             raise
 
-    def launch_workers(self, size: int, python: str | None) -> RayWorkers:
-        """Implements Launcher. python: of the workers; none: that of each node's Ray."""
+    def launch_workers(self, size: int, python: str) -> RayWorkers:
+        """Implements Launcher. For our own interpreter, nodes take that of their Ray."""
         assert size == self._workers, "one place was taken for each"
-        return RayWorkers([self._seat(n) for n in range(size)], self._config, self.host, python)
+        theirs = None if python == sys.executable else python
+        return RayWorkers([self._seat(n) for n in range(size)], self._config, self.host, theirs)
 
     def start(self, dialect: Dialect, number: int, token: str, folder: Path) -> RunningServer:
         """Implements Place."""
@@ -79,7 +83,11 @@ class Cluster:
             ray.shutdown()
 
     def _seat(self, number: int) -> Any:
-        """A new actor in one of the places."""
+        """An actor in one of the places that nobody has used."""
+        actor, self._idle[number] = self._idle[number], None
+        return actor or self._new_seat(number)
+
+    def _new_seat(self, number: int) -> Any:
         bundle = self._bundles[number]
         return (
             ray.remote(Host)
@@ -110,8 +118,6 @@ class Cluster:
             raise ValueError(f"cluster.wait: {self._no_room()}") from error
         except RayError as error:
             raise ValueError(f"cluster: a node cannot run Lorelei: {_last_line(error)}") from error
-        for actor in actors:
-            ray.kill(actor)
         for facts in found:
             for (what, there), (_, here) in zip(facts.versions, installed(), strict=True):
                 if there != here:

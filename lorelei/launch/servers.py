@@ -6,7 +6,7 @@ import ipaddress
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from lorelei.config.paths import cache_folder, resolve_model
 from lorelei.config.rollout import SglangRollout, VllmRollout
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 TOKEN = "LORELEI_SERVER_TOKEN"
 
+Device = Literal["cpu", "cuda"]
+
 
 def make_server_engine(
     config: RunConfig,
@@ -33,11 +35,15 @@ def make_server_engine(
     model: DecoderConfig,
     tokenizer: PreTrainedTokenizerBase,
     place: Place = HERE,
+    device: Device | None = None,
 ) -> ServerEngine:
-    """Not started yet. folder: of the model. place: where servers are started."""
+    """Not started yet. folder: of the model. place: where servers are started.
+
+    device: of that place; none: this machine's.
+    """
     context = min(rollout.max_context or model.max_positions, model.max_positions)
     return ServerEngine(
-        _dialect(config, rollout, folder, model),
+        _dialect(config, rollout, folder, model, device or device_here()),
         Limits(vocab=model.vocab, context=context, decodes_text=True),
         cache_folder() / "logs" / config.name,
         tokenizer=tokenizer,  # type: ignore[arg-type]  # its decode takes more
@@ -63,7 +69,8 @@ def serve(config: RunConfig, host: str, port: int) -> NoReturn:
     folder = resolve_model(config.model)
     model = DecoderConfig.from_hf(read_config(folder))
     rollout = rollout.model_copy(update={"urls": ()})
-    launch = _dialect(config, rollout, folder, model).launch(0, port, token, Path.cwd(), host)
+    dialect = _dialect(config, rollout, folder, model, device_here())
+    launch = dialect.launch(0, port, token, Path.cwd(), host)
     os.execvpe(launch.command[0], launch.command, {**os.environ, **launch.environment})
 
 
@@ -77,22 +84,28 @@ def versions_in_use(config: RunConfig) -> int:
     return sum(e.rollout.max_head_offpolicyness + 2 for e in config.experiments())
 
 
-def device() -> str:
+def device_here() -> Device:
     return "cuda" if has_accelerator() else "cpu"
 
 
 def _dialect(
-    config: RunConfig, rollout: VllmRollout | SglangRollout, folder: Path, model: DecoderConfig
+    config: RunConfig,
+    rollout: VllmRollout | SglangRollout,
+    folder: Path,
+    model: DecoderConfig,
+    device: Device,
 ) -> Dialect:
     context = min(rollout.max_context or model.max_positions, model.max_positions)
     match rollout:
         case VllmRollout():
-            return _vllm(config, rollout, folder, context)
+            return _vllm(config, rollout, folder, context, device)
         case SglangRollout():
-            return _sglang(config, rollout, folder, context)
+            return _sglang(config, rollout, folder, context, device)
 
 
-def _vllm(config: RunConfig, rollout: VllmRollout, folder: Path, context: int) -> Dialect:
+def _vllm(
+    config: RunConfig, rollout: VllmRollout, folder: Path, context: int, device: Device
+) -> Dialect:
     from lorelei.rollout.vllm.command import VllmOptions
     from lorelei.rollout.vllm.dialect import VllmDialect
 
@@ -107,7 +120,7 @@ def _vllm(config: RunConfig, rollout: VllmRollout, folder: Path, context: int) -
             versions=versions_in_use(config),
             max_running=rollout.max_running,
             tensor_parallel=rollout.tensor_parallel_size,
-            device=device(),
+            device=device,
             has_tokenizer=True,
             threads=rollout.threads,
             cpu_cache_gib=rollout.cpu_cache_gib,
@@ -116,7 +129,9 @@ def _vllm(config: RunConfig, rollout: VllmRollout, folder: Path, context: int) -
     )
 
 
-def _sglang(config: RunConfig, rollout: SglangRollout, folder: Path, context: int) -> Dialect:
+def _sglang(
+    config: RunConfig, rollout: SglangRollout, folder: Path, context: int, device: Device
+) -> Dialect:
     from lorelei.rollout.sglang.command import SglangOptions
     from lorelei.rollout.sglang.dialect import SglangDialect
 
@@ -132,7 +147,7 @@ def _sglang(config: RunConfig, rollout: SglangRollout, folder: Path, context: in
             versions=versions_in_use(config),
             max_running=rollout.max_running,
             tensor_parallel=rollout.tensor_parallel_size,
-            device=device(),
+            device=device,
             has_tokenizer=True,
             threads=rollout.threads,
             cpu_cache_gib=rollout.cpu_cache_gib,

@@ -64,9 +64,10 @@ def test_too_few_gpus_and_a_missing_sbatch_are_one_line(place: Path) -> None:
 
 
 def test_the_template_for_skypilot_is_one_that_bash_accepts() -> None:
-    task = yaml.safe_load(Path("recipes/cluster/skypilot.yaml").read_text())
+    root = Path(__file__).parents[2]
+    task = yaml.safe_load((root / "recipes/cluster/skypilot.yaml").read_text())
     subprocess.run(["bash", "-n"], input=task["run"], text=True, check=True)
-    assert set(task["envs"]) == {"RAY_AUTH_TOKEN", "RUN"} and Path(task["envs"]["RUN"]).is_file()
+    assert set(task["envs"]) == {"RAY_AUTH_TOKEN", "RUN"} and (root / task["envs"]["RUN"]).is_file()
 
 
 @pytest.mark.timeout(240)
