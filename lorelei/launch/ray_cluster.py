@@ -6,6 +6,7 @@ are one placement group, taken before anything heavy starts.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import os
 import sys
@@ -21,6 +22,7 @@ from lorelei.rollout.server.place import RunningServer
 from lorelei.train.contract import WorkersLost
 from lorelei.train.workers import Seat, WorkerGone, open_store
 
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported
 try:
     import ray
     from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
@@ -74,7 +76,8 @@ class Cluster:
 
     def start(self, dialect: Dialect, number: int, token: str, folder: Path) -> RunningServer:
         """Implements Place."""
-        return RayServer(self._seat(self._workers + number), dialect, number, token, folder)
+        actor = self._seat(self._workers + number)
+        return RayServer(actor, dialect, number, token, folder, self._config.wait)
 
     def close(self) -> None:
         """Give the places back and disconnect. Idempotent."""
@@ -193,18 +196,24 @@ class RayWorkers:
 class RayServer:
     """Implements RunningServer."""
 
-    def __init__(self, actor: Any, dialect: Dialect, number: int, token: str, folder: Path) -> None:
-        """Raises ValueError when it cannot be started there, ServerTrouble without its node."""
+    def __init__(
+        self, actor: Any, dialect: Dialect, number: int, token: str, folder: Path, wait: float
+    ) -> None:
+        """wait: seconds for a node that is lost to come back, or for another one.
+
+        Raises ValueError when it cannot be started there, ServerTrouble when no node is there.
+        """
         self._actor = actor
         try:
             self.url: str = ray.get(
-                actor.start_server.remote(dialect, number, token, str(folder.absolute()))
+                actor.start_server.remote(dialect, number, token, str(folder.absolute())),
+                timeout=wait,
             )
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
             raise ValueError(f"{dialect.name}-{number} on its node: {cause}") from error
         except RayError as error:
-            raise ServerTrouble(f"its node was lost: {_last_line(error)}") from error
+            raise ServerTrouble(f"its node is lost: {_last_line(error)}") from error
         self._ended: Future[None] = actor.server_ended.remote().future()
 
     @property
@@ -219,8 +228,6 @@ class RayServer:
         return self._told(self._actor.server_words, "its node is lost")
 
     async def stop(self) -> None:
-        import asyncio
-
         await asyncio.to_thread(self._told, self._actor.end_server, None, 60.0)
         ray.kill(self._actor)
 
@@ -234,7 +241,6 @@ class RayServer:
 def _connect(address: str | None) -> None:
     if ray.is_initialized():
         raise ValueError("cluster.kind: 'ray': this process is connected to a Ray cluster already")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     where = address or os.environ.get("RAY_ADDRESS") or "auto"
     try:
         ray.init(address=where, namespace="lorelei", log_to_driver=False, logging_level="WARNING")

@@ -11,7 +11,16 @@ from typing import Any
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.train.contract import EngineFailed, WorkersLost
 from lorelei.train.spec import EngineSpec
-from lorelei.train.wire import Call, Failure, Reply, Start, WireError, encode, parse
+from lorelei.train.wire import (
+    NETWORK,
+    Call,
+    Failure,
+    Reply,
+    Start,
+    WireError,
+    encode,
+    parse,
+)
 from lorelei.train.workers import GRACE, Launcher, LocalWorkers, WorkerGone
 from lorelei.types import (
     AdamHyper,
@@ -134,6 +143,9 @@ class RemoteEngine:
         number, failure = next(iter(own.items()))
         if len(failures) < len(outcomes):
             raise self._broken(f"{method} failed on some ranks only: {failure.text}", [number])
+        if failure.kind == NETWORK:
+            last = failure.text.strip().splitlines()[-1]
+            raise self._broken(f"another rank was out of reach during {method} ({last})", [number])
         if failure.kind in _ERRORS:
             raise _ERRORS[failure.kind](failure.text)
         raise EngineFailed(f"train worker {number} failed in {method}: {failure.text}")

@@ -33,6 +33,7 @@ from lorelei.types import (
     TrainOutputs,
 )
 
+NETWORK = "Network"  # the kind of failures in which another rank was out of reach
 _LENGTHS = struct.Struct("<QQ")
 
 
@@ -67,7 +68,7 @@ class Reply:
 class Failure:
     """What a call raised."""
 
-    kind: str  # ValueError, KeyError, RankFailed, or another one that is nobody's input
+    kind: str  # ValueError, KeyError, RankFailed, NETWORK, or another that is nobody's input
     text: str
 
 

@@ -21,7 +21,7 @@ from lorelei.model.backend import DTYPES, default_device, dist_backend
 from lorelei.train.contract import TrainEngine
 from lorelei.train.ranks import RankFailed, Ranks
 from lorelei.train.spec import EngineSpec
-from lorelei.train.wire import Call, Failure, Reply, Start, receive, send
+from lorelei.train.wire import NETWORK, Call, Failure, Reply, Start, receive, send
 
 METHODS = frozenset(
     {
@@ -99,7 +99,12 @@ def _attempt(work: Callable[[], Any]) -> Reply | Failure:
         return Failure(kind="RankFailed", text=str(error))
     except Exception as error:  # the border: what a call raises is the controller's
         text = "".join(traceback.format_exception(error))
-        return Failure(kind=type(error).__name__, text=text)
+        return Failure(kind=NETWORK if _of_the_network(error) else type(error).__name__, text=text)
+
+
+def _of_the_network(error: Exception) -> bool:
+    """Whether another rank was out of reach: gloo says so with a plain RuntimeError."""
+    return isinstance(error, dist.DistError) or "/gloo/transport/" in str(error)
 
 
 if __name__ == "__main__":
