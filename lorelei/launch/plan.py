@@ -18,7 +18,6 @@ from lorelei.config.task import JsonlTask, ParquetTask
 from lorelei.launch.adapter_size import AdapterSize, full_size, lora_size
 from lorelei.launch.device import has_accelerator
 from lorelei.launch.memory import BYTES, Footprint, estimate_memory
-from lorelei.launch.placement import Process, processes
 from lorelei.launch.server_limits import check_servers
 from lorelei.lora.targets import HEAD, Shape, match_targets, module_shapes
 from lorelei.model.config import DecoderConfig
@@ -52,7 +51,6 @@ class Plan:
     adapters: tuple[AdapterPlan, ...]
     device: Literal["cpu", "accelerator"]  # whose memory it is
     memory: Mapping[str, Mapping[str, int]]  # bytes, estimated, by phase and part
-    processes: tuple[Process, ...]
     warnings: tuple[str, ...]
 
     @property
@@ -115,7 +113,6 @@ def plan(config: RunConfig) -> Plan:
                 on_cpu=on_cpu,
             )
         ),
-        processes=processes(config, accelerated=not on_cpu),
         warnings=tuple(config.warnings()),
     )
 

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from lorelei.launch.memory import PROMPT_SHARE
-from lorelei.launch.placement import Process
 from lorelei.launch.plan import AdapterPlan, Plan
 
 _GIB = 1024**3
@@ -24,7 +23,6 @@ def plan_table(plan: Plan) -> Group:
         _parameters(plan.parameters, plan.total_parameters),
         _adapters(plan.adapters),
         *(Text(f"{a.name}: {_summary(a.modules)}") for a in plan.adapters),
-        _processes(plan.processes),
         _memory(plan.memory, plan.device),
         Text(
             f"memory: {plan.total_memory / _GIB:.2f} GiB, estimated, with completions of full "
@@ -54,16 +52,6 @@ def _memory(phases: Mapping[str, Mapping[str, int]], device: str) -> Table:
     for name in dict.fromkeys(name for parts in phases.values() for name in parts):
         held = (parts.get(name, 0) for parts in phases.values())
         table.add_row(Text(name), *(Text(f"{x / _GIB:.2f}" if x else "") for x in held))
-    return table
-
-
-def _processes(processes: Sequence[Process]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("process", "where", "device"):
-        table.add_column(name)
-    for p in processes:
-        number = "" if p.number is None else f" {p.number}"
-        table.add_row(*map(Text, (p.name, p.node, p.device + number)))
     return table
 
 
