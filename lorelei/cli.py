@@ -40,9 +40,28 @@ def schema() -> None:
 
 
 @app.command()
-def plan(run: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Say what a run would train and need, without loading weights."""
-    _, planned = _planned(run, overrides)
+def plan(
+    run: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Machines. Default: machine.nodes.")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Accelerators of each. Default: machine.devices.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of each accelerator, such as 80GB. Default: machine.memory.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run would train and need, and where, without loading weights."""
+    from lorelei.launch.hardware import wanted
+    from lorelei.launch.plan import plan as make_plan
+
+    asked = {"nodes": nodes, "devices": devices, "memory": memory}
+    machine = [f"machine.{key}={value}" for key, value in asked.items() if value is not None]
+    config = _loaded(run, [*(overrides or []), *machine])
+    planned = make_plan(config, wanted(config.machine))
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=2))
         return
@@ -51,6 +70,25 @@ def plan(run: ConfigFile, overrides: Overrides = None, as_json: Json = False) ->
     from lorelei.launch.table import plan_table
 
     Console().print(plan_table(planned))
+
+
+@app.command()
+def convert(
+    run: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Default: print it.")] = None,
+) -> None:
+    """Write a file of AReaL as a configuration of ours."""
+    from lorelei.config.load import dump_set
+
+    text = dump_set(_loaded(run, overrides))
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    if out.exists():
+        raise ValueError(f"--out: {str(out)!r} exists; give another name or remove it")
+    out.write_text(text)
+    typer.echo(f"wrote {out}", err=True)
 
 
 @app.command()
@@ -319,11 +357,23 @@ def main() -> None:
 
 
 def _planned(run: Path, overrides: list[str] | None) -> tuple[RunConfig, Plan]:
-    from lorelei.config.load import load_config
     from lorelei.launch.plan import plan as make_plan
 
-    config = load_config(run, overrides or [])
+    config = _loaded(run, overrides)
     return config, make_plan(config)
+
+
+def _loaded(run: Path, overrides: list[str] | None) -> RunConfig:
+    """A file's configuration; what became of one of AReaL's is printed."""
+    from lorelei.config.load import read_config
+
+    loaded = read_config(run, overrides or [])
+    if loaded.translation is not None:
+        from lorelei.config.areal.report import lines
+
+        for line in lines(loaded.translation, run.name):
+            typer.echo(line, err=True)
+    return loaded.config
 
 
 def _set_threads(config: RunConfig) -> None:

@@ -16,12 +16,15 @@ from lorelei.config.paths import resolve_model
 from lorelei.config.publish import DiskPublish, HttpPublish, MemoryPublish, XcclPublish
 from lorelei.config.rollout import EmbeddedRollout, SglangRollout, VllmRollout
 from lorelei.config.run import RunConfig
+from lorelei.config.train import MegatronTrain
 from lorelei.data.chat import ChatTemplate
 from lorelei.data.contract import PromptSource
 from lorelei.data.source import make_source
 from lorelei.env.contract import Endpoint, Env
 from lorelei.env.environment import make_env
 from lorelei.env.outcome import NoReward
+from lorelei.interpreters.recipe import interpreter
+from lorelei.launch.train_engine import make_train_engine
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.backend import DTYPES, default_device
@@ -45,13 +48,8 @@ from lorelei.rollout.server.engine import ServerEngine
 from lorelei.store.peft_folder import read_peft_folder
 from lorelei.store.run import RunStore
 from lorelei.store.spool import Spool
-from lorelei.train.archon.engine import ArchonEngine
-from lorelei.train.contract import TrainEngine
-from lorelei.train.remote import RemoteEngine
-from lorelei.train.restarting import Restarting
-from lorelei.train.spec import ArchonSpec
 from lorelei.train.step import Trainer
-from lorelei.train.workers import LOOPBACK, LocalWorkers
+from lorelei.train.workers import LOOPBACK
 from lorelei.types import Ints, Prompt, SamplingParams
 
 if TYPE_CHECKING:
@@ -83,6 +81,8 @@ async def build(config: RunConfig, stack: AsyncExitStack, *, training: bool = Tr
     The stack closes what was started. Raises ValueError with one line for what a user can mend.
     """
     experiments = config.experiments()
+    if isinstance(config.train, MegatronTrain):
+        interpreter("megatron")  # or what is missing is said before anything is loaded
     folder = resolve_model(config.model)
     model = DecoderConfig.from_hf(read_config(folder))
     tokenizer = load_tokenizer(folder)
@@ -172,7 +172,7 @@ def _env(
 def make_trainer(config: RunConfig, parts: Parts, stack: AsyncExitStack) -> Trainer:
     """The trainer with the run's adapters, all fresh; the stack closes it."""
     experiments = config.experiments()
-    engine = _train_engine(config, parts)
+    engine = make_train_engine(config, parts.folder, parts.decoder, parts.cluster)
     trainer = Trainer(engine, {e.name: e for e in experiments})
     stack.callback(trainer.close)
     for e in experiments:
@@ -203,22 +203,6 @@ def make_loop(
         step=store.latest.step if store.latest else 0,
         scores=dict(state.get("score", {})),
         reward=state.get("reward"),
-    )
-
-
-def _train_engine(config: RunConfig, parts: Parts) -> TrainEngine:
-    train = config.train
-    if train.workers == 1 and parts.cluster is None:
-        return ArchonEngine(parts.decoder, train.max_tokens_per_mb, train.gradient_checkpointing)
-    spec = ArchonSpec(
-        model=str(parts.folder),
-        dtype=config.dtype,
-        max_tokens_per_mb=train.max_tokens_per_mb,
-        recompute=train.gradient_checkpointing,
-    )
-    launcher = LocalWorkers if parts.cluster is None else parts.cluster.launch_workers
-    return Restarting(
-        lambda: RemoteEngine(spec, train.workers, launcher=launcher), config.cluster.restarts
     )
 
 

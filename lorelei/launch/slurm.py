@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorelei.config.run import RunConfig
-from lorelei.launch.placement import processes
 
 STORE = 2_000_000_000  # bytes of Ray's object store on each node: only adapters and batches pass
 
@@ -27,10 +26,12 @@ class SlurmJob:
 
 def check(config: RunConfig, job: SlurmJob) -> None:
     """Raises ValueError when the nodes have too few GPUs for the processes of the run."""
-    held = [p for p in processes(config) if p.where == "ray"]
-    if job.gpus_per_node and len(held) > job.nodes * job.gpus_per_node:
+    rollout = config.rollout
+    servers = 0 if rollout.kind == "embedded" or rollout.urls else rollout.replicas
+    held = config.train.workers + servers
+    if job.gpus_per_node and held > job.nodes * job.gpus_per_node:
         raise ValueError(
-            f"--nodes {job.nodes} x --gpus-per-node {job.gpus_per_node}: {len(held)} processes "
+            f"--nodes {job.nodes} x --gpus-per-node {job.gpus_per_node}: {held} processes "
             "need a GPU each (train workers and servers; see `lorelei plan`); ask for more, or "
             "lower rollout.replicas or the processes of train"
         )

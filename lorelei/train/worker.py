@@ -20,7 +20,7 @@ import torch.distributed as dist
 from lorelei.model.backend import DTYPES, default_device, dist_backend
 from lorelei.train.contract import TrainEngine
 from lorelei.train.ranks import RankFailed, Ranks
-from lorelei.train.spec import EngineSpec
+from lorelei.train.spec import ArchonSpec, EngineSpec, MegatronSpec
 from lorelei.train.wire import NETWORK, Call, Failure, Reply, Start, receive, send
 
 METHODS = frozenset(
@@ -66,11 +66,17 @@ def _end_with(parent: int) -> None:
 
 def build_engine(spec: EngineSpec, ranks: Ranks) -> TrainEngine:
     """The engine of a spec on this process's device."""
-    from lorelei.model.load import load_decoder
-    from lorelei.train.archon.engine import ArchonEngine
+    match spec:
+        case ArchonSpec():
+            from lorelei.model.load import load_decoder
+            from lorelei.train.archon.engine import ArchonEngine
 
-    decoder = load_decoder(Path(spec.model), DTYPES[spec.dtype], default_device())
-    return ArchonEngine(decoder, spec.max_tokens_per_mb, spec.recompute, ranks)
+            decoder = load_decoder(Path(spec.model), DTYPES[spec.dtype], default_device())
+            return ArchonEngine(decoder, spec.max_tokens_per_mb, spec.recompute, ranks)
+        case MegatronSpec():
+            from lorelei.train.megatron.start import start_engine
+
+            return start_engine(spec, ranks)
 
 
 def _start(start: Start) -> TrainEngine:

@@ -18,6 +18,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 import lorelei
 from lorelei.config.threads import physical_cores
+from lorelei.interpreters.recipe import import_path
 from lorelei.train.network import interface_toward
 from lorelei.train.wire import read_frame
 
@@ -88,10 +89,12 @@ class Seat:
         }
         if self.host != LOOPBACK:
             found["NCCL_SOCKET_IFNAME"] = f"={self.interface}"
-        if python == sys.executable:  # another environment has a Lorelei of its own
+        if python == sys.executable:
             package = str(Path(lorelei.__file__).parents[1])
             paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
             found["PYTHONPATH"] = os.pathsep.join(paths)
+        else:
+            found["PYTHONPATH"] = str(import_path())
         return found
 
 

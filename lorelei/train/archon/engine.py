@@ -6,20 +6,22 @@ Shapes: T tokens, I items, D hidden.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lorelei.algo.loss import LossItems, LossResult, load_loss
-from lorelei.lora.bank import AdapterBank, RoutedModel, check_tensors, stable_seed
-from lorelei.lora.state import AdapterSnapshot, AdapterState
+from lorelei.algo.loss import load_loss
+from lorelei.lora.bank import AdapterBank, RoutedModel
+from lorelei.lora.fresh import stable_seed
+from lorelei.lora.state import AdapterSnapshot, AdapterState, check_tensors
 from lorelei.model.attention import PackedAttention, tree_blocks
 from lorelei.model.decoder import Decoder
 from lorelei.model.head import routed_target_logprobs, target_logprobs
 from lorelei.train.adam import AdapterOptimizer
+from lorelei.train.checks import check_losses, check_snapshot, finite
+from lorelei.train.items import Outputs, item_rows, loss_items
 from lorelei.train.layout import Piece, join, micro_batches, pieces, share
 from lorelei.train.ranks import Ranks
 from lorelei.types import (
@@ -27,7 +29,6 @@ from lorelei.types import (
     AdapterSpec,
     Batch,
     ItemOutputs,
-    Items,
     LossSpec,
     OptimStats,
     Policy,
@@ -76,7 +77,7 @@ class ArchonEngine:
     @torch.no_grad()
     def logprobs(self, batch: Batch, policy: Policy) -> ItemOutputs:
         self._check(batch)
-        outputs = _Outputs(len(batch.items), self._bank.dtype)
+        outputs = Outputs(len(batch.items), self._bank.dtype)
         with self._ranks.together():
             for part in self._micro_batches(batch):
                 model = self._model(part.batch, policy)
@@ -94,9 +95,8 @@ class ArchonEngine:
 
     def _forward_backward(self, batch: Batch, losses: Mapping[str, LossSpec]) -> TrainOutputs:
         self._check(batch)
-        if missing := sorted(set(batch.adapters) - losses.keys()):
-            raise ValueError(f"losses: none given for adapter {missing[0]!r}, which has segments")
-        outputs = _Outputs(len(batch.items), self._bank.dtype)
+        check_losses(batch, losses)
+        outputs = Outputs(len(batch.items), self._bank.dtype)
         with self._ranks.together():
             for part in self._micro_batches(batch):
                 self._micro_step(part, losses, outputs)
@@ -108,14 +108,14 @@ class ArchonEngine:
             metrics={name: sums.get(name, {}) for name in batch.adapters},
         )
 
-    def _micro_step(self, part: Piece, losses: Mapping[str, LossSpec], outputs: _Outputs) -> None:
+    def _micro_step(self, part: Piece, losses: Mapping[str, LossSpec], outputs: Outputs) -> None:
         steps = (self._optimizers[name].step_count for name in part.batch.adapters)
         seed = stable_seed(*steps, part.items[0])  # other micro-batches and ranks draw other masks
         model = self._model(part.batch, "current", dropout_seed=seed)
         logprobs_I, entropy_I = self._item_logprobs(part.batch, model)
         totals: list[Tensor] = []
-        for name, rows in _item_rows(part.batch).items():
-            items = _loss_items(part.batch.items, rows, logprobs_I)
+        for name, rows in item_rows(part.batch).items():
+            items = loss_items(part.batch.items, rows, logprobs_I)
             spec = losses[name]
             result = load_loss(spec)(logprobs_I[rows], items, **spec.params)
             totals.append(result.total)
@@ -168,7 +168,7 @@ class ArchonEngine:
             self._ranks.add_up_gradients(one)
         norms = {name: self._optimizers[name].grad_norm() for name in hyper}
         try:
-            ready = {name: _finite(name, norm) for name, norm in norms.items()}
+            ready = {name: finite(name, norm) for name, norm in norms.items()}
         except ValueError:
             for name in hyper:
                 self._optimizers[name].clear()
@@ -186,17 +186,7 @@ class ArchonEngine:
         )
 
     def restore(self, name: str, snapshot: AdapterSnapshot) -> None:
-        theirs, own = snapshot.state.spec, self._bank[name].spec
-        if theirs.full != own.full:
-            there, here = (f"lora.use_lora: {str(not s.full).lower()}" for s in (theirs, own))
-            raise ValueError(
-                f"adapter {name!r}: the snapshot is of {there}, the engine trains {here}; what a "
-                "run trains cannot change, start a new one"
-            )
-        if theirs != own:
-            raise ValueError(
-                f"adapter {name!r}: the snapshot is of {theirs}, the engine holds {own}"
-            )
+        check_snapshot(name, self._bank[name].spec, snapshot)
         shapes = {n: tuple(t.shape) for n, t in self._bank[name].tensors().items()}
         for tensors in (snapshot.state.tensors, snapshot.exp_avg, snapshot.exp_avg_sq):
             check_tensors(name, shapes, tensors)
@@ -217,66 +207,3 @@ class ArchonEngine:
             self._bank[name]
         if not len(batch.items):
             raise ValueError("batch: it has no items, so there is nothing to compute")
-
-
-class _Outputs:
-    """Collects micro-batches into arrays of the whole batch and sums by adapter."""
-
-    def __init__(self, items: int, dtype: torch.dtype) -> None:
-        self.logprobs = torch.zeros(items, dtype=dtype)
-        self.entropy = torch.zeros(items, dtype=dtype)
-        self.sums: dict[str, dict[str, float]] = {}
-
-    def put(self, part: Piece, logprobs_I: Tensor, entropy_I: Tensor) -> None:
-        at = torch.from_numpy(part.items)
-        self.logprobs[at] = logprobs_I.to("cpu", self.logprobs.dtype)
-        self.entropy[at] = entropy_I.to("cpu", self.entropy.dtype)
-
-    def add(self, name: str, result: LossResult) -> None:
-        sums = self.sums.setdefault(name, {})
-        for key, value in {"loss": result.total.detach(), **result.metrics}.items():
-            sums[key] = sums.get(key, 0.0) + float(value)
-
-    def items(self) -> ItemOutputs:
-        # numpy keeps the engine's precision: fp64 engines are for parity tests
-        return ItemOutputs(logprobs=self.logprobs.numpy(), entropy=self.entropy.numpy())
-
-
-def _finite(name: str, norm: Tensor | None) -> Tensor:
-    if norm is None:
-        raise ValueError(f"adapter {name!r}: there are no gradients; call forward_backward first")
-    if not torch.isfinite(norm):
-        raise ValueError(f"adapter {name!r}: the gradient norm is {norm.item()}; no step was taken")
-    return norm
-
-
-def _item_rows(batch: Batch) -> dict[str, slice]:
-    """{adapter: its items}; micro-batches are sorted by adapter, so they are one run."""
-    bounds = np.cumsum([len(s.tokens) for s in batch.segments])
-    owner_I = np.searchsorted(bounds, batch.items.source, side="right")
-    names = batch.adapters
-    adapter_I = np.array([names.index(s.adapter) for s in batch.segments])[owner_I]
-    edges = np.flatnonzero(np.diff(adapter_I)) + 1
-    starts = [0, *edges.tolist(), len(adapter_I)]
-    return {
-        names[int(adapter_I[start])]: slice(start, stop)
-        for start, stop in itertools.pairwise(starts)
-    }
-
-
-def _loss_items(items: Items, rows: slice, like: Tensor) -> LossItems:
-    def column(values: np.ndarray | None) -> Tensor | None:
-        if values is None or np.isnan(values[rows]).all():  # another adapter's column
-            return None
-        return torch.from_numpy(values[rows]).to(like.device, like.dtype)
-
-    weight, advantage, behaviour = map(column, (items.weight, items.advantage, items.behaviour))
-    assert weight is not None and advantage is not None and behaviour is not None
-    return LossItems(
-        weight=weight,
-        advantage=advantage,
-        behaviour=behaviour,
-        proximal=column(items.proximal),
-        reference=column(items.reference),
-        sequence=torch.from_numpy(items.sequence[rows]).to(like.device),
-    )
