@@ -12,6 +12,7 @@ MATRICES = (  # in the order of the page
     "publishing",
     "fifty_publishes",
     "asynchronous",
+    "hosts",
     "areal",
     "megatron",
 )

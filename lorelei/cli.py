@@ -119,6 +119,58 @@ def resume(run: RunFolder) -> None:
 
 
 @app.command()
+def rollout(
+    run: ConfigFile,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen at.")] = 30000,
+) -> None:
+    """Run the rollout server of a run here, for a trainer elsewhere (rollout.urls).
+
+    The trainer shows the token in LORELEI_SERVER_TOKEN; an address that others reach needs one.
+    """
+    config, _ = _planned(run, overrides)
+    from lorelei.launch.servers import serve
+
+    serve(config, host, port)
+
+
+launch_app = typer.Typer(help="Run on a cluster.", no_args_is_help=True)
+app.add_typer(launch_app, name="launch")
+
+
+@launch_app.command()
+def slurm(
+    run: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="0: train on CPUs.")] = 0,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(help="An option of sbatch, such as --sbatch=--partition=gpu; repeatable."),
+    ] = None,
+    setup: Annotated[
+        list[str] | None,
+        typer.Option(help="A shell line before the start, such as 'module load cuda'; repeatable."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the job script, submit nothing.")] = False,
+) -> None:
+    """Submit a Slurm job that starts Ray on its nodes and trains on them."""
+    from lorelei.launch.slurm import SlurmJob, check, job_script, submit
+
+    config, _ = _planned(run, [*(overrides or []), "cluster.kind=ray"])
+    job = SlurmJob(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        options=tuple(sbatch or ()),
+        setup=tuple(setup or ()),
+    )
+    check(config, job)
+    script = job_script(config, job, run, overrides or [])
+    typer.echo(script if dry_run else submit(script), nl=not dry_run)
+
+
+@app.command()
 def install(
     kind: Annotated[str, typer.Argument(help="vllm or sglang.", metavar="KIND")],
 ) -> None:

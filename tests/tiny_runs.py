@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedTokenizerFast
 
+from lorelei.launch.trained import TrainedRun
 from tests.tiny_models import make_tiny
 
 # rewards that differ between random completions, so that every step has a gradient
@@ -87,6 +88,13 @@ def lorelei(folder: Path, *arguments: str, code: int = 0, errors: bool = False) 
     if errors:
         return out + said
     return out if code == 0 else said
+
+
+def final(folder: Path) -> str:
+    """Where a finished run has its adapter and Adam's moments: the name holds step and sha256."""
+    manifest = TrainedRun.read(folder).manifest
+    assert manifest.state["finished"] is True
+    return manifest.adapters["default"].snapshot
 
 
 def records(folder: Path, kind: str) -> list[dict[str, Any]]:

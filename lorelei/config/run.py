@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lorelei.config.checkpoint import CheckpointConfig
+from lorelei.config.cluster import ClusterConfig, LocalCluster
 from lorelei.config.errors import FieldError
 from lorelei.config.experiment import AdapterOverrides, Experiment, ExperimentDefaults, resolve
 from lorelei.config.machine import MachineConfig
@@ -48,6 +49,9 @@ class RunConfig(ExperimentDefaults):
     publish: PublishConfig = Field(
         default_factory=MemoryPublish,
         description="The publisher. Default: memory for the embedded engine, http for servers.",
+    )
+    cluster: ClusterConfig = Field(
+        default_factory=LocalCluster, description="Where train workers and servers run."
     )
     machine: MachineConfig = Field(
         default_factory=MachineConfig, description="What `lorelei plan` counts on."

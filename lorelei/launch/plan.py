@@ -114,7 +114,8 @@ def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
         adapters=tuple(_size(a, model, shapes) for a in adapters),
         on_cpu=on_cpu,
     )
-    phases = estimate_memory(run) if isinstance(config.train, ArchonTrain) else {}
+    alone = isinstance(config.train, ArchonTrain) and config.cluster.kind == "local"
+    phases = estimate_memory(run) if alone else {}
     processes, problems = process_groups(run, parameters, shapes, modules, hardware, phases)
     return Plan(
         run=config.name,

@@ -29,7 +29,8 @@ def process_groups(
     Raises ConfigError when there are fewer devices than processes.
     """
     rollout, train = run.config.rollout, run.config.train
-    inside = isinstance(train, ArchonTrain) and train.workers == 1
+    on_ray = ", on Ray" if run.config.cluster.kind == "ray" else ""
+    inside = isinstance(train, ArchonTrain) and train.workers == 1 and not on_ray
     servers = rollout if isinstance(rollout, ServerRollout) and not rollout.urls else None
     ranks = 1 if inside else train.workers
     sampler = rollout.kind == "embedded" and not inside
@@ -37,7 +38,7 @@ def process_groups(
     if servers is not None:
         groups += [servers.tensor_parallel_size] * servers.replicas
     seats = seat(hardware, groups)
-    role = f"{train.kind} rank"
+    role = f"{train.kind} rank{on_ray}"
     found = [_controller(run)]
     problems: list[str] = []
     if inside:
@@ -61,7 +62,7 @@ def process_groups(
         places = [place for taken in seats[1 + sampler :] for place in taken]
         size = servers.tensor_parallel_size
         words = f"{servers.replicas} x {size} process{'es' * (size > 1)}"
-        found.append(_group(f"{servers.kind} server", places, parts, words))
+        found.append(_group(f"{servers.kind} server{on_ray}", places, parts, words))
     elif isinstance(rollout, ServerRollout):
         found.append(_group(f"{rollout.kind} server", rollout.urls, (), "runs already"))
     return tuple(found), (*problems, *_too_large(found, hardware))

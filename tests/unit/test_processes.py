@@ -297,3 +297,15 @@ def test_the_page_shows_what_the_command_prints(monkeypatch, capsys):
     printed = "\n".join(line for line in lines if line)
     shown = Path("docs/planning.md").read_text().partition("plan recipes/gsm8k/70b.yaml\n")[2]
     assert shown.partition("\n```")[0] == printed, "COLUMNS=120 lorelei plan, without empty lines"
+
+
+def test_on_ray_even_a_single_rank_is_a_process_of_its_own(tiny):
+    cluster = ("cluster.kind=ray", "rollout.kind=sglang", "machine.devices=2", "machine.nodes=2")
+    found = planned(tiny, *cluster, "machine.memory=80GB")
+    roles = {g.role: g.places for g in found.processes}
+    assert roles == {
+        "controller": ("cpu",),
+        "archon rank, on Ray": ("node 0 gpu 0",),
+        "sglang server, on Ray": ("node 0 gpu 1",),
+    }
+    assert found.memory == {}, "this machine holds neither"
