@@ -8,7 +8,13 @@ from pathlib import Path
 from acceptance.record import Line, kept
 
 PAGE = Path("docs/acceptance.md")
-MATRICES = ("publishing", "fifty_publishes", "asynchronous", "megatron")  # in the order of the page
+MATRICES = (
+    "publishing",
+    "fifty_publishes",
+    "asynchronous",
+    "megatron",
+    "pairs",
+)  # in the order of the page
 
 
 def page() -> str:
