@@ -31,8 +31,9 @@ class ArchonTrain(TrainSection):
 class MegatronTrain(TrainSection):
     """Megatron-Core and Megatron-Bridge in an interpreter of their own; `make megatron`.
 
-    Runs data_parallel x tensor_parallel x context_parallel x pipeline_parallel processes. Experts
-    are spread over the same ones: expert_parallel x expert_tensor_parallel divides those of a stage.
+    Runs data_parallel x tensor_parallel x context_parallel processes for each of pipeline_parallel
+    stages. Experts are spread over those of their stage, which expert_parallel x
+    expert_tensor_parallel divides.
     """
 
     kind: Literal["megatron"] = Field(description="Which train engine.")

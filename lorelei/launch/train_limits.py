@@ -30,8 +30,8 @@ def _check_megatron(train: MegatronTrain, model: DecoderConfig) -> None:
     if train.context_parallel > 1 and model.kv_heads % heads:
         raise ConfigError(
             f"train.context_parallel: {train.context_parallel} x tensor_parallel "
-            f"{train.tensor_parallel} does not divide the model's {model.kv_heads} key/value heads, "
-            "which its processes share out in attention; lower one of them"
+            f"{train.tensor_parallel} does not divide the model's {model.kv_heads} key/value "
+            "heads, which its processes share out in attention; lower one of them"
         )
     _divides("pipeline_parallel", train.pipeline_parallel, "layers", model.layers)
     if model.moe is None:
