@@ -26,11 +26,11 @@ from tests.tiny_models import make_tiny
 LIMIT = 1e-5  # two orders of summation in fp32 differ by about 1e-6
 DENSE = (
     *("megatron", "megatron-tp2", "megatron-tp2-sp", "megatron-pp2", "megatron-dp2"),
-    *("megatron-dp2-sharded", "megatron-tp2-pp2"),
+    *("megatron-dp2-sharded", "megatron-tp2-pp2", "megatron-cp2"),
 )
 SPARSE = (
     *("megatron", "megatron-ep2", "megatron-tp2-sp-ep2", "megatron-ep2-pp2"),
-    *("megatron-etp2", "megatron-ep2-sharded"),
+    *("megatron-etp2", "megatron-ep2-sharded", "megatron-cp2-ep2"),
 )
 TARGETS = {  # what the adapters of the table's columns act on
     "separate": ("all-linear",),

@@ -15,6 +15,7 @@ MATRICES = (  # in the order of the page
     "hosts",
     "areal",
     "megatron",
+    "pairs",
 )
 
 

@@ -85,8 +85,9 @@ class FsdpTrain(TrainSection):
 class MegatronTrain(TrainSection):
     """Megatron-Core and Megatron-Bridge in an interpreter of their own; `make megatron`.
 
-    Runs data_parallel x tensor_parallel x pipeline_parallel processes. Experts are spread over
-    the same processes: expert_parallel x expert_tensor_parallel divides those of one stage.
+    Runs data_parallel x tensor_parallel x context_parallel processes for each of pipeline_parallel
+    stages. Experts are spread over those of their stage, which expert_parallel x
+    expert_tensor_parallel divides.
     """
 
     kind: Literal["megatron"] = Field(description="Which train engine.")
@@ -94,7 +95,7 @@ class MegatronTrain(TrainSection):
     tensor_parallel: int = Field(default=1, ge=1, description="Processes a layer is split over.")
     pipeline_parallel: int = Field(default=1, ge=1, description="Stages of layers.")
     context_parallel: int = Field(
-        default=1, ge=1, description="Processes a sequence is split over; only 1 is built."
+        default=1, ge=1, description="Processes a row of tokens is split over, for long sequences."
     )
     expert_parallel: int = Field(default=1, ge=1, description="Processes experts are dealt to.")
     expert_tensor_parallel: int = Field(
@@ -112,7 +113,11 @@ class MegatronTrain(TrainSection):
     @property
     def workers(self) -> int:
         """How many processes there are."""
-        return self.data_parallel * self.tensor_parallel * self.pipeline_parallel
+        return self._stage * self.pipeline_parallel
+
+    @property
+    def _stage(self) -> int:
+        return self.data_parallel * self.tensor_parallel * self.context_parallel
 
     @property
     def sizes(self) -> ParallelSizes:
@@ -127,26 +132,19 @@ class MegatronTrain(TrainSection):
 
     @model_validator(mode="after")
     def _fits_together(self) -> MegatronTrain:
-        if self.context_parallel > 1:
-            raise FieldError(
-                "context_parallel",
-                f"{self.context_parallel} is not built: attention reads whole rows; use "
-                "tensor_parallel with sequence_parallel: true for long sequences",
-            )
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise FieldError(
                 "sequence_parallel",
                 "true needs tensor_parallel above 1, whose processes share the tokens; raise it, "
                 "or leave sequence_parallel out",
             )
-        stage = self.data_parallel * self.tensor_parallel
         experts = self.expert_parallel * self.expert_tensor_parallel
-        if stage % experts:
+        if self._stage % experts:
             raise FieldError(
                 "expert_parallel",
                 f"{self.expert_parallel} x expert_tensor_parallel {self.expert_tensor_parallel} "
-                f"does not divide the {stage} processes of a stage (data_parallel x "
-                "tensor_parallel); change one of them",
+                f"does not divide the {self._stage} processes of a stage (data_parallel x "
+                "tensor_parallel x context_parallel); change one of them",
             )
         return self
 

@@ -57,6 +57,7 @@ def _spec(config: RunConfig, folder: Path) -> EngineSpec:
                 recompute=train.gradient_checkpointing,
                 tensor_parallel=train.tensor_parallel,
                 pipeline_parallel=train.pipeline_parallel,
+                context_parallel=train.context_parallel,
                 expert_parallel=train.expert_parallel,
                 expert_tensor_parallel=train.expert_tensor_parallel,
                 sequence_parallel=train.sequence_parallel,

@@ -26,6 +26,13 @@ def check_training(config: RunConfig, model: DecoderConfig, hf_config: Mapping[s
 def _check_megatron(train: MegatronTrain, model: DecoderConfig) -> None:
     _divides("tensor_parallel", train.tensor_parallel, "key/value heads", model.kv_heads)
     _divides("tensor_parallel", train.tensor_parallel, "attention heads", model.heads)
+    heads = train.tensor_parallel * train.context_parallel
+    if train.context_parallel > 1 and model.kv_heads % heads:
+        raise ConfigError(
+            f"train.context_parallel: {train.context_parallel} x tensor_parallel "
+            f"{train.tensor_parallel} does not divide the model's {model.kv_heads} key/value "
+            "heads, which its processes share out in attention; lower one of them"
+        )
     _divides("pipeline_parallel", train.pipeline_parallel, "layers", model.layers)
     if model.moe is None:
         _divides("tensor_parallel", train.tensor_parallel, "MLP features", model.intermediate)

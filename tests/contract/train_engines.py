@@ -29,6 +29,7 @@ MEGATRON: dict[str, dict[str, Any]] = {  # layouts: how many processes, and what
     "megatron-pp2": {"workers": 2, "pipeline_parallel": 2},
     "megatron-dp2": {"workers": 2},
     "megatron-dp2-sharded": {"workers": 2, "distributed_optimizer": True},
+    "megatron-cp2": {"workers": 2, "context_parallel": 2},
     "megatron-tp2-pp2": {"workers": 4, "tensor_parallel": 2, "pipeline_parallel": 2},
     "megatron-ep2": {"workers": 2, "expert_parallel": 2},
     "megatron-ep2-sharded": {"workers": 2, "expert_parallel": 2, "distributed_optimizer": True},
@@ -39,6 +40,7 @@ MEGATRON: dict[str, dict[str, Any]] = {  # layouts: how many processes, and what
         "expert_parallel": 2,
     },
     "megatron-ep2-pp2": {"workers": 4, "expert_parallel": 2, "pipeline_parallel": 2},
+    "megatron-cp2-ep2": {"workers": 2, "context_parallel": 2, "expert_parallel": 2},
     "megatron-etp2": {
         "workers": 2,
         "tensor_parallel": 2,

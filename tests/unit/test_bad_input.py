@@ -48,10 +48,6 @@ BAD = [
         "train.workers: unknown key",
     ),
     (
-        GOOD + "train: {kind: megatron, context_parallel: 2}",
-        "train.context_parallel: 2 is not built",
-    ),
-    (
         GOOD + "train: {kind: megatron, sequence_parallel: true}",
         "train.sequence_parallel: true needs tensor_parallel above 1",
     ),

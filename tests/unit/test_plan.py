@@ -252,6 +252,11 @@ def test_the_plan_command_prints_json_and_a_table(config_of, tmp_path, monkeypat
             "data_parallel: 3, expert_parallel: 3",
             "expert_parallel: 3 does not divide the model's 128 experts",
         ),
+        (
+            QWEN2_05B,
+            "tensor_parallel: 2, context_parallel: 2",
+            "context_parallel: 2 x tensor_parallel 2 does not divide .* 2 key/value heads",
+        ),
         (BIASED, "", "no place for this model's attention_bias"),
     ],
 )

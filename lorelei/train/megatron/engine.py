@@ -27,7 +27,7 @@ from lorelei.train.megatron.adapter import Adapter, Shard
 from lorelei.train.megatron.collect import collect
 from lorelei.train.megatron.model import build_model
 from lorelei.train.megatron.pipeline import Pipeline
-from lorelei.train.megatron.row import Row, make_row
+from lorelei.train.megatron.row import Row, company_row, make_row
 from lorelei.train.megatron.slots import Slots
 from lorelei.train.ranks import Ranks
 from lorelei.train.spec import MegatronSpec
@@ -136,18 +136,24 @@ class MegatronEngine:
         )
 
     def _rows(self, batch: Batch, policy: Policy, dropout: bool = False) -> Iterator[Row]:
-        """This rank's rows; those of one adapter stand together."""
-        data = self._layout.data
-        mine = share(pieces(batch, self._max_tokens), data.size)[data.rank]
-        for name, group in groupby(mine, key=lambda p: p.batch.segments[0].adapter):
-            joined = join(list(group))
+        """This rank's rows; those of one adapter stand together.
+
+        Where ranks meet within a layer all have as many rows of each adapter: experts apply the
+        adapter of their own rank's row to the tokens of others.
+        """
+        data, device = self._layout.data, self._pipeline.device
+        parts = pieces(batch, self._max_tokens)
+        for name, group in groupby(parts, key=lambda p: p.batch.segments[0].adapter):
+            shares = [_packed(own, self._max_tokens) for own in share(list(group), data.size)]
             adapter = self._adapter(name, policy)
             steps = self._slots[name].optimizer.step_count
-            for part in micro_batches(joined.batch, self._max_tokens):
-                piece = Piece(batch=part.batch, items=joined.items[part.items])
+            for piece in shares[data.rank]:
                 # other micro-batches and ranks draw other masks
                 seed = stable_seed(steps, piece.items[0]) if dropout else None
-                yield make_row(piece, adapter, seed, self._layout, self._pipeline.device)
+                yield make_row(piece, adapter, seed, self._layout, device)
+            if self._layout.meets:
+                missing = max(map(len, shares)) - len(shares[data.rank])
+                yield from (company_row(adapter, self._layout, device) for _ in range(missing))
 
     def _adapter(self, name: str, policy: Policy) -> Adapter | None:
         if policy == "current":
@@ -208,3 +214,12 @@ class MegatronEngine:
             self._slots[name]
         if not len(batch.items):
             raise ValueError("batch: it has no items, so there is nothing to compute")
+
+
+def _packed(parts: list[Piece], max_tokens: int) -> list[Piece]:
+    """Micro-batches of a rank's share, their items those of the whole batch."""
+    if not parts:
+        return []
+    joined = join(parts)
+    local = micro_batches(joined.batch, max_tokens)
+    return [Piece(batch=p.batch, items=joined.items[p.items]) for p in local]

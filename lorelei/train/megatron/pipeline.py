@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from lorelei.train.megatron.context import of_all_items
 from lorelei.train.megatron.head import Vocabulary, item_logprobs
 from lorelei.train.megatron.layout import Layout
 from lorelei.train.megatron.linear import AdaptedLinear
-from lorelei.train.megatron.row import Bound, Row, company_row
+from lorelei.train.megatron.row import Bound, Row
 from lorelei.train.megatron.sites import find_sites, head_rows
 
 # gets log-probabilities and entropies [I] of a row, returns its loss
@@ -53,7 +52,6 @@ class Pipeline:
         self._run(rows, judge, forward_only=False)
 
     def _run(self, rows: Sequence[Row], judge: Judge, forward_only: bool) -> None:
-        rows = self._in_company(rows)
         if not rows:
             return
         errors: list[Exception] = []
@@ -91,15 +89,6 @@ class Pipeline:
         )
         if errors:
             raise errors[0]
-
-    def _in_company(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows, and as many without content as the rank with most rows has more."""
-        if not self._layout.meets:
-            return list(rows)
-        most = torch.tensor([len(rows)])
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        missing = int(most) - len(rows)
-        return [*rows, *(company_row(self._layout, self.device) for _ in range(missing))]
 
     def _head(
         self,

@@ -85,13 +85,13 @@ def make_row(
     )
 
 
-def company_row(layout: Layout, device: Any) -> Row:
+def company_row(adapter: Adapter | None, layout: Layout, device: Any) -> Row:
     """A row of nothing but padding, whose loss is zero."""
     t = layout.multiple // layout.context.size
     zeros = torch.zeros(t, dtype=torch.int64, device=device)
     return Row(
         piece=None,
-        adapter=None,
+        adapter=adapter,
         dropout_seed=None,
         tokens_t=zeros,
         positions_t=torch.arange(t, device=device),
