@@ -108,9 +108,10 @@ def _programs(run: Footprint) -> Parts:
 
 
 def base_bytes(run: Footprint) -> int:
-    """The base model, once to sample with; with several train workers each has its own too."""
+    """The base model, of each train worker; an embedded sampler beside several has its own."""
     workers = run.config.train.workers
-    return (1 if workers == 1 else 1 + workers) * one_model_bytes(run)
+    sampler = 0 if run.served or workers == 1 else 1
+    return (workers + sampler) * one_model_bytes(run)
 
 
 def one_model_bytes(run: Footprint) -> int:

@@ -138,7 +138,7 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-SECTIONS_OF_RUN = ("name", "model", "dtype", "runs_dir", "train", "publish", "machine")
+SECTIONS_OF_RUN = ("name", "model", "dtype", "runs_dir", "train", "publish", "machine", "cluster")
 
 
 def at(value: Any, dotted: str) -> Any:
@@ -239,6 +239,7 @@ OTHERS = {  # values that differ from the example's and are allowed
     "actor.optimizer.lr_scheduler_type": "linear",
     "actor.rejection_sampling.lower": 0.1,
     "cluster.fileroot": "/elsewhere",
+    "scheduler.type": "ray",
     "cluster.n_gpus_per_node": 16,
     "actor.eps_clip_higher": 0.3,
     "actor.kl_ctl": 0.25,
@@ -354,7 +355,7 @@ def test_older_files_say_allocation_mode_and_an_importance_cap(tmp_path):
         (["actor.use_sapo_loss=true"], "actor.use_sapo_loss: true cannot be done here"),
         (["actor.optimizer.type=sgd"], '"sgd" cannot be done here; AdamW is what there is'),
         (["critic={path: x}"], 'critic.path: "x" cannot be done here; GRPO has no critic'),
-        (["scheduler.type=slurm"], 'scheduler.type: "slurm" cannot be done here'),
+        (["scheduler.type=slurm"], "scheduler.type: 'slurm' does not start runs here"),
         (["train_dataset.type=sft"], "there is no supervised training"),
         (["actor.lora_rnak=4"], "actor.lora_rnak: unknown key; did you mean 'lora_rank'?"),
         (["gconfig.nsamples=4"], "gconfig.nsamples: unknown key; did you mean 'n_samples'?"),

@@ -34,6 +34,11 @@ def check(file: ArealFile) -> None:
     _check_bridge(file, parts.train)
     _check_devices(file, parts.train, parts.rollout)
     _check_clip(file)
+    if (scheduler := file.value("scheduler.type", "local")) not in ("local", "ray"):
+        raise ConfigError(
+            f"scheduler.type: {scheduler!r} does not start runs here; set it to null, and for a "
+            "Slurm job use `lorelei launch slurm FILE`"
+        )
 
 
 def _check_only(file: ArealFile, key: str, rule: Rule) -> None:

@@ -38,7 +38,7 @@ RUN = (
     copied("cluster.fileroot", "runs_dir"),
     ignored("cluster.cluster_name", "machines are not named here"),
     ignored("cluster.name_resolve.*", "the controller knows its workers' addresses"),
-    only("scheduler.type", None, "local", why="start Ray or Slurm with `lorelei launch`"),
+    copied("scheduler.type", "cluster.kind", why="local or ray; see `lorelei launch slurm`"),
     ignored("scheduler.*", "there is no scheduler service here"),
     ignored("launcher.*", "what is launched follows from the backends"),
 )
