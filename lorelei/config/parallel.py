@@ -141,9 +141,7 @@ def _check_alike(attention: dict[str, int], experts: dict[str, int]) -> None:
         raise ValueError(f"attn has p{a} and ffn p{b}; the layers are the same: use one number")
     a, b = prod(attention.values()), prod(experts.values())
     if a != b:
-        raise ValueError(
-            f"attn takes {a} processes and ffn {b}; they are the same: make them equal"
-        )
+        raise ValueError(f"attn takes {a} processes and ffn {b}; use as many")
 
 
 def _apart(text: str) -> Iterator[str]:

@@ -222,10 +222,13 @@ def test_steps_take_the_place_of_epochs():
 
 
 def test_overrides_in_our_words_are_set_in_the_translation():
-    config = changed("gsm8k_grpo_lora", "steps=3", "rollout.kind=embedded", "publish.kind=memory")
+    config = changed(
+        "gsm8k_grpo_lora", "steps=3", "rollout={kind: embedded}", "publish.kind=memory"
+    )
     assert (config.steps, config.rollout.kind) == (3, "embedded")
 
 
+ELSEWHERE = ["train_dataset.path=org/data", "valid_dataset.path=org/data"]
 COPIED = [rule for rule in RULES if rule.how == "copied"]
 OTHERS = {  # values that differ from the example's and are allowed
     "rollout.max_concurrent_rollouts": 7,
@@ -241,6 +244,7 @@ OTHERS = {  # values that differ from the example's and are allowed
     "cluster.fileroot": "/elsewhere",
     "scheduler.type": "ray",
     "cluster.n_gpus_per_node": 16,
+    "actor.eps_clip": 0.3,
     "actor.eps_clip_higher": 0.3,
     "actor.kl_ctl": 0.25,
     "actor.reward_bias": 0.25,
@@ -364,7 +368,7 @@ def test_older_files_say_allocation_mode_and_an_importance_cap(tmp_path):
         (["actor.optimizer.lr=high"], "algo.lr: 'high' is not allowed"),
         (["gconfig.max_tokens=many"], "gconfig.max_tokens: 'many' is not allowed; write a number"),
         (["train_dataset.batch_size=8000"], "is more than the 7473 rows of openai/gsm8k"),
-        (["train_dataset.path=org/data"], "task: train_dataset.path: 'org/data' is read and"),
+        (ELSEWHERE, "task: train_dataset.path: 'org/data' is read and"),
     ],
 )
 def test_contradictions_name_field_value_and_fix(overrides, words):
@@ -388,7 +392,7 @@ def test_a_larger_rank_of_the_server_is_room_for_adapters_to_come():
 def test_data_that_only_areals_code_can_read_is_asked_for_and_can_be_given(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
     task = f"task={{kind: jsonl, path: {tmp_path / 'rows.jsonl'}}}"
-    own = ["train_dataset.path=org/data", task]
+    own = [*ELSEWHERE, task]
     assert refusal("gsm8k_grpo_lora", *own).startswith("reward: train_dataset.path: 'org/data'")
     own += ["reward={kind: math_verify}"]
     assert refusal("gsm8k_grpo_lora", *own).startswith("steps: total_train_epochs: 10 of data")
