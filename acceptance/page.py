@@ -8,13 +8,15 @@ from pathlib import Path
 from acceptance.record import Line, kept
 
 PAGE = Path("docs/acceptance.md")
-MATRICES = (
+MATRICES = (  # in the order of the page
     "publishing",
     "fifty_publishes",
     "asynchronous",
+    "hosts",
+    "areal",
     "megatron",
     "pairs",
-)  # in the order of the page
+)
 
 
 def page() -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from lorelei.config.errors import FieldError
+from lorelei.config.parallel import ParallelSizes
 from lorelei.config.section import Section, tagged
 
 
@@ -26,6 +28,58 @@ class ArchonTrain(TrainSection):
 
     kind: Literal["archon"] = Field(default="archon", description="Which train engine.")
     workers: int = Field(default=1, ge=1, description="Data-parallel processes.")
+
+    @property
+    def sizes(self) -> ParallelSizes:
+        return ParallelSizes(data=self.workers)
+
+
+class FsdpTrain(TrainSection):
+    """Any causal language model of transformers, its base sharded by PyTorch's FSDP2."""
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "workers": "follows from data_parallel * tensor_parallel * sequence_parallel; set those"
+    }
+
+    kind: Literal["fsdp"] = Field(default="fsdp", description="Which train engine.")
+    data_parallel: int = Field(
+        default=1, ge=1, description="Shares of a batch; each holds a part of every frozen matrix."
+    )
+    tensor_parallel: int = Field(
+        default=1, ge=1, description="Processes that multiply with parts of each matrix."
+    )
+    sequence_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="Processes that each hold a part of the tokens of a micro-batch, for long "
+        "sequences (Ulysses).",
+    )
+    cpu_offload: bool = Field(
+        default=False,
+        description="Keep the frozen base in the CPU's memory and copy a layer to the accelerator "
+        "when it is needed.",
+    )
+
+    @property
+    def workers(self) -> int:
+        """Processes in all."""
+        return self.data_parallel * self.tensor_parallel * self.sequence_parallel
+
+    @property
+    def sizes(self) -> ParallelSizes:
+        return ParallelSizes(
+            data=self.data_parallel, tensor=self.tensor_parallel, context=self.sequence_parallel
+        )
+
+    @model_validator(mode="after")
+    def _one_way_to_split_heads(self) -> FsdpTrain:
+        if self.tensor_parallel > 1 and self.sequence_parallel > 1:
+            raise FieldError(
+                "sequence_parallel",
+                f"{self.sequence_parallel} together with tensor_parallel: {self.tensor_parallel}; "
+                "both share out the heads of the attention: set one of them to 1",
+            )
+        return self
 
 
 class MegatronTrain(TrainSection):
@@ -65,6 +119,17 @@ class MegatronTrain(TrainSection):
     def _stage(self) -> int:
         return self.data_parallel * self.tensor_parallel * self.context_parallel
 
+    @property
+    def sizes(self) -> ParallelSizes:
+        return ParallelSizes(
+            data=self.data_parallel,
+            tensor=self.tensor_parallel,
+            pipeline=self.pipeline_parallel,
+            context=self.context_parallel,
+            expert=self.expert_parallel,
+            expert_tensor=self.expert_tensor_parallel,
+        )
+
     @model_validator(mode="after")
     def _fits_together(self) -> MegatronTrain:
         if self.sequence_parallel and self.tensor_parallel == 1:
@@ -85,7 +150,7 @@ class MegatronTrain(TrainSection):
 
 
 TrainConfig = Annotated[
-    ArchonTrain | MegatronTrain,
+    ArchonTrain | FsdpTrain | MegatronTrain,
     Field(discriminator="kind"),
-    tagged(ArchonTrain, MegatronTrain, default="archon"),
+    tagged(ArchonTrain, FsdpTrain, MegatronTrain, default="archon"),
 ]

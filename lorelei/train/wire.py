@@ -33,6 +33,7 @@ from lorelei.types import (
     TrainOutputs,
 )
 
+NETWORK = "Network"  # the kind of failures in which another rank was out of reach
 _LENGTHS = struct.Struct("<QQ")
 
 
@@ -67,7 +68,7 @@ class Reply:
 class Failure:
     """What a call raised."""
 
-    kind: str  # ValueError, KeyError, RankFailed, or another one that is nobody's input
+    kind: str  # ValueError, KeyError, RankFailed, NETWORK, or another that is nobody's input
     text: str
 
 
@@ -111,9 +112,23 @@ def send(channel: socket.socket, value: Any) -> None:
 
 
 def receive(channel: socket.socket) -> Any:
-    """Read one frame. Raises EOFError when the other side is gone."""
-    header, body = _LENGTHS.unpack(_read(channel, _LENGTHS.size))
-    return decode(_read(channel, header), _read(channel, body))
+    """Read one frame's value. Raises EOFError when the other side is gone."""
+    return parse(read_frame(channel))
+
+
+def read_frame(channel: socket.socket) -> bytes:
+    """Read one frame as it is. Raises EOFError when the other side is gone."""
+    lengths = _read(channel, _LENGTHS.size)
+    return lengths + _read(channel, sum(_LENGTHS.unpack(lengths)))
+
+
+def parse(frame: bytes) -> Any:
+    """The value of a frame. Raises WireError."""
+    header, body = _LENGTHS.unpack_from(frame)
+    if len(frame) != _LENGTHS.size + header + body:
+        raise WireError(f"a frame of {len(frame)} bytes is not as long as it says")
+    split = _LENGTHS.size + header
+    return decode(frame[_LENGTHS.size : split], frame[split:])
 
 
 def _read(channel: socket.socket, size: int) -> bytes:
