@@ -264,8 +264,9 @@ def section(found: Mapping[str, Line]) -> str:
     return f"""## Three hosts
 
 {STEPS} steps on a tiny model with the canary on: one of two train ranks on each of two hosts (Ray),
-the rollout server on a third. `archon` is data-parallel, `megatron` tensor-parallel. The hosts are network namespaces of this machine
-with veth pairs to a switch; a link is cut at the switch after step {CUT_AFTER}, for {CUT:g} s.
+the rollout server on a third. `archon` is data-parallel, `megatron` tensor-parallel. The hosts are
+network namespaces of this machine with veth pairs to a switch; a link is cut at the switch after
+step {CUT_AFTER}, for {CUT:g} s.
 
 `make acceptance ARGS=hosts`, as root
 

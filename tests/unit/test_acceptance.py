@@ -79,7 +79,6 @@ def test_idle_is_the_share_of_a_step_that_waits_for_rollouts():
 
 ENGINES: dict[str, set[str]] = {  # of matrices that do not have all
     "hosts": {"vllm", "sglang"},
-    "areal": {"sglang", "vllm"},
     "megatron": set(),
 }
 
