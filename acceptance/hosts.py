@@ -43,8 +43,14 @@ class Case:
     publisher: str
     server: Literal["attached", "ray"]  # started there by hand, or by Ray
     cut: Literal["", "trainer", "server"]  # whose link
+    train: str = "archon"
 
 
+# how the train engine is split over the two hosts
+TRAIN = {
+    "archon": {"workers": 2},
+    "megatron": {"kind": "megatron", "tensor_parallel": 2},
+}
 CASES = {
     "sglang-xccl": Case(engine="sglang", publisher="xccl", server="attached", cut=""),
     "sglang-http": Case(engine="sglang", publisher="http", server="attached", cut=""),
@@ -57,6 +63,9 @@ CASES = {
     ),
     "vllm-xccl": Case(engine="vllm", publisher="xccl", server="attached", cut=""),
     "vllm-xccl-ray": Case(engine="vllm", publisher="xccl", server="ray", cut=""),
+    "sglang-xccl-megatron": Case(
+        engine="sglang", publisher="xccl", server="attached", cut="", train="megatron"
+    ),
 }
 
 
@@ -205,7 +214,7 @@ class _Trial:
             "steps": STEPS,
             "threads": 1,
             "lora": {"lora_rank": 8, "lora_alpha": 16},
-            "train": {"workers": 2},
+            "train": TRAIN[self._case.train],
             "cluster": {"kind": "ray", "spread": "strict", "wait": 120},
             "rollout": {
                 "kind": self._case.engine,
@@ -224,6 +233,7 @@ class _Trial:
 
 
 COLUMNS = (
+    "train",
     "rollouts",
     "publisher",
     "server started",
@@ -240,7 +250,7 @@ def section(found: Mapping[str, Line]) -> str:
     """Its part of docs/acceptance.md."""
     rows = [
         (
-            *(CASES[name].engine, CASES[name].publisher),
+            *(CASES[name].train, CASES[name].engine, CASES[name].publisher),
             "by Ray" if CASES[name].server == "ray" else "by hand",
             {"": "none", "trainer": "a train worker's", "server": "the server's"}[CASES[name].cut],
             row["steps"],
@@ -253,9 +263,10 @@ def section(found: Mapping[str, Line]) -> str:
     ]
     return f"""## Three hosts
 
-{STEPS} steps of `archon` on a tiny model with the canary on: one of two data-parallel ranks on each
-of two hosts (Ray), the rollout server on a third. The hosts are network namespaces of this machine
-with veth pairs to a switch; a link is cut at the switch after step {CUT_AFTER}, for {CUT:g} s.
+{STEPS} steps on a tiny model with the canary on: one of two train ranks on each of two hosts (Ray),
+the rollout server on a third. `archon` is data-parallel, `megatron` tensor-parallel. The hosts are
+network namespaces of this machine with veth pairs to a switch; a link is cut at the switch after
+step {CUT_AFTER}, for {CUT:g} s.
 
 `make acceptance ARGS=hosts`, as root
 

@@ -25,11 +25,10 @@ from benchmarks.cases import MODEL
 from lorelei.config.paths import resolve_model
 from lorelei.lora.state import AdapterState
 from lorelei.model.tokenizer import load_tokenizer
-from lorelei.obs.history import read_metrics
 from lorelei.rollout.server.payload import pack
 from lorelei.store.run import RunStore
 from tests.tiny_models import make_tiny
-from tests.tiny_runs import REWARD, tiny_run
+from tests.tiny_runs import REWARD, records, tiny_run
 
 STEPS, STALENESS = 5, 2
 FUSED = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -97,7 +96,7 @@ async def measure(case: Case) -> Line:
 
 
 def _row(folder: Path, targets: list[str], seconds: float) -> Line:
-    (steps,) = read_metrics(folder / "metrics.jsonl").steps.values()
+    steps = records(folder, "step")
     with_state = RunStore.open(folder, keep=2)
     try:
         state = with_state.load("default").state
@@ -106,7 +105,7 @@ def _row(folder: Path, targets: list[str], seconds: float) -> Line:
     own: dict[bytes, Tensor] = {}  # a file has no tensors that are one: equal A are
     shared = {n: own.setdefault(bytes(t.numpy().data), t) for n, t in state.tensors.items()}
     unique = sum(t.nbytes for t in own.values())
-    staleness = max(step.staleness_max for step in steps)
+    staleness = max(step["staleness_max"] for step in steps)
     problems = []
     if len(steps) != STEPS:
         problems.append(f"{len(steps)} steps of {STEPS}")
@@ -117,7 +116,7 @@ def _row(folder: Path, targets: list[str], seconds: float) -> Line:
         "steps": len(steps),
         "seconds": round(seconds, 1),
         "staleness": staleness,
-        "kl_sampler": max(step.kl_sampler for step in steps),
+        "kl_sampler": max(step["kl_sampler"] for step in steps),
         "unique_bytes": unique,
         "sent_bytes": len(pack(AdapterState(spec=state.spec, tensors=shared))),
         "problems": problems,
@@ -135,7 +134,8 @@ def _write(case: Case, root: Path) -> list[str]:
     (root / "rows.jsonl").write_text('{"question": "Say a number.", "answer": "1"}\n' * 64)
     config = tiny_run(
         steps=STEPS,
-        lora={"lora_rank": 8, "lora_alpha": 16, "target_modules": targets},
+        lora={"lora_rank": 32, "lora_alpha": 32, "target_modules": targets},
+        algo={"lr": 1e-3},
         train=dict(side.train),
         rollout={
             "kind": case.engine,

@@ -271,7 +271,7 @@ def test_two_values_for_a_shared_a_are_refused(bank: AdapterBank) -> None:
     bank.add("a", FUSED)
     before = bank.state("a")
     other = {**before.tensors, Q_A: before.tensors[Q_A] + 1}
-    with pytest.raises(ValueError, match=r"k_proj and .*q_proj share their A .*linear_qkv"):
+    with pytest.raises(ValueError, match=r"q_proj and .*k_proj share their A .*linear_qkv"):
         bank.load("a", other)
     assert bank.state("a").digest() == before.digest()
 
