@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lorelei.lora.state import AdapterSnapshot, AdapterState
-from lorelei.train.spec import ArchonSpec, EngineSpec
+from lorelei.train.spec import ArchonSpec, EngineSpec, FsdpSpec
 from lorelei.types import (
     AdamHyper,
     AdapterSpec,
@@ -74,7 +74,7 @@ class Failure:
 _TRAVEL = {
     kind.__name__: kind
     for kind in (
-        *(Start, Call, Reply, Failure, ArchonSpec),
+        *(Start, Call, Reply, Failure, ArchonSpec, FsdpSpec),
         *(AdapterSpec, AdapterState, AdapterSnapshot, AdamHyper, LossSpec),
         *(Batch, Segment, Items, ItemOutputs, TrainOutputs, OptimStats),
     )

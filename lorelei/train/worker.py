@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lorelei.model.backend import DTYPES, default_device, dist_backend
 from lorelei.train.contract import TrainEngine
 from lorelei.train.ranks import RankFailed, Ranks
-from lorelei.train.spec import EngineSpec
+from lorelei.train.spec import ArchonSpec, EngineSpec, FsdpSpec
 from lorelei.train.wire import Call, Failure, Reply, Start, receive, send
 
 METHODS = frozenset(
@@ -54,13 +54,19 @@ def serve(channel: socket.socket) -> None:
         send(channel, outcome)
 
 
-def build_engine(spec: EngineSpec, ranks: Ranks) -> TrainEngine:
-    """The engine of a spec on this process's device."""
-    from lorelei.model.load import load_decoder
-    from lorelei.train.archon.engine import ArchonEngine
+def build_engine(spec: EngineSpec) -> TrainEngine:
+    """The engine of a spec on this process's device, one of the ranks of the default group."""
+    match spec:
+        case ArchonSpec():
+            from lorelei.model.load import load_decoder
+            from lorelei.train.archon.engine import ArchonEngine
 
-    decoder = load_decoder(Path(spec.model), DTYPES[spec.dtype], default_device())
-    return ArchonEngine(decoder, spec.max_tokens_per_mb, spec.recompute, ranks)
+            decoder = load_decoder(Path(spec.model), DTYPES[spec.dtype], default_device())
+            return ArchonEngine(decoder, spec.max_tokens_per_mb, spec.recompute, Ranks.joined())
+        case FsdpSpec():
+            from lorelei.train.fsdp.engine import FsdpEngine
+
+            return FsdpEngine(spec, default_device())
 
 
 def _start(start: Start) -> TrainEngine:
@@ -70,7 +76,7 @@ def _start(start: Start) -> TrainEngine:
     timeout = timedelta(seconds=start.timeout)
     backend = dist_backend(default_device(), int(os.environ["LOCAL_WORLD_SIZE"]))
     dist.init_process_group(backend, timeout=timeout)
-    return build_engine(start.spec, Ranks.joined())
+    return build_engine(start.spec)
 
 
 def _bound(engine: TrainEngine, call: Call) -> Callable[[], Any]:
