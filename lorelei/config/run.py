@@ -7,8 +7,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lorelei.config.checkpoint import CheckpointConfig
+from lorelei.config.cluster import ClusterConfig, LocalCluster
 from lorelei.config.errors import FieldError
 from lorelei.config.experiment import AdapterOverrides, Experiment, ExperimentDefaults, resolve
+from lorelei.config.machine import MachineConfig
 from lorelei.config.publish import MemoryPublish, PublishConfig
 from lorelei.config.section import Name, is_mapping
 from lorelei.config.train import ArchonTrain, TrainConfig
@@ -47,6 +49,12 @@ class RunConfig(ExperimentDefaults):
     publish: PublishConfig = Field(
         default_factory=MemoryPublish,
         description="The publisher. Default: memory for the embedded engine, http for servers.",
+    )
+    cluster: ClusterConfig = Field(
+        default_factory=LocalCluster, description="Where train workers and servers run."
+    )
+    machine: MachineConfig = Field(
+        default_factory=MachineConfig, description="What `lorelei plan` counts on."
     )
     checkpoint: CheckpointConfig = Field(
         default_factory=CheckpointConfig, description="What is kept on disk."

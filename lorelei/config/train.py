@@ -8,11 +8,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from lorelei.config.errors import FieldError
+from lorelei.config.parallel import ParallelSizes
 from lorelei.config.section import Section, tagged
 
 
-class _Batches(Section):
-    """How any of our own engines goes through a batch."""
+class TrainSection(Section):
+    """What every train engine has."""
 
     max_tokens_per_mb: int = Field(
         default=1024, ge=1, description="Tokens of one micro-batch; a longer sequence stands alone."
@@ -22,14 +23,18 @@ class _Batches(Section):
     )
 
 
-class ArchonTrain(_Batches):
+class ArchonTrain(TrainSection):
     """The torch-native train engine."""
 
     kind: Literal["archon"] = Field(default="archon", description="Which train engine.")
     workers: int = Field(default=1, ge=1, description="Data-parallel processes.")
 
+    @property
+    def sizes(self) -> ParallelSizes:
+        return ParallelSizes(data=self.workers)
 
-class FsdpTrain(_Batches):
+
+class FsdpTrain(TrainSection):
     """Any causal language model of transformers, its base sharded by PyTorch's FSDP2."""
 
     refused: ClassVar[Mapping[str, str]] = {
@@ -60,6 +65,12 @@ class FsdpTrain(_Batches):
         """Processes in all."""
         return self.data_parallel * self.tensor_parallel * self.sequence_parallel
 
+    @property
+    def sizes(self) -> ParallelSizes:
+        return ParallelSizes(
+            data=self.data_parallel, tensor=self.tensor_parallel, context=self.sequence_parallel
+        )
+
     @model_validator(mode="after")
     def _one_way_to_split_heads(self) -> FsdpTrain:
         if self.tensor_parallel > 1 and self.sequence_parallel > 1:
@@ -71,8 +82,77 @@ class FsdpTrain(_Batches):
         return self
 
 
+class MegatronTrain(TrainSection):
+    """Megatron-Core and Megatron-Bridge in an interpreter of their own; `make megatron`.
+
+    Runs data_parallel x tensor_parallel x pipeline_parallel processes. Experts are spread over
+    the same processes: expert_parallel x expert_tensor_parallel divides those of one stage.
+    """
+
+    kind: Literal["megatron"] = Field(description="Which train engine.")
+    data_parallel: int = Field(default=1, ge=1, description="Copies of the model.")
+    tensor_parallel: int = Field(default=1, ge=1, description="Processes a layer is split over.")
+    pipeline_parallel: int = Field(default=1, ge=1, description="Stages of layers.")
+    context_parallel: int = Field(
+        default=1, ge=1, description="Processes a sequence is split over; only 1 is built."
+    )
+    expert_parallel: int = Field(default=1, ge=1, description="Processes experts are dealt to.")
+    expert_tensor_parallel: int = Field(
+        default=1, ge=1, description="Processes an expert is split over."
+    )
+    sequence_parallel: bool = Field(
+        default=False,
+        description="Split tokens over the tensor-parallel processes between layers; a mixture "
+        "of experts with tensor_parallel needs it.",
+    )
+    distributed_optimizer: bool = Field(
+        default=False, description="Each copy keeps a part of the optimizer's moments."
+    )
+
+    @property
+    def workers(self) -> int:
+        """How many processes there are."""
+        return self.data_parallel * self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def sizes(self) -> ParallelSizes:
+        return ParallelSizes(
+            data=self.data_parallel,
+            tensor=self.tensor_parallel,
+            pipeline=self.pipeline_parallel,
+            context=self.context_parallel,
+            expert=self.expert_parallel,
+            expert_tensor=self.expert_tensor_parallel,
+        )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> MegatronTrain:
+        if self.context_parallel > 1:
+            raise FieldError(
+                "context_parallel",
+                f"{self.context_parallel} is not built: attention reads whole rows; use "
+                "tensor_parallel with sequence_parallel: true for long sequences",
+            )
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise FieldError(
+                "sequence_parallel",
+                "true needs tensor_parallel above 1, whose processes share the tokens; raise it, "
+                "or leave sequence_parallel out",
+            )
+        stage = self.data_parallel * self.tensor_parallel
+        experts = self.expert_parallel * self.expert_tensor_parallel
+        if stage % experts:
+            raise FieldError(
+                "expert_parallel",
+                f"{self.expert_parallel} x expert_tensor_parallel {self.expert_tensor_parallel} "
+                f"does not divide the {stage} processes of a stage (data_parallel x "
+                "tensor_parallel); change one of them",
+            )
+        return self
+
+
 TrainConfig = Annotated[
-    ArchonTrain | FsdpTrain,
+    ArchonTrain | FsdpTrain | MegatronTrain,
     Field(discriminator="kind"),
-    tagged(ArchonTrain, FsdpTrain, default="archon"),
+    tagged(ArchonTrain, FsdpTrain, MegatronTrain, default="archon"),
 ]

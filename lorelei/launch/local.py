@@ -23,6 +23,7 @@ from lorelei.rollout.contract import EngineClosed
 from lorelei.store.identity import read_identity
 from lorelei.store.run import RunStore
 from lorelei.train.contract import EngineFailed, TrainEngine
+from lorelei.train.restarting import Restarting
 
 
 class Broken(ValueError):
@@ -67,6 +68,8 @@ async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None
             store = RunStore.create(folder, to_plain(config), keep=config.checkpoint.keep)
             stack.callback(store.close)
         console = stack.enter_context(Console({e.name: e.steps for e in config.experiments()}))
+        if isinstance(trainer.engine, Restarting):
+            trainer.engine.tell = console.warn
         loop = make_loop(config, parts, trainer, store, console)
         stack.push_async_callback(loop.publisher.close)
         stack.push_async_callback(loop.collector.close)

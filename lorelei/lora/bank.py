@@ -5,7 +5,6 @@ Or one model that is trained as a whole, see lora.full.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from lorelei.lora.fresh import fresh_a, stable_seed
 from lorelei.lora.full import FullWeights
 from lorelei.lora.linear import LoraPart, Span, lora_linear, side_by_side
-from lorelei.lora.state import AdapterState, tensor_names
-from lorelei.lora.targets import match_targets
+from lorelei.lora.state import AdapterState, check_tensors, check_tied, copies, tensor_names
+from lorelei.lora.targets import match_targets, tied_names
 from lorelei.model.backend import Weight
 from lorelei.model.linear import FrozenLinear, Lift, Route, lifted
 from lorelei.types import AdapterSpec
@@ -82,7 +82,8 @@ class Adapter:
 
     spec: AdapterSpec
     seed: int
-    layers: Mapping[FrozenLinear, tuple[LoraPart, ...]]
+    layers: Mapping[FrozenLinear, tuple[LoraPart, ...]]  # tied parts have the same tensor as A
+    tied: Mapping[str, str]  # what each module's A is called
 
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors by PEFT name, sorted."""
@@ -146,13 +147,15 @@ class AdapterBank(Generic[B]):
             return self._adapters[name]
         linears = self.decoder.linears()
         parts = {part.name: layer for layer in linears for part in layer.parts}
-        targets = set(match_targets(list(parts), spec, self.decoder.architecture))
+        targets = match_targets(list(parts), spec, self.decoder.architecture)
+        tied = tied_names(targets, spec)
+        shared: dict[str, Tensor] = {}
         layers = {
             layer: chosen
             for layer in linears
-            if (chosen := self._fresh_parts(layer, targets, spec.rank, seed))
+            if (chosen := self._fresh_parts(layer, tied, spec.rank, seed, shared))
         }
-        self._adapters[name] = Adapter(spec, seed, layers)
+        self._adapters[name] = Adapter(spec, seed, layers, tied)
         return self._adapters[name]
 
     def _full(self) -> Trained[B] | None:
@@ -160,19 +163,25 @@ class AdapterBank(Generic[B]):
         return None if isinstance(alone, Adapter) else alone
 
     def _fresh_parts(
-        self, layer: FrozenLinear, targets: set[str], rank: int, seed: int
+        self,
+        layer: FrozenLinear,
+        tied: Mapping[str, str],
+        rank: int,
+        seed: int,
+        shared: dict[str, Tensor],
     ) -> tuple[LoraPart, ...]:
+        """shared: every A so far by its name; those that are missing are added."""
         device = self.decoder.device
         made: list[LoraPart] = []
-        for part in (p for p in layer.parts if p.name in targets):
-            # seeded by name: an adapter starts the same alone, among others and on any engine
-            generator = torch.Generator().manual_seed(stable_seed(seed, part.name))
-            bound = layer.in_features**-0.5
-            a = torch.empty(rank, layer.in_features, dtype=torch.float32)
-            a = a.uniform_(-bound, bound, generator=generator)
-            a = a.to(device, self._dtype).requires_grad_()
+        for part in (p for p in layer.parts if p.name in tied):
+            called = tied[part.name]
+            if called not in shared:
+                a = fresh_a(called, seed, rank, layer.in_features)
+                shared[called] = a.to(device, self._dtype).requires_grad_()
             b = torch.zeros(part.stop - part.start, rank, dtype=self._dtype, device=device)
-            made.append(LoraPart(part.name, a, b.requires_grad_(), part.start, part.stop))
+            made.append(
+                LoraPart(part.name, shared[called], b.requires_grad_(), part.start, part.stop)
+            )
         return tuple(made)
 
     def drop(self, name: str) -> None:
@@ -183,14 +192,15 @@ class AdapterBank(Generic[B]):
     def state(self, name: str) -> AdapterState:
         """A copy of an adapter's tensors."""
         adapter = self[name]
-        # an explicit clone: on the CPU `.cpu()` would share memory with the trained tensor
-        tensors = {n: t.detach().to("cpu", copy=True) for n, t in adapter.tensors().items()}
-        return AdapterState(spec=adapter.spec, tensors=tensors)
+        return AdapterState(spec=adapter.spec, tensors=copies(adapter.tensors()))
 
     def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite an adapter's tensors. Raises ValueError unless names and shapes agree."""
-        live = self[name].tensors()
+        adapter = self[name]
+        live = adapter.tensors()
         check_tensors(name, {n: tuple(t.shape) for n, t in live.items()}, tensors)
+        if isinstance(adapter, Adapter):
+            check_tied(name, adapter.tied, tensors)
         with torch.no_grad():
             for tensor_name, tensor in live.items():
                 tensor.copy_(tensors[tensor_name])
@@ -293,27 +303,3 @@ class MergedRoute:
 
     def take(self, index: Tensor) -> MergedRoute:
         return self
-
-
-def check_tensors(
-    name: str, expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]
-) -> None:
-    """Raises ValueError naming the first tensor that is missing, unexpected or misshapen."""
-    if missing := sorted(expected.keys() - given.keys()):
-        raise ValueError(f"adapter {name!r}: tensor {missing[0]!r} is missing (of {len(missing)})")
-    if extra := sorted(given.keys() - expected.keys()):
-        raise ValueError(
-            f"adapter {name!r}: tensor {extra[0]!r} is of no target module (of {len(extra)})"
-        )
-    for tensor_name, shape in expected.items():
-        if tuple(given[tensor_name].shape) != shape:
-            raise ValueError(
-                f"adapter {name!r}: {tensor_name} has shape {tuple(given[tensor_name].shape)}, "
-                f"the model and rank need {shape}"
-            )
-
-
-def stable_seed(*parts: object) -> int:
-    """63 bits from the parts' text; the same in every process."""
-    text = "\0".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

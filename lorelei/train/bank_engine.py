@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from lorelei.algo.loss import LossResult, load_loss
-from lorelei.lora.bank import AdapterBank, check_tensors, stable_seed
-from lorelei.lora.state import AdapterSnapshot, AdapterState
+from lorelei.lora.bank import AdapterBank
+from lorelei.lora.fresh import stable_seed
+from lorelei.lora.state import AdapterSnapshot, AdapterState, check_tensors
 from lorelei.train.adam import AdapterOptimizer
+from lorelei.train.checks import check_losses, check_snapshot, finite
 from lorelei.train.items import Outputs, item_rows, loss_items
 from lorelei.train.layout import Piece, idle, join, micro_batches, pieces, share
 from lorelei.train.ranks import Ranks
@@ -114,8 +116,7 @@ class BankEngine:
 
     def _forward_backward(self, batch: Batch, losses: Mapping[str, LossSpec]) -> TrainOutputs:
         self._check(batch)
-        if missing := sorted(set(batch.adapters) - losses.keys()):
-            raise ValueError(f"losses: none given for adapter {missing[0]!r}, which has segments")
+        check_losses(batch, losses)
         outputs = Outputs(len(batch.items), self._bank.dtype)
         with self._ranks.together():
             for part in self._micro_batches(batch):
@@ -165,7 +166,7 @@ class BankEngine:
             self._ranks.add_up_gradients(one)
         norms = {name: self._optimizers[name].grad_norm() for name in hyper}
         try:
-            ready = {name: _finite(name, norm) for name, norm in norms.items()}
+            ready = {name: finite(name, norm) for name, norm in norms.items()}
         except ValueError:
             for name in hyper:
                 self._optimizers[name].clear()
@@ -183,17 +184,7 @@ class BankEngine:
         )
 
     def restore(self, name: str, snapshot: AdapterSnapshot) -> None:
-        theirs, own = snapshot.state.spec, self._bank[name].spec
-        if theirs.full != own.full:
-            there, here = (f"lora.use_lora: {str(not s.full).lower()}" for s in (theirs, own))
-            raise ValueError(
-                f"adapter {name!r}: the snapshot is of {there}, the engine trains {here}; what a "
-                "run trains cannot change, start a new one"
-            )
-        if theirs != own:
-            raise ValueError(
-                f"adapter {name!r}: the snapshot is of {theirs}, the engine holds {own}"
-            )
+        check_snapshot(name, self._bank[name].spec, snapshot)
         shapes = {n: tuple(t.shape) for n, t in self._bank[name].tensors().items()}
         for tensors in (snapshot.state.tensors, snapshot.exp_avg, snapshot.exp_avg_sq):
             check_tensors(name, shapes, tensors)
@@ -235,11 +226,3 @@ def _packed(parts: list[Piece], max_tokens: int) -> list[Piece]:
     joined = join(parts)
     local = micro_batches(joined.batch, max_tokens)
     return [Piece(batch=p.batch, items=joined.items[p.items]) for p in local]
-
-
-def _finite(name: str, norm: Tensor | None) -> Tensor:
-    if norm is None:
-        raise ValueError(f"adapter {name!r}: there are no gradients; call forward_backward first")
-    if not torch.isfinite(norm):
-        raise ValueError(f"adapter {name!r}: the gradient norm is {norm.item()}; no step was taken")
-    return norm

@@ -92,14 +92,14 @@ class Ranks:
         if self.size == 1:
             return {name: dict(values) for name, values in sums.items()}
         total: dict[str, dict[str, float]] = {}
-        for part in self._gather_json(sums):
+        for part in self.gather_json(sums):
             for name, values in part.items():
                 into = total.setdefault(name, {})
                 for key, value in values.items():
                     into[key] = into.get(key, 0.0) + value
         return total
 
-    def _gather_json(self, value: Mapping[str, Mapping[str, float]]) -> list[Any]:
+    def gather_json(self, value: Any) -> list[Any]:
         """Every rank's value; JSON bytes, because all_gather_object unpickles what it gets."""
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]

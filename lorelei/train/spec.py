@@ -32,4 +32,21 @@ class FsdpSpec:
     cpu_offload: bool = False
 
 
-EngineSpec = ArchonSpec | FsdpSpec
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MegatronSpec:
+    """A MegatronEngine as one of its ranks; what is left of the world is data-parallel."""
+
+    model: str  # folder of the base model
+    dtype: str  # a name in model.backend.DTYPES
+    max_tokens_per_mb: int
+    recompute: bool
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    context_parallel: int = 1
+    expert_parallel: int = 1
+    expert_tensor_parallel: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+
+
+EngineSpec = ArchonSpec | FsdpSpec | MegatronSpec

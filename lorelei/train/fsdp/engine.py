@@ -34,10 +34,10 @@ from lorelei.types import Batch, Segment
 class FsdpEngine(BankEngine):
     """A BankEngine on a HostedModel. The default process group is the mesh."""
 
-    def __init__(self, spec: FsdpSpec, device: torch.device) -> None:
+    def __init__(self, spec: FsdpSpec, device: torch.device, world: Ranks) -> None:
         """Raises UnsupportedModel or CheckpointError with one clear line."""
         mesh = Mesh.joined(device, spec.sequence_parallel, spec.tensor_parallel)
-        ranks = Ranks.joined(team=spec.sequence_parallel * spec.tensor_parallel)
+        ranks = replace(world, team=spec.sequence_parallel * spec.tensor_parallel)
         super().__init__(_HostedPasses(spec, device, mesh, ranks), spec.max_tokens_per_mb, ranks)
 
 
