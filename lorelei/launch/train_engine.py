@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorelei.config.run import RunConfig
-from lorelei.config.train import ArchonTrain, MegatronTrain
+from lorelei.config.train import ArchonTrain, FsdpTrain, MegatronTrain
 from lorelei.interpreters.recipe import interpreter
 from lorelei.model.decoder import Decoder
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.contract import TrainEngine
 from lorelei.train.remote import RemoteEngine
 from lorelei.train.restarting import Restarting
-from lorelei.train.spec import ArchonSpec, EngineSpec, MegatronSpec
+from lorelei.train.spec import ArchonSpec, EngineSpec, FsdpSpec, MegatronSpec
 from lorelei.train.workers import Launcher, LocalWorkers
 
 if TYPE_CHECKING:
@@ -55,6 +55,16 @@ def _spec(config: RunConfig, folder: Path) -> EngineSpec:
                 dtype=config.dtype,
                 max_tokens_per_mb=train.max_tokens_per_mb,
                 recompute=train.gradient_checkpointing,
+            )
+        case FsdpTrain() as train:
+            return FsdpSpec(
+                model=str(folder),
+                dtype=config.dtype,
+                max_tokens_per_mb=train.max_tokens_per_mb,
+                recompute=train.gradient_checkpointing,
+                tensor_parallel=train.tensor_parallel,
+                sequence_parallel=train.sequence_parallel,
+                cpu_offload=train.cpu_offload,
             )
         case MegatronTrain() as train:
             return MegatronSpec(
