@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, cast
 
 from lorelei.config.areal.file import BELOW, rule_of
 from lorelei.config.areal.rule import Rule
@@ -131,17 +131,13 @@ def _given(fate: Fate) -> str:
 
 def _text(value: object) -> str:
     """A value as YAML writes it."""
-    match value:
-        case None | bool():
-            return {None: "null", True: "true", False: "false"}[value]
-        case list() | tuple():
-            return f"[{', '.join(map(_text, value))}]"
-        case str():
-            return value if len(value) <= 60 and "\n" not in value else shown(value)
-        case {}:
-            return "{}"
-        case _:
-            return shown(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, cast(Sequence[object], value)))}]"
+    if isinstance(value, str):
+        return value if len(value) <= 60 and "\n" not in value else shown(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return shown(value)
 
 
 def tables() -> Iterator[tuple[str, Sequence[tuple[str, str, str]]]]:
