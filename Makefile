@@ -7,7 +7,7 @@ BIN := .venv/bin
 CACHE := $(or $(LORELEI_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lorelei)
 MODEL := $(CACHE)/models/HuggingFaceTB--SmolLM2-135M-Instruct/config.json
 
-.PHONY: train test unit lint curve bench page peers setup model vllm sglang acceptance clean
+.PHONY: train test unit lint curve bench page peers setup model vllm sglang megatron acceptance clean
 
 train: setup model
 	$(BIN)/lorelei train recipes/chain_sum/run.yaml $(ARGS)
@@ -36,7 +36,7 @@ page: setup
 	$(BIN)/python -m benchmarks page
 
 # the long matrices over all engines, on a quiet machine; ARGS='publishing vllm-disk-tiny'
-acceptance: setup model vllm sglang
+acceptance: setup model vllm sglang megatron
 	$(BIN)/python -m acceptance $(ARGS)
 	$(BIN)/python -m acceptance page
 
@@ -44,7 +44,7 @@ peers: setup
 	$(BIN)/python -m benchmarks.peers.environment
 
 # their own virtual environments in the cache folder, about 5 minutes each; prints the interpreter
-vllm sglang:
+vllm sglang megatron:
 	@$(PYTHON) -m lorelei.interpreters $@
 
 setup: .venv/installed

@@ -8,7 +8,15 @@ from pathlib import Path
 from acceptance.record import Line, kept
 
 PAGE = Path("docs/acceptance.md")
-MATRICES = ("publishing", "fifty_publishes", "asynchronous")  # in the order of the page
+MATRICES = (  # in the order of the page
+    "publishing",
+    "fifty_publishes",
+    "asynchronous",
+    "hosts",
+    "areal",
+    "megatron",
+    "pairs",
+)
 
 
 def page() -> str:

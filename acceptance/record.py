@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
-from lorelei.interpreters.recipe import KINDS, packages
+from lorelei.interpreters.recipe import KINDS, PACKAGE, packages
 
 RESULTS = Path("acceptance/results")
 
@@ -32,4 +32,4 @@ def kept(matrix: str) -> dict[str, Line]:
 
 def _versions() -> dict[str, str]:
     found = {kind: packages(kind) for kind in KINDS}
-    return {kind: listed[kind] for kind, listed in found.items() if listed is not None}
+    return {kind: listed[PACKAGE[kind]] for kind, listed in found.items() if listed is not None}

@@ -143,8 +143,13 @@ def _model(case: Case, root: Path) -> Path:
     real = resolve_model(MODEL)
     if case.size == "smollm2":
         return real
-    tokenizer = load_tokenizer(real)
-    folder = make_tiny("llama", root / "model", vocab_size=len(tokenizer))
+    return tiny_with_tokenizer(root / "model")
+
+
+def tiny_with_tokenizer(folder: Path) -> Path:
+    """A tiny model in this folder, with the real one's tokenizer."""
+    tokenizer = load_tokenizer(resolve_model(MODEL))
+    make_tiny("llama", folder, vocab_size=len(tokenizer))
     tokenizer.save_pretrained(folder)
     return folder
 

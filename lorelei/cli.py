@@ -40,9 +40,28 @@ def schema() -> None:
 
 
 @app.command()
-def plan(run: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Say what a run would train and need, without loading weights."""
-    _, planned = _planned(run, overrides)
+def plan(
+    run: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Machines. Default: machine.nodes.")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Accelerators of each. Default: machine.devices.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of each accelerator, such as 80GB. Default: machine.memory.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run would train and need, and where, without loading weights."""
+    from lorelei.launch.hardware import wanted
+    from lorelei.launch.plan import plan as make_plan
+
+    asked = {"nodes": nodes, "devices": devices, "memory": memory}
+    machine = [f"machine.{key}={value}" for key, value in asked.items() if value is not None]
+    config = _loaded(run, [*(overrides or []), *machine])
+    planned = make_plan(config, wanted(config.machine))
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=2))
         return
@@ -51,6 +70,25 @@ def plan(run: ConfigFile, overrides: Overrides = None, as_json: Json = False) ->
     from lorelei.launch.table import plan_table
 
     Console().print(plan_table(planned))
+
+
+@app.command()
+def convert(
+    run: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Default: print it.")] = None,
+) -> None:
+    """Write a file of AReaL as a configuration of ours."""
+    from lorelei.config.load import dump_set
+
+    text = dump_set(_loaded(run, overrides))
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    if out.exists():
+        raise ValueError(f"--out: {str(out)!r} exists; give another name or remove it")
+    out.write_text(text)
+    typer.echo(f"wrote {out}", err=True)
 
 
 @app.command()
@@ -78,6 +116,58 @@ def resume(run: RunFolder) -> None:
     from lorelei.launch import local
 
     _until_stopped(lambda: local.resume(folder))
+
+
+@app.command()
+def rollout(
+    run: ConfigFile,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen at.")] = 30000,
+) -> None:
+    """Run the rollout server of a run here, for a trainer elsewhere (rollout.urls).
+
+    The trainer shows the token in LORELEI_SERVER_TOKEN; an address that others reach needs one.
+    """
+    config, _ = _planned(run, overrides)
+    from lorelei.launch.servers import serve
+
+    serve(config, host, port)
+
+
+launch_app = typer.Typer(help="Run on a cluster.", no_args_is_help=True)
+app.add_typer(launch_app, name="launch")
+
+
+@launch_app.command()
+def slurm(
+    run: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="0: train on CPUs.")] = 0,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(help="An option of sbatch, such as --sbatch=--partition=gpu; repeatable."),
+    ] = None,
+    setup: Annotated[
+        list[str] | None,
+        typer.Option(help="A shell line before the start, such as 'module load cuda'; repeatable."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the job script, submit nothing.")] = False,
+) -> None:
+    """Submit a Slurm job that starts Ray on its nodes and trains on them."""
+    from lorelei.launch.slurm import SlurmJob, check, job_script, submit
+
+    config, _ = _planned(run, [*(overrides or []), "cluster.kind=ray"])
+    job = SlurmJob(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        options=tuple(sbatch or ()),
+        setup=tuple(setup or ()),
+    )
+    check(config, job)
+    script = job_script(config, job, run, overrides or [])
+    typer.echo(script if dry_run else submit(script), nl=not dry_run)
 
 
 @app.command()
@@ -267,11 +357,23 @@ def main() -> None:
 
 
 def _planned(run: Path, overrides: list[str] | None) -> tuple[RunConfig, Plan]:
-    from lorelei.config.load import load_config
     from lorelei.launch.plan import plan as make_plan
 
-    config = load_config(run, overrides or [])
+    config = _loaded(run, overrides)
     return config, make_plan(config)
+
+
+def _loaded(run: Path, overrides: list[str] | None) -> RunConfig:
+    """A file's configuration; what became of one of AReaL's is printed."""
+    from lorelei.config.load import read_config
+
+    loaded = read_config(run, overrides or [])
+    if loaded.translation is not None:
+        from lorelei.config.areal.report import lines
+
+        for line in lines(loaded.translation, run.name):
+            typer.echo(line, err=True)
+    return loaded.config
 
 
 def _set_threads(config: RunConfig) -> None:

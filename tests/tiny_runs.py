@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedTokenizerFast
 
+from lorelei.launch.trained import TrainedRun
 from tests.tiny_models import make_tiny
 
 # rewards that differ between random completions, so that every step has a gradient
@@ -28,9 +29,14 @@ def make_workplace(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A folder with model/, rows.jsonl and rewards.py, for runs to be started in."""
     tokenizer.save_pretrained(make_tiny("llama", folder / "model"))
     (folder / "rewards.py").write_text(REWARD)
+    write_rows(folder)
+    return folder
+
+
+def write_rows(folder: Path) -> None:
+    """64 problems, as rows.jsonl."""
     rows = [{"question": f"Say the number {n}.", "answer": str(n)} for n in range(64)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def tiny_run(**sections: Any) -> dict[str, Any]:
@@ -74,12 +80,21 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def lorelei(folder: Path, *arguments: str, code: int = 0) -> str:
-    """What a command prints; it must leave with `code`."""
+def lorelei(folder: Path, *arguments: str, code: int = 0, errors: bool = False) -> str:
+    """What a command prints; it must leave with `code`. errors: what it says beside it, too."""
     process = start(folder, *arguments)
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == code, f"{arguments}: {process.returncode}\n{out}\n{errors}"
-    return out if code == 0 else errors
+    out, said = process.communicate(timeout=120)
+    assert process.returncode == code, f"{arguments}: {process.returncode}\n{out}\n{said}"
+    if errors:
+        return out + said
+    return out if code == 0 else said
+
+
+def final(folder: Path) -> str:
+    """Where a finished run has its adapter and Adam's moments: the name holds step and sha256."""
+    manifest = TrainedRun.read(folder).manifest
+    assert manifest.state["finished"] is True
+    return manifest.adapters["default"].snapshot
 
 
 def records(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 from pydantic import ValidationError
 
+from lorelei.config.areal.file import is_areal, is_areal_key
+from lorelei.config.areal.interpolation import resolve
+from lorelei.config.areal.translate import Translation, translate
 from lorelei.config.errors import ConfigError, describe, shown
 from lorelei.config.run import RunConfig
 from lorelei.config.section import is_mapping
@@ -50,6 +54,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError: one line with the dotted field, its value, what is allowed and the fix.
     """
+    return read_config(path, overrides).config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A configuration, and how it was made of an AReaL file."""
+
+    config: RunConfig
+    translation: Translation | None  # none: the file was ours
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+    """`load_config`, and what became of an AReaL file's keys."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -61,12 +78,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         data = Raw()
     if not is_mapping(data):
         raise ConfigError(f"{path}: {shown(data)} is not a configuration; write key: value lines")
+    translation = None
+    if is_areal(data):
+        theirs = [override for override in overrides if is_areal_key(_key(override))]
+        overrides = [override for override in overrides if override not in theirs]
+        for override in theirs:
+            _override(data, override)
+        translation = translate(resolve(data))
+        data = translation.config
     config = _absolute(data, path.resolve().parent)
     for override in overrides:
         _override(config, override)
+    if translation is not None:
+        for key, reason in translation.missing.items():
+            if key not in config:
+                raise ConfigError(f"{key}: {reason}")
     config = _absolute(config, Path.cwd())
     config.setdefault("name", path.stem)
-    return validate(config)
+    return Loaded(config=validate(config), translation=translation)
 
 
 def validate(data: Raw) -> RunConfig:
@@ -75,6 +104,13 @@ def validate(data: Raw) -> RunConfig:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(describe(error, data)) from error
+
+
+def dump_set(config: RunConfig) -> str:
+    """What was set, and not the defaults, as a YAML file that gives the same configuration."""
+    data = config.model_dump(mode="json", exclude_unset=True)
+    first = {key: data.pop(key) for key in ("name", "model")}
+    return yaml.safe_dump({**first, **data}, sort_keys=False, allow_unicode=True)
 
 
 def to_plain(config: RunConfig) -> Raw:
@@ -110,6 +146,10 @@ def _parse(text: str, where: str) -> object:
         raise ConfigError(f"{where}{line}: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
 
 
 def _override(config: Raw, override: str) -> None:

@@ -25,13 +25,22 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
     weights: False asks for config.json only, and downloads nothing else.
     Raises ConfigError when it is nowhere.
     """
-    cached = cache_folder() / "models" / name.replace("/", "--")
-    for folder in (Path(name).expanduser(), cached):
-        if folder.is_dir():
-            return _complete(folder, name, weights)
+    if (folder := local_folder(name)) is not None:
+        return _complete(folder, name, weights)
+    cached = _cached(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigError(f"model: there is no folder {name!r}; write a folder or a hub id")
     return _complete(_from_hub(name, cached, weights), name, weights)
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder of a model on this machine, if there is one outside of the hub's cache."""
+    folders = (Path(name).expanduser(), _cached(name))
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def _cached(name: str) -> Path:
+    return cache_folder() / "models" / name.replace("/", "--")
 
 
 def _from_hub(name: str, cached: Path, weights: bool) -> Path:

@@ -36,8 +36,10 @@ class XcclPublish(WithCanary):
     """A torch.distributed broadcast to every worker: NCCL between GPUs, gloo between CPUs."""
 
     kind: Literal["xccl"] = Field(description="Which publisher.")
-    host: str = Field(
-        default="127.0.0.1", description="The trainer's address, as the servers reach it."
+    host: str | None = Field(
+        default=None,
+        description="The trainer's address, as the servers reach it. Default: 127.0.0.1, on a Ray "
+        "cluster the one that its nodes reach.",
     )
     timeout: float = Field(
         default=60.0, gt=0, description="Seconds for one broadcast, and for the first meeting."

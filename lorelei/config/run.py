@@ -7,11 +7,13 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lorelei.config.checkpoint import CheckpointConfig
+from lorelei.config.cluster import ClusterConfig, LocalCluster
 from lorelei.config.errors import FieldError
 from lorelei.config.experiment import AdapterOverrides, Experiment, ExperimentDefaults, resolve
+from lorelei.config.machine import MachineConfig
 from lorelei.config.publish import MemoryPublish, PublishConfig
 from lorelei.config.section import Name, is_mapping
-from lorelei.config.train import TrainConfig
+from lorelei.config.train import ArchonTrain, TrainConfig
 
 DEFAULT_ADAPTER = "default"
 
@@ -43,10 +45,16 @@ class RunConfig(ExperimentDefaults):
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads. Default: the physical cores we may use."
     )
-    train: TrainConfig = Field(default_factory=TrainConfig, description="The train engine.")
+    train: TrainConfig = Field(default_factory=ArchonTrain, description="The train engine.")
     publish: PublishConfig = Field(
         default_factory=MemoryPublish,
         description="The publisher. Default: memory for the embedded engine, http for servers.",
+    )
+    cluster: ClusterConfig = Field(
+        default_factory=LocalCluster, description="Where train workers and servers run."
+    )
+    machine: MachineConfig = Field(
+        default_factory=MachineConfig, description="What `lorelei plan` counts on."
     )
     checkpoint: CheckpointConfig = Field(
         default_factory=CheckpointConfig, description="What is kept on disk."

@@ -1,1 +1,4 @@
-"""Virtual environments of what cannot share Lorelei's own: vLLM, SGLang. Standard library only."""
+"""Virtual environments of what cannot share Lorelei's own: vLLM, SGLang, Megatron.
+
+Standard library only.
+"""

@@ -1,4 +1,4 @@
-"""usage: python -m lorelei.interpreters KIND...   (make vllm, make sglang)
+"""usage: python -m lorelei.interpreters KIND...   (make vllm, make sglang, make megatron)
 
 Installs what is missing and prints the interpreters.
 """

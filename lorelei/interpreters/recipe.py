@@ -20,7 +20,8 @@ from pathlib import Path
 import lorelei
 from lorelei.config.paths import cache_folder
 
-KINDS = ("vllm", "sglang")
+PACKAGE = {"vllm": "vllm", "sglang": "sglang", "megatron": "megatron-core"}  # what it is made for
+KINDS = tuple(PACKAGE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +74,7 @@ def recipe(kind: str) -> Recipe:
 
 
 def interpreter(kind: str) -> Path:
-    """The Python that has vLLM or SGLang.
+    """The Python that has vLLM, SGLang or Megatron.
 
     Raises ValueError where it is not installed, or not by this recipe.
     """

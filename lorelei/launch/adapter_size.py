@@ -33,9 +33,13 @@ def full_size(model: DecoderConfig, base: int) -> AdapterSize:
 
 
 def lora_size(
-    model: DecoderConfig, shapes: Mapping[str, Shape], modules: Sequence[str], rank: int
+    model: DecoderConfig,
+    shapes: Mapping[str, Shape],
+    modules: Sequence[str],
+    rank: int,
+    tied: Mapping[str, str] | None = None,
 ) -> AdapterSize:
-    """Of LoRA matrices on these modules."""
+    """Of LoRA matrices on these modules. tied: {module: what its A is called}."""
     layers: dict[str, int] = {}  # adapted layer -> its adapted modules
     for name in modules:
         layers[_layer(name)] = layers.get(_layer(name), 0) + 1
@@ -47,7 +51,7 @@ def lora_size(
         if (parts := layers.get(_layer(name), 0)) > 0:
             merged += out * wide
             serving += rank * parts * out  # B of all parts, one block each on the diagonal
-    trained = sum(rank * sum(shapes[name]) for name in modules)
+    trained = trained_size(shapes, modules, rank, tied)
     inputs = sum(rank * shapes[name][1] for name in modules)
     return AdapterSize(
         trained=trained,
@@ -57,6 +61,18 @@ def lora_size(
         lifted=round(sum(rank * _share(model, name) for name in modules)),
         turned=max(matrices.values()),
     )
+
+
+def trained_size(
+    shapes: Mapping[str, Shape],
+    modules: Sequence[str],
+    rank: int,
+    tied: Mapping[str, str] | None = None,
+) -> int:
+    """Numbers in A and B of these modules; an A that several share counts once."""
+    tied = tied or {}
+    read = {tied.get(name, name): shapes[name][1] for name in modules}
+    return rank * (sum(read.values()) + sum(shapes[name][0] for name in modules))
 
 
 def tied_head(model: DecoderConfig) -> int:

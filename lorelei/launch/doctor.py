@@ -21,7 +21,7 @@ from lorelei.config.publish import PublishConfig
 from lorelei.config.rollout import RolloutConfig
 from lorelei.config.threads import physical_cores
 from lorelei.config.train import TrainConfig
-from lorelei.interpreters.recipe import KINDS, command, packages, recipe
+from lorelei.interpreters.recipe import KINDS, PACKAGE, command, packages, recipe
 
 # by which publishers a rollout engine can be reached
 _PUBLISHERS = {
@@ -129,7 +129,6 @@ def _parts() -> Iterator[Part]:
     for kind in KINDS:
         yield _environment(kind)
     yield _package("ray", "nothing in this release needs it")
-    yield _package("megatron-core", "nothing in this release needs it")
     model = cache_folder() / "models" / _SMOLLM2
     there = (model / "config.json").is_file()
     yield Part(name="SmolLM2-135M", found=_short(model) if there else None, fix="make model")
@@ -168,12 +167,13 @@ def _kernels() -> Part:
 
 
 def _environment(kind: str) -> Part:
-    """A server's virtual environment."""
+    """A virtual environment of an engine."""
     listed = packages(kind)
     if listed is None:
         return Part(name=kind, found=None, fix=command(kind))
     made = recipe(kind)
-    found = f"{listed[kind]} ({made.build}) with torch {listed['torch']}, in {made.folder.name}"
+    number, torch = listed[PACKAGE[kind]], listed["torch"]
+    found = f"{number} ({made.build}) with torch {torch}, in {made.folder.name}"
     return Part(name=kind, found=found)
 
 
@@ -191,17 +191,21 @@ def _combinations() -> Iterator[Combination]:
         for rollout in kinds(RolloutConfig):
             publishers = tuple(p for p in _PUBLISHERS[rollout] if p in known)
             yield Combination(
-                train=train, rollout=rollout, publishers=publishers, fix=_obstacle(rollout)
+                train=train,
+                rollout=rollout,
+                publishers=publishers,
+                fix=_obstacle(train) or _obstacle(rollout),
             )
 
 
-def _obstacle(rollout: str) -> str:
-    """What keeps a rollout engine from running here."""
-    if rollout not in KINDS:
+def _obstacle(engine: str) -> str:
+    """What keeps an engine from running here."""
+    if engine not in KINDS:
         return ""
-    if recipe(rollout).build == "cpu" and "avx2" not in _cpu_flags():
+    servers = ("vllm", "sglang")
+    if engine in servers and recipe(engine).build == "cpu" and "avx2" not in _cpu_flags():
         return "a processor with AVX2, or an NVIDIA GPU"
-    return "" if packages(rollout) is not None else command(rollout)
+    return "" if packages(engine) is not None else command(engine)
 
 
 def _cpu_flags() -> list[str]:

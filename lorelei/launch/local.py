@@ -15,6 +15,7 @@ from lorelei.config.run import RunConfig
 from lorelei.launch.parts import Parts, build, make_loop, make_trainer, warm_starts
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot
+from lorelei.model.backend import default_device
 from lorelei.obs.console import Console
 from lorelei.obs.history import read_metrics
 from lorelei.publish.contract import PublishError
@@ -23,6 +24,7 @@ from lorelei.rollout.contract import EngineClosed
 from lorelei.store.identity import read_identity
 from lorelei.store.run import RunStore
 from lorelei.train.contract import EngineFailed, TrainEngine
+from lorelei.train.restarting import Restarting
 
 
 class Broken(ValueError):
@@ -67,6 +69,8 @@ async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None
             store = RunStore.create(folder, to_plain(config), keep=config.checkpoint.keep)
             stack.callback(store.close)
         console = stack.enter_context(Console({e.name: e.steps for e in config.experiments()}))
+        if isinstance(trainer.engine, Restarting):
+            trainer.engine.tell = console.warn
         loop = make_loop(config, parts, trainer, store, console)
         stack.push_async_callback(loop.publisher.close)
         stack.push_async_callback(loop.collector.close)
@@ -120,7 +124,7 @@ async def _run(loop: Loop) -> int | None:
 
 
 def _opening(config: RunConfig, parts: Parts, loop: Loop) -> list[str]:
-    model = f"{config.model} ({config.dtype}, {parts.decoder.device})"
+    model = f"{config.model} ({config.dtype}, {default_device()})"
     engines = f"{config.train.kind} + {config.rollout.kind}"
     lines = [f"{loop.store.folder}: {model}, {engines}"]
     if loop.store.latest is not None:

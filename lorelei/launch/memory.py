@@ -52,6 +52,11 @@ class Footprint:
     on_cpu: bool
 
     @property
+    def served(self) -> bool:
+        """Whether servers sample, in processes of their own."""
+        return self.config.rollout.kind != "embedded"
+
+    @property
     def overlaps(self) -> bool:
         """Whether memory of sampling and of training is held at once.
 
@@ -68,20 +73,28 @@ def estimate_memory(run: Footprint) -> dict[str, Parts]:
     held = _programs(run) | {"base model": base_bytes(run)}
     loading = held | {"checkpoint file": run.base * BYTES[run.stored]}
     held |= _trained(run)
-    rollouts = _sampling(run, evaluating=False)
+    rollouts = {} if run.served else _sampling(run, evaluating=False)
     beside = rollouts if run.overlaps else {}
     phases = {
         "loading": loading,
         "sampling": held | rollouts,
-        "evaluating": held | _sampling(run, evaluating=True),
+        "evaluating": held | ({} if run.served else _sampling(run, evaluating=True)),
         "training": held | beside | _training(run),
         "saving": held | beside | {"snapshots": snapshot_bytes(run)},
     }
     if not run.on_cpu:  # files are read and written by way of the CPU's memory
         del phases["loading"], phases["saving"]
-    if not any(e.eval.every for e in run.config.experiments()):
+    if run.served:  # the servers sample
+        del phases["sampling"], phases["evaluating"]
+    elif not any(e.eval.every for e in run.config.experiments()):
         del phases["evaluating"]
     return phases
+
+
+def sampler_parts(run: Footprint) -> Parts:
+    """Of an embedded engine whose trainer is in other processes."""
+    base = {"base model": one_model_bytes(run), "published adapters": published_bytes(run)}
+    return base | _sampling(run, evaluating=any(e.eval.every for e in run.config.experiments()))
 
 
 def _programs(run: Footprint) -> Parts:
@@ -95,27 +108,38 @@ def _programs(run: Footprint) -> Parts:
 
 
 def base_bytes(run: Footprint) -> int:
-    """The base model, once to sample with; with several train workers each has its own too."""
+    """The base model, of each train worker; an embedded sampler beside several has its own."""
     workers = run.config.train.workers
+    sampler = 0 if run.served or workers == 1 else 1
+    return (workers + sampler) * one_model_bytes(run)
+
+
+def one_model_bytes(run: Footprint) -> int:
+    """The base model as our own decoder holds it."""
     # packed for multiplication, a tied lm_head is a matrix of its own besides the embedding
     tied = tied_head(run.model) if _packs(run) else 0
-    models = 1 if workers == 1 else 1 + workers
-    return models * (run.base + tied) * BYTES[run.config.dtype]
+    return (run.base + tied) * BYTES[run.config.dtype]
 
 
 def _trained(run: Footprint) -> Parts:
     """What is held from the first step on."""
     workers = run.config.train.workers
     trained = sum(size.trained for size in run.adapters)
+    return {
+        "adapters": workers * trained * _FP32,
+        "published adapters": published_bytes(run),
+        "optimizer": workers * 2 * trained * _FP32,  # Adam's two moments
+    }
+
+
+def published_bytes(run: Footprint) -> int:
+    """Of all versions that may be sampled from; servers hold them themselves."""
     # rollouts in flight use the versions they started on
     versions = 1 + max(e.rollout.max_head_offpolicyness for e in run.config.experiments())
     published = sum(size.published for size in run.adapters) * _FP32
-    published += sum(size.serving for size in run.adapters) * BYTES[run.config.dtype]
-    return {
-        "adapters": workers * trained * _FP32,
-        "published adapters": versions * published,
-        "optimizer": workers * 2 * trained * _FP32,  # Adam's two moments
-    }
+    if not run.served:
+        published += sum(size.serving for size in run.adapters) * BYTES[run.config.dtype]
+    return versions * published
 
 
 def _sampling(run: Footprint, *, evaluating: bool) -> Parts:
@@ -161,7 +185,7 @@ def decoding_bytes(run: Footprint, prompts: int, rows: int) -> int:
     """
     model = run.model
     read = min(prompts * _prompt_tokens(run), PREFILL_TOKENS)
-    prefill = read * (2 * model.hidden + 3 * _intermediate(model)) * BYTES[run.config.dtype]
+    prefill = read * (2 * model.hidden + 3 * intermediate(model)) * BYTES[run.config.dtype]
     return max(prefill, 2 * rows * model.vocab * _FP32)
 
 
@@ -185,7 +209,7 @@ def activation_bytes(run: Footprint) -> int:
     T, D = micro_batch_tokens(run), model.hidden
     each, block = BYTES[run.config.dtype], T * block_elements(run)
     logits = 3 * LOGITS_CHUNK * (1 if run.on_cpu else GPU_LOGITS) * _FP32
-    mlp = T * 6 * _intermediate(model) * each
+    mlp = T * 6 * intermediate(model) * each
     if recompute:
         return T * (model.layers + 2) * D * each + max(logits, block * each + mlp)
     return (model.layers * block + T * 2 * D) * each + max(logits, mlp)
@@ -201,7 +225,7 @@ def block_elements(run: Footprint) -> int:
     """
     model = run.model
     queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    elements = 2 * model.hidden + 2 * queries + model.heads + 3 * keys + 2 * _intermediate(model)
+    elements = 2 * model.hidden + 2 * queries + model.heads + 3 * keys + 2 * intermediate(model)
     elements += max(size.lifted for size in run.adapters) // model.layers
     if model.qk_norm:  # rotated apart, after norms whose inputs autograd keeps
         elements += queries + keys
@@ -213,7 +237,7 @@ def block_elements(run: Footprint) -> int:
 def micro_batch_tokens(run: Footprint) -> int:
     """Tokens of the largest micro-batch: no more than a worker's share of an optimizer step."""
     prompt, experiments = _prompt_tokens(run), run.config.experiments()
-    step = sum(_step_tokens(e, prompt) for e in experiments) // run.config.train.workers
+    step = sum(_step_tokens(e, prompt) for e in experiments) // run.config.train.sizes.data
     longest = max(e.task.max_prompt_tokens + e.rollout.max_new_tokens for e in experiments)
     longest = min(longest, run.config.rollout.max_context or run.model.max_positions)
     return min(step, max(run.config.train.max_tokens_per_mb, longest))
@@ -243,7 +267,8 @@ def _new_tokens(run: Footprint) -> int:
     return max(max(e.rollout.max_new_tokens, e.eval.max_new_tokens or 0) for e in experiments)
 
 
-def _intermediate(model: DecoderConfig) -> int:
+def intermediate(model: DecoderConfig) -> int:
+    """Features of the MLPs that a token goes through."""
     moe = model.moe
     return model.intermediate if moe is None else moe.intermediate * moe.experts_per_token
 

@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorelei.config.cluster import RayCluster
 from lorelei.config.experiment import Experiment
 from lorelei.config.paths import resolve_model
 from lorelei.config.publish import DiskPublish, HttpPublish, MemoryPublish, XcclPublish
 from lorelei.config.rollout import EmbeddedRollout, SglangRollout, VllmRollout
 from lorelei.config.run import RunConfig
+from lorelei.config.train import MegatronTrain
 from lorelei.data.chat import ChatTemplate
 from lorelei.data.contract import PromptSource
 from lorelei.data.source import make_source
 from lorelei.env.contract import Endpoint, Env
 from lorelei.env.environment import make_env
 from lorelei.env.outcome import NoReward
+from lorelei.interpreters.recipe import interpreter
+from lorelei.launch.train_engine import make_train_engine, trains_here
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.backend import DTYPES, default_device
@@ -44,15 +48,14 @@ from lorelei.rollout.server.engine import ServerEngine
 from lorelei.store.peft_folder import read_peft_folder
 from lorelei.store.run import RunStore
 from lorelei.store.spool import Spool
-from lorelei.train.archon.engine import ArchonEngine
-from lorelei.train.contract import TrainEngine
-from lorelei.train.remote import RemoteEngine
-from lorelei.train.spec import ArchonSpec
 from lorelei.train.step import Trainer
+from lorelei.train.workers import LOOPBACK
 from lorelei.types import Ints, Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from lorelei.launch.ray_cluster import Cluster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +63,7 @@ class Parts:
     """What a run is made of, before its state is known."""
 
     folder: Path  # of the model
-    decoder: Decoder
+    decoder: Decoder | None  # none: other processes hold the model
     rollout: RolloutEngine
     sources: Mapping[str, PromptSource]
     held_out: Mapping[str, list[Prompt]]
@@ -68,14 +71,18 @@ class Parts:
     tasks: Mapping[str, str]  # for people
     decode: Callable[[Ints], str]
     stop_token_ids: tuple[int, ...]
+    cluster: Cluster | None  # none: this machine alone
 
 
-async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
+async def build(config: RunConfig, stack: AsyncExitStack, *, training: bool = True) -> Parts:
     """Check data and rewards, load the model, make the rollout engine on it.
 
+    training: whether a trainer is to be made of these parts too.
     The stack closes what was started. Raises ValueError with one line for what a user can mend.
     """
     experiments = config.experiments()
+    if isinstance(config.train, MegatronTrain):
+        interpreter("megatron")  # or what is missing is said before anything is loaded
     folder = resolve_model(config.model)
     model = DecoderConfig.from_hf(read_config(folder))
     tokenizer = load_tokenizer(folder)
@@ -93,8 +100,13 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
     chat = ChatTemplate(tokenizer=tokenizer, stop_token_ids=stops)
     endpoint = await _endpoint(experiments, chat, stack)
     envs = {e.name: _env(e, chat, context, endpoint, stack) for e in experiments}
-    decoder = load_decoder(folder, DTYPES[config.dtype], default_device())
-    rollout = _rollout_engine(config, folder, decoder, tokenizer)
+    cluster = _cluster(config, training)
+    if cluster is not None:
+        stack.callback(cluster.close)
+    decoder = None
+    if config.rollout.kind == "embedded" or (training and trains_here(config)):
+        decoder = load_decoder(folder, DTYPES[config.dtype], default_device())
+    rollout = _rollout_engine(config, folder, model, decoder, tokenizer, cluster)
     stack.push_async_callback(rollout.close)
     if isinstance(rollout, ServerEngine):
         await rollout.start()
@@ -108,7 +120,23 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
         tasks={e.name: task_words(e) for e in experiments},
         decode=decoder_of(tokenizer),
         stop_token_ids=stops,
+        cluster=cluster,
     )
+
+
+def _cluster(config: RunConfig, training: bool) -> Cluster | None:
+    """The connection to Ray, with places for all processes of the run, if it has any there."""
+    rollout = config.rollout
+    attached = rollout.kind == "embedded" or bool(rollout.urls)
+    workers, servers = config.train.workers if training else 0, 0 if attached else rollout.replicas
+    match config.cluster:
+        case RayCluster() as ray if workers + servers:
+            from lorelei.launch.ray_cluster import Cluster
+
+            cpus = 1 if attached else rollout.threads * rollout.tensor_parallel_size
+            return Cluster(ray, workers, servers, cpus)
+        case _:
+            return None
 
 
 async def _endpoint(
@@ -146,7 +174,7 @@ def _env(
 def make_trainer(config: RunConfig, parts: Parts, stack: AsyncExitStack) -> Trainer:
     """The trainer with the run's adapters, all fresh; the stack closes it."""
     experiments = config.experiments()
-    engine = _train_engine(config, parts.folder, parts.decoder)
+    engine = make_train_engine(config, parts.folder, parts.decoder, parts.cluster)
     trainer = Trainer(engine, {e.name: e for e in experiments})
     stack.callback(trainer.close)
     for e in experiments:
@@ -180,24 +208,17 @@ def make_loop(
     )
 
 
-def _train_engine(config: RunConfig, folder: Path, decoder: Decoder) -> TrainEngine:
-    train = config.train
-    if train.workers == 1:
-        return ArchonEngine(decoder, train.max_tokens_per_mb, train.gradient_checkpointing)
-    spec = ArchonSpec(
-        model=str(folder),
-        dtype=config.dtype,
-        max_tokens_per_mb=train.max_tokens_per_mb,
-        recompute=train.gradient_checkpointing,
-    )
-    return RemoteEngine(spec, train.workers)
-
-
 def _rollout_engine(
-    config: RunConfig, folder: Path, decoder: Decoder, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig,
+    folder: Path,
+    model: DecoderConfig,
+    decoder: Decoder | None,
+    tokenizer: PreTrainedTokenizerBase,
+    cluster: Cluster | None,
 ) -> RolloutEngine:
     match config.rollout:
         case EmbeddedRollout() as embedded:
+            assert decoder is not None, "it was loaded for this"
             return EmbeddedEngine(
                 decoder,
                 tokenizer=tokenizer,
@@ -207,7 +228,10 @@ def _rollout_engine(
         case VllmRollout() | SglangRollout() as servers:
             from lorelei.launch.servers import make_server_engine
 
-            return make_server_engine(config, servers, folder, decoder.config, tokenizer)
+            built = (config, servers, folder, model, tokenizer)
+            if cluster is None:
+                return make_server_engine(*built)
+            return make_server_engine(*built, cluster, "cuda" if cluster.gpus else "cpu")
 
 
 def _way(config: RunConfig, parts: Parts, store: RunStore) -> Way | None:
@@ -226,7 +250,8 @@ def _way(config: RunConfig, parts: Parts, store: RunStore) -> Way | None:
             from lorelei.publish.xccl import Xccl
 
             assert isinstance(engine, ServerEngine), "checked by the configuration"
-            return Xccl(engine, parts.decoder.device, publish.host, publish.timeout)
+            known = parts.cluster.host if parts.cluster is not None else LOOPBACK
+            return Xccl(engine, default_device(), publish.host or known, publish.timeout)
 
 
 def _canary(

@@ -11,16 +11,20 @@ from typing import Any, Literal
 
 from lorelei.config.errors import ConfigError
 from lorelei.config.experiment import Experiment
-from lorelei.config.paths import resolve_model
 from lorelei.config.run import RunConfig
 from lorelei.config.section import is_mapping
 from lorelei.config.task import JsonlTask, ParquetTask
-from lorelei.launch.adapter_size import AdapterSize, full_size, lora_size
-from lorelei.launch.device import has_accelerator
+from lorelei.config.train import ArchonTrain
+from lorelei.launch.adapter_size import AdapterSize, full_size, lora_size, trained_size
+from lorelei.launch.hardware import Hardware, this_machine
 from lorelei.launch.memory import BYTES, Footprint, estimate_memory
+from lorelei.launch.part import ProcessGroup
+from lorelei.launch.processes import process_groups
 from lorelei.launch.server_limits import check_servers
-from lorelei.lora.targets import HEAD, Shape, match_targets, module_shapes
+from lorelei.launch.train_limits import check_training
+from lorelei.lora.targets import HEAD, Shape, match_targets, module_shapes, tied_names
 from lorelei.model.config import DecoderConfig
+from lorelei.model.shapes import find_shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +39,7 @@ class AdapterPlan:
     rollouts_per_step: int
     rank: int  # 0: full fine-tuning
     modules: tuple[str, ...]  # the linear layers that get an adapter, or that are trained
+    tied: Mapping[str, str]  # {module: the name of the A that it shares}
     parameters: int  # trained
 
 
@@ -50,7 +55,11 @@ class Plan:
     parameters: Mapping[str, int]  # of the base model, by part
     adapters: tuple[AdapterPlan, ...]
     device: Literal["cpu", "accelerator"]  # whose memory it is
-    memory: Mapping[str, Mapping[str, int]]  # bytes, estimated, by phase and part
+    device_memory: int | None  # bytes of one, where it is known
+    # bytes, estimated, by phase and part, of a controller that trains itself
+    memory: Mapping[str, Mapping[str, int]]
+    processes: tuple[ProcessGroup, ...]
+    problems: tuple[str, ...]  # why the run does not fit the devices
     warnings: tuple[str, ...]
 
     @property
@@ -59,8 +68,9 @@ class Plan:
 
     @property
     def total_memory(self) -> int:
-        """Of the phase that needs most."""
-        return max(sum(parts.values()) for parts in self.memory.values())
+        """Of the phase that needs most; without phases, of the largest process."""
+        phases = [sum(parts.values()) for parts in self.memory.values()]
+        return max(phases or [group.bytes for group in self.processes])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with the totals."""
@@ -71,13 +81,14 @@ class Plan:
         }
 
 
-def plan(config: RunConfig) -> Plan:
-    """Look the model up and say what the run would do.
+def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
+    """Look the model up and say what the run would do. hardware: none for this machine.
 
     Raises ValueError (one line) for a model that is nowhere or not supported, for targets that
-    match nothing, and for completions that the model has no room for.
+    match nothing, for completions that the model has no room for, and for too few devices.
     """
-    folder = resolve_model(config.model, weights=False)
+    hardware = hardware or this_machine()
+    folder = find_shape(config.model)
     hf_config = _read_config(folder / "config.json")
     try:
         model, shapes = DecoderConfig.from_hf(hf_config), module_shapes(hf_config)
@@ -87,13 +98,25 @@ def plan(config: RunConfig) -> Plan:
         ) from error
     _check_context(config, model)
     _check_files(config)
+    check_training(config, model, hf_config)
     parameters = count_parameters(model, shapes, hf_config)
     adapters = tuple(
         _adapter_plan(e, config, shapes, model, sum(parameters.values()))
         for e in config.experiments()
     )
-    on_cpu = not has_accelerator()
-    check_servers(config, model, {name for a in adapters for name in a.modules}, on_cpu)
+    on_cpu, modules = hardware.on_cpu, {name for a in adapters for name in a.modules}
+    check_servers(config, model, modules, on_cpu)
+    run = Footprint(
+        config=config,
+        model=model,
+        base=sum(parameters.values()),
+        stored=_stored(hf_config),
+        adapters=tuple(_size(a, model, shapes) for a in adapters),
+        on_cpu=on_cpu,
+    )
+    alone = isinstance(config.train, ArchonTrain) and config.cluster.kind == "local"
+    phases = estimate_memory(run) if alone else {}
+    processes, problems = process_groups(run, parameters, shapes, modules, hardware, phases)
     return Plan(
         run=config.name,
         model=config.model,
@@ -103,16 +126,10 @@ def plan(config: RunConfig) -> Plan:
         parameters=parameters,
         adapters=adapters,
         device="cpu" if on_cpu else "accelerator",
-        memory=estimate_memory(
-            Footprint(
-                config=config,
-                model=model,
-                base=sum(parameters.values()),
-                stored=_stored(hf_config),
-                adapters=tuple(_size(a, model, shapes) for a in adapters),
-                on_cpu=on_cpu,
-            )
-        ),
+        device_memory=hardware.memory,
+        memory=phases,
+        processes=processes,
+        problems=problems,
         warnings=tuple(config.warnings()),
     )
 
@@ -160,6 +177,7 @@ def _adapter_plan(
     except ValueError as error:
         where = f"adapters.{experiment.name}." if config.adapters else ""
         raise ConfigError(f"{where}{error}") from error
+    tied = {name: a for name, a in tied_names(modules, spec).items() if a != name}
     return AdapterPlan(
         name=experiment.name,
         task=_task_name(experiment),
@@ -169,14 +187,15 @@ def _adapter_plan(
         rollouts_per_step=experiment.algo.batch_size * experiment.rollout.n_samples,
         rank=spec.rank,
         modules=tuple(modules),
-        parameters=base if spec.full else sum(spec.rank * sum(shapes[n]) for n in modules),
+        tied=tied,
+        parameters=base if spec.full else trained_size(shapes, modules, spec.rank, tied),
     )
 
 
 def _size(adapter: AdapterPlan, model: DecoderConfig, shapes: Mapping[str, Shape]) -> AdapterSize:
     if adapter.rank == 0:
         return full_size(model, adapter.parameters)
-    return lora_size(model, shapes, adapter.modules, adapter.rank)
+    return lora_size(model, shapes, adapter.modules, adapter.rank, adapter.tied)
 
 
 def _stored(hf_config: Mapping[str, Any]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NoReturn
 
-from lorelei.config.paths import cache_folder
+from lorelei.config.paths import cache_folder, resolve_model
 from lorelei.config.rollout import SglangRollout, VllmRollout
 from lorelei.config.run import RunConfig
 from lorelei.launch.device import has_accelerator
@@ -16,11 +18,14 @@ from lorelei.model.load import read_config
 from lorelei.rollout.limits import Limits
 from lorelei.rollout.server.dialect import Dialect
 from lorelei.rollout.server.engine import ServerEngine
+from lorelei.rollout.server.place import HERE, Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKEN = "LORELEI_SERVER_TOKEN"
+
+Device = Literal["cpu", "cuda"]
 
 
 def make_server_engine(
@@ -29,16 +34,16 @@ def make_server_engine(
     folder: Path,
     model: DecoderConfig,
     tokenizer: PreTrainedTokenizerBase,
+    place: Place = HERE,
+    device: Device | None = None,
 ) -> ServerEngine:
-    """Not started yet. folder: of the model."""
+    """Not started yet. folder: of the model. place: where servers are started.
+
+    device: of that place; none: this machine's.
+    """
     context = min(rollout.max_context or model.max_positions, model.max_positions)
-    match rollout:
-        case VllmRollout():
-            dialect = _vllm(config, rollout, folder, context)
-        case SglangRollout():
-            dialect = _sglang(config, rollout, folder, context)
     return ServerEngine(
-        dialect,
+        _dialect(config, rollout, folder, model, device or device_here()),
         Limits(vocab=model.vocab, context=context, decodes_text=True),
         cache_folder() / "logs" / config.name,
         tokenizer=tokenizer,  # type: ignore[arg-type]  # its decode takes more
@@ -46,7 +51,27 @@ def make_server_engine(
         urls=rollout.urls,
         token=os.environ.get(TOKEN),
         max_running=rollout.max_running,
+        place=place,
     )
+
+
+def serve(config: RunConfig, host: str, port: int) -> NoReturn:
+    """Become the rollout server of a run. Raises ValueError for what a user can mend."""
+    rollout = config.rollout
+    if rollout.kind == "embedded":
+        raise ValueError("rollout.kind: 'embedded' is no server; use vllm or sglang")
+    token = os.environ.get(TOKEN, "")
+    if not token and not ipaddress.ip_address(socket.gethostbyname(host)).is_loopback:
+        raise ValueError(
+            f"--host: {host} is reached by others and {TOKEN} is not set; whoever reaches the "
+            "server could replace its adapters. Set the same secret here and at the trainer"
+        )
+    folder = resolve_model(config.model)
+    model = DecoderConfig.from_hf(read_config(folder))
+    rollout = rollout.model_copy(update={"urls": ()})
+    dialect = _dialect(config, rollout, folder, model, device_here())
+    launch = dialect.launch(0, port, token, Path.cwd(), host)
+    os.execvpe(launch.command[0], launch.command, {**os.environ, **launch.environment})
 
 
 def max_rank(config: RunConfig, rollout: VllmRollout | SglangRollout) -> int:
@@ -59,11 +84,28 @@ def versions_in_use(config: RunConfig) -> int:
     return sum(e.rollout.max_head_offpolicyness + 2 for e in config.experiments())
 
 
-def device() -> str:
+def device_here() -> Device:
     return "cuda" if has_accelerator() else "cpu"
 
 
-def _vllm(config: RunConfig, rollout: VllmRollout, folder: Path, context: int) -> Dialect:
+def _dialect(
+    config: RunConfig,
+    rollout: VllmRollout | SglangRollout,
+    folder: Path,
+    model: DecoderConfig,
+    device: Device,
+) -> Dialect:
+    context = min(rollout.max_context or model.max_positions, model.max_positions)
+    match rollout:
+        case VllmRollout():
+            return _vllm(config, rollout, folder, context, device)
+        case SglangRollout():
+            return _sglang(config, rollout, folder, context, device)
+
+
+def _vllm(
+    config: RunConfig, rollout: VllmRollout, folder: Path, context: int, device: Device
+) -> Dialect:
     from lorelei.rollout.vllm.command import VllmOptions
     from lorelei.rollout.vllm.dialect import VllmDialect
 
@@ -78,7 +120,7 @@ def _vllm(config: RunConfig, rollout: VllmRollout, folder: Path, context: int) -
             versions=versions_in_use(config),
             max_running=rollout.max_running,
             tensor_parallel=rollout.tensor_parallel_size,
-            device=device(),
+            device=device,
             has_tokenizer=True,
             threads=rollout.threads,
             cpu_cache_gib=rollout.cpu_cache_gib,
@@ -87,7 +129,9 @@ def _vllm(config: RunConfig, rollout: VllmRollout, folder: Path, context: int) -
     )
 
 
-def _sglang(config: RunConfig, rollout: SglangRollout, folder: Path, context: int) -> Dialect:
+def _sglang(
+    config: RunConfig, rollout: SglangRollout, folder: Path, context: int, device: Device
+) -> Dialect:
     from lorelei.rollout.sglang.command import SglangOptions
     from lorelei.rollout.sglang.dialect import SglangDialect
 
@@ -103,7 +147,7 @@ def _sglang(config: RunConfig, rollout: SglangRollout, folder: Path, context: in
             versions=versions_in_use(config),
             max_running=rollout.max_running,
             tensor_parallel=rollout.tensor_parallel_size,
-            device=device(),
+            device=device,
             has_tokenizer=True,
             threads=rollout.threads,
             cpu_cache_gib=rollout.cpu_cache_gib,

@@ -99,7 +99,7 @@ async def _evaluate(
 ) -> dict[str, dict[str, dict[str, float]]]:
     found: dict[str, dict[str, dict[str, float]]] = {}
     async with AsyncExitStack() as stack:
-        parts = await build(run.config, stack)
+        parts = await build(run.config, stack, training=False)
         for name, evaluator in evaluators(run.config, parts).items():
             if n_prompts is not None:
                 evaluator = replace(evaluator, prompts=_first(evaluator.prompts, n_prompts))

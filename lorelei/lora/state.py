@@ -51,3 +51,47 @@ class AdapterSnapshot:
     exp_avg: Mapping[str, Tensor]
     exp_avg_sq: Mapping[str, Tensor]
     step: int
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU; names that share a tensor share its copy."""
+    # an explicit copy: on the CPU `.cpu()` would share memory with the trained tensor
+    made: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in made:
+            made[id(tensor)] = tensor.detach().to("cpu", copy=True)
+    return {name: made[id(tensor)] for name, tensor in tensors.items()}
+
+
+def check_tensors(
+    name: str, expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]
+) -> None:
+    """Raises ValueError naming the first tensor that is missing, unexpected or misshapen."""
+    if missing := sorted(expected.keys() - given.keys()):
+        raise ValueError(f"adapter {name!r}: tensor {missing[0]!r} is missing (of {len(missing)})")
+    if extra := sorted(given.keys() - expected.keys()):
+        raise ValueError(
+            f"adapter {name!r}: tensor {extra[0]!r} is of no target module (of {len(extra)})"
+        )
+    for tensor_name, shape in expected.items():
+        if tuple(given[tensor_name].shape) != shape:
+            raise ValueError(
+                f"adapter {name!r}: {tensor_name} has shape {tuple(given[tensor_name].shape)}, "
+                f"the model and rank need {shape}"
+            )
+
+
+def check_tied(name: str, tied: Mapping[str, str], given: Mapping[str, Tensor]) -> None:
+    """Raises ValueError when modules that share an A are given different ones.
+
+    tied: {module: what its A is called}, see lora.targets.tied_names.
+    """
+    first: dict[str, str] = {}
+    for module, shared in tied.items():
+        other = first.setdefault(shared, module)
+        one, two = (given[tensor_names(m)[0]] for m in (other, module))
+        if one is not two and not torch.equal(one, two):
+            raise ValueError(
+                f"adapter {name!r}: {other} and {module} share their A (lora.target_modules: "
+                f"{shared.rpartition('.')[2]}), and are given two; target them by their own names"
+            )

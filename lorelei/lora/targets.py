@@ -1,13 +1,17 @@
-"""Which linear layers of a model get an adapter. No torch.
+"""Which linear layers of a model get an adapter, and which share their A. No torch.
 
 The names are those of the checkpoint, such as 'model.layers.0.self_attn.q_proj'; each expert of a
 mixture is a layer of its own. A router is never adapted and has no entry.
+
+Megatron's names mean its fused layers: `linear_qkv` is q, k and v with one A for all three, which
+every engine keeps tied.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +20,12 @@ from lorelei.types import AdapterSpec
 
 ALL_LINEAR = "all-linear"
 HEAD = "lm_head"
+FUSED = {  # Megatron's name -> the last parts of the names it stands for
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",),
+}
 
 Shape = tuple[int, int]  # (out, in)
 
@@ -48,8 +58,8 @@ def module_shapes(hf_config: Mapping[str, Any]) -> dict[str, Shape]:
 def match_targets(names: Iterable[str], spec: AdapterSpec, model_name: str) -> list[str]:
     """The names that `spec` targets, in their order.
 
-    A target is 'all-linear' (everything but lm_head), a name, the end of one after a dot, or a
-    regular expression for whole names; exclude_modules are written alike and win.
+    A target is 'all-linear' (everything but lm_head), a name, the end of one after a dot, one of
+    FUSED, or a regular expression for whole names; exclude_modules are written alike and win.
     Raises ValueError when a target or an exclusion matches nothing, or nothing is left.
     """
     known = list(names)
@@ -66,6 +76,25 @@ def match_targets(names: Iterable[str], spec: AdapterSpec, model_name: str) -> l
     return [name for name in known if name in chosen]
 
 
+def tied_names(chosen: Iterable[str], spec: AdapterSpec) -> dict[str, str]:
+    """{targeted name: what its A is called}: names that share an A have one for it in common.
+
+    A name that a fused target covers is tied, whatever else targets it.
+    """
+    fused = {
+        leaf: target
+        for target in spec.target_modules
+        for leaf in FUSED.get(target, ())
+        if len(FUSED[target]) > 1
+    }
+    called: dict[str, str] = {}
+    for name in chosen:
+        parent, _, leaf = name.rpartition(".")
+        called[name] = f"{parent}.{fused[leaf]}" if leaf in fused else name
+    sharing = Counter(called.values())
+    return {name: a if sharing[a] > 1 else name for name, a in called.items()}
+
+
 def _mlp_shapes(prefix: str, hidden: int, intermediate: int) -> dict[str, Shape]:
     return {
         f"{prefix}.gate_proj": (intermediate, hidden),
@@ -77,6 +106,10 @@ def _mlp_shapes(prefix: str, hidden: int, intermediate: int) -> dict[str, Shape]
 def _matches(names: Sequence[str], target: str, field: str, model_name: str) -> set[str]:
     if target == ALL_LINEAR:
         return {name for name in names if name != HEAD}
+    if target in FUSED:
+        found = {name for name in names if name.rpartition(".")[2] in FUSED[target]}
+        if found:
+            return found
     found = {name for name in names if name == target or name.endswith(f".{target}")}
     if found:
         return found

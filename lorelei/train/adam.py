@@ -11,30 +11,32 @@ from lorelei.types import AdamHyper, OptimStats
 
 
 class AdapterOptimizer:
-    """torch's AdamW over the tensors of one adapter; moments in the tensors' dtype."""
+    """torch's AdamW over the tensors of one adapter; moments in the tensors' dtype.
+
+    A tensor with several names, a tied A, is one: it counts once in the norm and steps once.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
+        self._own = list({id(tensor): tensor for tensor in tensors.values()}.values())
         # fused: no temporary copies of the tensors, which full weights would feel
-        self._adam = torch.optim.AdamW(self._tensors.values(), lr=0.0, fused=True)
+        self._adam = torch.optim.AdamW(self._own, lr=0.0, fused=True)
         self.step_count = 0
 
     def grad_norm(self) -> Tensor | None:
         """The norm of all gradients together; None when there are none."""
-        if all(t.grad is None for t in self._tensors.values()):
+        if all(t.grad is None for t in self._own):
             return None
-        for tensor in self._tensors.values():
+        for tensor in self._own:
             if tensor.grad is None:  # an expert that no token reached: its moments decay
                 tensor.grad = torch.zeros_like(tensor)
-        gradients = [t.grad for t in self._tensors.values() if t.grad is not None]
+        gradients = [t.grad for t in self._own if t.grad is not None]
         return torch.nn.utils.get_total_norm(gradients, foreach=True)
 
     def step(self, hyper: AdamHyper, norm: Tensor) -> OptimStats:
         """Clip from `norm`, that of the gradients, to hyper.max_grad_norm; step; clear."""
         if hyper.max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(
-                self._tensors.values(), hyper.max_grad_norm, norm, foreach=True
-            )
+            torch.nn.utils.clip_grads_with_norm_(self._own, hyper.max_grad_norm, norm, foreach=True)
         self._adam.param_groups[0].update(
             lr=hyper.lr,
             betas=(hyper.beta1, hyper.beta2),
@@ -52,13 +54,18 @@ class AdapterOptimizer:
 
     def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copies of (exp_avg, exp_avg_sq) by name; zeros before the first step."""
-        both: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        for name, tensor in self._tensors.items():
-            held = self._adam.state.get(tensor, {})
-            for found, key in zip(both, ("exp_avg", "exp_avg_sq"), strict=True):
-                moment = held[key] if held else torch.zeros_like(tensor)
-                found[name] = moment.detach().to("cpu", copy=True)
-        return both
+        return self._moment("exp_avg"), self._moment("exp_avg_sq")
+
+    def _moment(self, key: str) -> dict[str, Tensor]:
+        copied: dict[int, Tensor] = {}
+        for tensor in self._own:
+            state = self._adam.state.get(tensor)
+            copied[id(tensor)] = (
+                state[key].detach().to("cpu", copy=True)
+                if state
+                else torch.zeros(tensor.shape, dtype=tensor.dtype)
+            )
+        return {name: copied[id(tensor)] for name, tensor in self._tensors.items()}
 
     def restore(
         self, exp_avg: Mapping[str, Tensor], exp_avg_sq: Mapping[str, Tensor], step: int

@@ -22,6 +22,10 @@ class EngineFailed(RuntimeError):
     """A worker of an engine died, hung or met an error that is nobody's input; or it is closed."""
 
 
+class WorkersLost(EngineFailed):
+    """A worker died or hung, and all were stopped: on new ones the same calls may succeed."""
+
+
 class TrainEngine(Protocol):
     """One frozen base model and the adapters trained on it.
 

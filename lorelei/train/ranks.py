@@ -1,4 +1,4 @@
-"""The data-parallel ranks an engine is one of; a single process is the case of one rank."""
+"""The ranks an engine is one of; a single process is the case of one rank."""
 
 from __future__ import annotations
 
@@ -19,19 +19,35 @@ class RankFailed(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """A torch.distributed group, or nothing when `size` is 1."""
+    """A torch.distributed group, or nothing when `size` is 1.
 
-    rank: int
-    size: int
+    Each `team` neighbours hold one model together and work on the same tokens; a batch is shared
+    out to teams.
+    """
+
+    rank: int = 0
+    size: int = 1
+    team: int = 1
 
     @classmethod
-    def alone(cls) -> Ranks:
-        return cls(0, 1)
-
-    @classmethod
-    def joined(cls) -> Ranks:
+    def joined(cls, team: int = 1) -> Ranks:
         """The default group of this process."""
-        return cls(dist.get_rank(), dist.get_world_size())
+        return cls(dist.get_rank(), dist.get_world_size(), team)
+
+    @property
+    def share(self) -> int:
+        """Which share of a batch is this rank's."""
+        return self.rank // self.team
+
+    @property
+    def shares(self) -> int:
+        """How many a batch is cut into."""
+        return self.size // self.team
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks for its team, so that nothing is counted twice."""
+        return self.rank % self.team == 0
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -76,14 +92,14 @@ class Ranks:
         if self.size == 1:
             return {name: dict(values) for name, values in sums.items()}
         total: dict[str, dict[str, float]] = {}
-        for part in self._gather_json(sums):
+        for part in self.gather_json(sums):
             for name, values in part.items():
                 into = total.setdefault(name, {})
                 for key, value in values.items():
                     into[key] = into.get(key, 0.0) + value
         return total
 
-    def _gather_json(self, value: Mapping[str, Mapping[str, float]]) -> list[Any]:
+    def gather_json(self, value: Any) -> list[Any]:
         """Every rank's value; JSON bytes, because all_gather_object unpickles what it gets."""
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import selectors
-import signal
-import socket
-import subprocess
+import concurrent.futures
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-import lorelei
-from lorelei.config.threads import physical_cores
 from lorelei.lora.state import AdapterSnapshot, AdapterState
-from lorelei.train.contract import EngineFailed
+from lorelei.train.contract import EngineFailed, WorkersLost
 from lorelei.train.spec import EngineSpec
-from lorelei.train.wire import Call, Failure, Reply, Start, WireError, encode, receive
+from lorelei.train.wire import (
+    NETWORK,
+    Call,
+    Failure,
+    Reply,
+    Start,
+    WireError,
+    encode,
+    parse,
+)
+from lorelei.train.workers import GRACE, Launcher, LocalWorkers, WorkerGone
 from lorelei.types import (
     AdamHyper,
     AdapterSpec,
@@ -33,15 +33,14 @@ from lorelei.types import (
     TrainOutputs,
 )
 
-GRACE = 5.0  # seconds for a worker to end by itself
 _ERRORS = {"ValueError": ValueError, "KeyError": KeyError}
 
 
 class RemoteEngine:
     """Implements TrainEngine. Every call goes to every rank; the first one's result is returned.
 
-    When a worker dies, hangs or disagrees with the others, all are stopped and every call raises
-    EngineFailed from then on.
+    When a worker dies, hangs or disagrees with the others, all are stopped: WorkersLost is raised,
+    and EngineFailed by every call from then on.
     """
 
     def __init__(
@@ -50,6 +49,7 @@ class RemoteEngine:
         workers: int,
         python: str = sys.executable,
         timeout: float = 1800.0,
+        launcher: Launcher = LocalWorkers,
     ) -> None:
         """Start the workers and wait until they have loaded the model.
 
@@ -58,27 +58,17 @@ class RemoteEngine:
         """
         self._timeout = timeout
         self._closed: str | None = None
-        listener = socket.create_server(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        # the workers meet at a store of this process: no port can be lost to another program
-        self._store = TCPStore(
-            *("127.0.0.1", port, None, True),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
-        self._ranks: list[_Rank] = []
+        self.workers = launcher(workers, python)
         try:
-            for number in range(workers):
-                self._ranks.append(_Rank(number, workers, port, python, timeout))
             self._exchange("start", Start(spec=spec, timeout=timeout))
         except BaseException:
             self.close()
             raise
 
     @property
-    def pids(self) -> tuple[int, ...]:
+    def pids(self) -> Sequence[int]:
         """The worker processes, by rank."""
-        return tuple(rank.process.pid for rank in self._ranks)
+        return self.workers.pids
 
     def add_adapter(self, name: str, spec: AdapterSpec, seed: int = 0) -> None:
         self._call("add_adapter", name, spec, seed)
@@ -124,24 +114,25 @@ class RemoteEngine:
 
     def _exchange(self, method: str, message: Start | Call) -> Any:
         deadline = time.monotonic() + self._timeout
-        frame = encode(message)
+        answers = self.workers.ask(encode(message))
+        ranks = {answer: rank for rank, answer in enumerate(answers)}
         outcomes: dict[int, Reply | Failure] = {}
-        with selectors.DefaultSelector() as answers:
-            for rank in self._ranks:
-                with self._watched(rank, method):
-                    rank.channel.sendall(frame)
-                answers.register(rank.channel, selectors.EVENT_READ, rank)
-            while answers.get_map():
-                ready = answers.select(max(deadline - time.monotonic(), 0))
-                if not ready:
-                    silent = [r.number for r in self._ranks if r.number not in outcomes]
-                    raise self._broken(f"no answer to {method} in {self._timeout:g} s", silent)
-                for key, _ in ready:
-                    rank: _Rank = key.data
-                    answers.unregister(rank.channel)
-                    with self._watched(rank, method):
-                        outcomes[rank.number] = receive(rank.channel)
-        return self._result(method, [outcomes[rank.number] for rank in self._ranks])
+        while waiting := ranks.keys() - {answers[rank] for rank in outcomes}:
+            ready, _ = concurrent.futures.wait(
+                waiting,
+                max(deadline - time.monotonic(), 0),
+                return_when=concurrent.futures.FIRST_COMPLETED,
+            )
+            if not ready:
+                silent = [rank for rank in ranks.values() if rank not in outcomes]
+                raise self._broken(f"no answer to {method} in {self._timeout:g} s", silent)
+            for answer in ready:
+                rank = ranks[answer]
+                try:
+                    outcomes[rank] = parse(answer.result())
+                except (WorkerGone, WireError) as error:
+                    raise self._broken(f"{error} during {method}", [rank]) from error
+        return self._result(method, [outcomes[rank] for rank in range(len(answers))])
 
     def _result(self, method: str, outcomes: Sequence[Reply | Failure]) -> Any:
         failures = {n: o for n, o in enumerate(outcomes) if isinstance(o, Failure)}
@@ -152,89 +143,21 @@ class RemoteEngine:
         number, failure = next(iter(own.items()))
         if len(failures) < len(outcomes):
             raise self._broken(f"{method} failed on some ranks only: {failure.text}", [number])
+        if failure.kind == NETWORK:
+            last = failure.text.strip().splitlines()[-1]
+            raise self._broken(f"another rank was out of reach during {method} ({last})", [number])
         if failure.kind in _ERRORS:
             raise _ERRORS[failure.kind](failure.text)
         raise EngineFailed(f"train worker {number} failed in {method}: {failure.text}")
 
-    @contextlib.contextmanager
-    def _watched(self, rank: _Rank, method: str) -> Iterator[None]:
-        try:
-            yield
-        except (EOFError, OSError, WireError) as error:
-            hung = isinstance(error, (TimeoutError, WireError))
-            reason = str(error) if hung else rank.last_words()
-            raise self._broken(f"{reason} during {method}", [rank.number]) from error
-
-    def _broken(self, reason: str, ranks: Sequence[int]) -> EngineFailed:
-        named = ", ".join(f"{n} (pid {self.pids[n]})" for n in ranks)
-        text = f"train worker {named} of {len(self._ranks)}: {reason}; all workers were stopped"
+    def _broken(self, reason: str, ranks: Sequence[int]) -> WorkersLost:
+        names = self.workers.names
+        named = ", ".join(names[rank] for rank in ranks)
+        text = f"train worker {named} of {len(names)}: {reason}; all workers were stopped"
         self._stop(text, grace=0)
-        return EngineFailed(text)
+        return WorkersLost(text)
 
     def _stop(self, reason: str, grace: float) -> None:
-        if self._closed is not None:
-            return
-        self._closed = reason
-        for rank in self._ranks:
-            rank.channel.close()  # which tells the worker to end
-        deadline = time.monotonic() + grace
-        for rank in self._ranks:
-            rank.end(max(deadline - time.monotonic(), 0))
-        del self._store
-
-
-class _Rank:
-    """One worker process, in a session of its own: Ctrl-C is the controller's to handle."""
-
-    def __init__(self, number: int, size: int, port: int, python: str, timeout: float) -> None:
-        self.number = number
-        self.channel, theirs = socket.socketpair()
-        self.channel.settimeout(timeout)
-        with theirs:
-            self.process = subprocess.Popen(
-                [python, "-m", "lorelei.train.worker", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, **_environment(number, size, port, python)},
-                start_new_session=True,
-            )
-
-    def last_words(self) -> str:
-        """How the process ended, when its end of the channel is closed."""
-        try:
-            code = self.process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            return "closed its channel"
-        if code < 0:
-            return f"was killed by {signal.Signals(-code).name}"
-        return f"ended with exit status {code}"
-
-    def end(self, grace: float) -> None:
-        """Collect the process, killing it when it does not end in time."""
-        try:
-            self.process.wait(grace)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
-def _environment(number: int, size: int, port: int, python: str) -> dict[str, str]:
-    """What torch.distributed, its users and OpenMP read."""
-    threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or physical_cores()
-    found = {
-        "RANK": str(number),
-        "LOCAL_RANK": str(number),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there; no rank opens one
-        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-        "OMP_NUM_THREADS": str(max(threads // size, 1)),
-        "MALLOC_ARENA_MAX": "1",  # see config.threads
-    }
-    if python == sys.executable:  # another environment has a Lorelei of its own
-        package = str(Path(lorelei.__file__).parents[1])
-        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-        found["PYTHONPATH"] = os.pathsep.join(paths)
-    return found
+        if self._closed is None:
+            self._closed = reason
+            self.workers.end(grace)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,8 +20,8 @@ import torch.distributed as dist
 from lorelei.model.backend import DTYPES, default_device, dist_backend
 from lorelei.train.contract import TrainEngine
 from lorelei.train.ranks import RankFailed, Ranks
-from lorelei.train.spec import EngineSpec
-from lorelei.train.wire import Call, Failure, Reply, Start, receive, send
+from lorelei.train.spec import ArchonSpec, EngineSpec, FsdpSpec, MegatronSpec
+from lorelei.train.wire import NETWORK, Call, Failure, Reply, Start, receive, send
 
 METHODS = frozenset(
     {
@@ -31,6 +33,7 @@ METHODS = frozenset(
 
 def main() -> None:
     """Serve the socket whose file descriptor is the only argument, until its other end closes."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     channel = socket.socket(fileno=int(sys.argv[1]))
     with suppress(EOFError, ConnectionError):
         serve(channel)
@@ -54,13 +57,30 @@ def serve(channel: socket.socket) -> None:
         send(channel, outcome)
 
 
+def _end_with(parent: int) -> None:
+    """A rank that waits for another one in a collective call does not see its channel close."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def build_engine(spec: EngineSpec, ranks: Ranks) -> TrainEngine:
     """The engine of a spec on this process's device."""
-    from lorelei.model.load import load_decoder
-    from lorelei.train.archon.engine import ArchonEngine
+    match spec:
+        case ArchonSpec():
+            from lorelei.model.load import load_decoder
+            from lorelei.train.archon.engine import ArchonEngine
 
-    decoder = load_decoder(Path(spec.model), DTYPES[spec.dtype], default_device())
-    return ArchonEngine(decoder, spec.max_tokens_per_mb, spec.recompute, ranks)
+            decoder = load_decoder(Path(spec.model), DTYPES[spec.dtype], default_device())
+            return ArchonEngine(decoder, spec.max_tokens_per_mb, spec.recompute, ranks)
+        case FsdpSpec():
+            from lorelei.train.fsdp.engine import FsdpEngine
+
+            return FsdpEngine(spec, default_device(), ranks)
+        case MegatronSpec():
+            from lorelei.train.megatron.start import start_engine
+
+            return start_engine(spec, ranks)
 
 
 def _start(start: Start) -> TrainEngine:
@@ -89,7 +109,12 @@ def _attempt(work: Callable[[], Any]) -> Reply | Failure:
         return Failure(kind="RankFailed", text=str(error))
     except Exception as error:  # the border: what a call raises is the controller's
         text = "".join(traceback.format_exception(error))
-        return Failure(kind=type(error).__name__, text=text)
+        return Failure(kind=NETWORK if _of_the_network(error) else type(error).__name__, text=text)
+
+
+def _of_the_network(error: Exception) -> bool:
+    """Whether another rank was out of reach: gloo says so with a plain RuntimeError."""
+    return isinstance(error, dist.DistError) or "/gloo/transport/" in str(error)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from lorelei.launch.trained import TrainedRun
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.store.check import check_run
 from lorelei.store.manifest import manifest_paths
-from tests.tiny_runs import ENVIRONMENT, make_workplace, records, write_run
+from tests.tiny_runs import ENVIRONMENT, final, make_workplace, records, write_run
 
 KILLS = 10
 STEPS = 90  # some seconds
@@ -82,6 +82,14 @@ def lorelei(
     algo = {"lr": 2e-3}  # slow enough that there is something to learn to the end
     write_run(place, "sync", steps=STEPS, eval={"every": 20}, algo=algo)
     write_run(place, "workers", steps=6, eval={"every": 0}, train={"workers": 2})
+    write_run(
+        place,
+        "given_up",
+        steps=6,
+        eval={"every": 0},
+        train={"workers": 2},
+        cluster={"restarts": 0},
+    )
     limits = {"max_head_offpolicyness": 2}
     write_run(place, "async", steps=ASYNC_STEPS, eval={"every": 0}, algo=algo, rollout=limits)
     server = Lorelei(place)
@@ -95,13 +103,6 @@ def undisturbed(lorelei: Lorelei) -> tuple[str, float]:
     start = time.monotonic()
     lorelei.finish("train", "sync.yaml", "name=undisturbed")
     return final(lorelei.place / "runs/undisturbed"), time.monotonic() - start
-
-
-def final(folder: Path) -> str:
-    """Where the adapter and Adam's moments lie: the name holds step and sha256."""
-    manifest = TrainedRun.read(folder).manifest
-    assert manifest.state["finished"] is True
-    return manifest.adapters["default"].snapshot
 
 
 def after(seconds: float) -> Callable[[], bool]:
@@ -231,17 +232,29 @@ def order_of_prompts(folder: Path) -> dict[str, int]:
     return {source.prompt(index).id: index for index in range(64)}
 
 
-def test_a_killed_train_worker_stops_the_run_which_can_be_resumed(lorelei: Lorelei) -> None:
+def test_a_killed_train_worker_is_started_again_and_the_step_redone(lorelei: Lorelei) -> None:
+    lorelei.finish("train", "workers.yaml", "name=left-alone")
     folder = lorelei.place / "runs/workers"
+    until: Callable[[], bool] = lambda: committed(folder) >= 2  # noqa: E731
+    assert lorelei.run("train", "workers.yaml", until=until, to=train_worker) == 0
+    log = (lorelei.place / "log.txt").read_text()
+    assert "was killed by SIGKILL" in log and "restart 1 of at most 3" in log
+    assert final(folder) == final(lorelei.place / "runs/left-alone") and check_run(folder) == []
+
+
+def test_a_killed_train_worker_stops_a_run_without_restarts_which_can_be_resumed(
+    lorelei: Lorelei,
+) -> None:
+    folder = lorelei.place / "runs/given_up"
     (lorelei.place / "log.txt").unlink(missing_ok=True)
     until: Callable[[], bool] = lambda: committed(folder) >= 2  # noqa: E731
-    assert lorelei.run("train", "workers.yaml", until=until, to=train_worker) == 2
+    assert lorelei.run("train", "given_up.yaml", until=until, to=train_worker) == 2
     log = (lorelei.place / "log.txt").read_text()
     assert "Traceback" not in log and log.count("error: ") == 1
     assert "was killed by SIGKILL" in log and "all workers were stopped" in log
     assert f"saved after step {committed(folder)}; go on with: lorelei resume" in log
     assert check_run(folder) == []
-    lorelei.finish("resume", "runs/workers")
+    lorelei.finish("resume", "runs/given_up")
     assert final(folder) and check_run(folder) == []
 
 

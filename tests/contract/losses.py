@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 from torch import Tensor
 
 from lorelei.algo.loss import LossItems, LossResult
@@ -25,3 +28,9 @@ def breaks(current_I: Tensor, items: LossItems) -> LossResult:
 def infinite(current_I: Tensor, items: LossItems) -> LossResult:
     """A gradient that is not finite."""
     return LossResult(total=(current_I * float("inf")).sum(), metrics={})
+
+
+def dies(current_I: Tensor, items: LossItems) -> LossResult:
+    """The process that computes it is killed."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("it lives")

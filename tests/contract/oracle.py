@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from lorelei.lora.targets import FUSED
 from lorelei.types import AdapterSpec, Rollout, Turn
 from tests.parity.oracle import hf_model, peft_model, plain_name
 from tests.parity.test_lora_parity import merged_weights
@@ -43,13 +44,17 @@ class PeftOracle:
 
 
 class MergedOracle:
-    """W + scale * B A in transformers' model: peft 0.18 leaves stacked experts out."""
+    """W + scale * B A in transformers' model: peft 0.18 leaves stacked experts out.
+
+    Names that share a tensor share a parameter.
+    """
 
     def __init__(
         self, folder: Path, dtype: torch.dtype, spec: AdapterSpec, tensors: Mapping[str, Tensor]
     ) -> None:
         self._model, self._scale = hf_model(folder, dtype), spec.scale
-        self.parameters = {n: t.clone().to(dtype).requires_grad_() for n, t in tensors.items()}
+        own = {id(t): t.clone().to(dtype).requires_grad_() for t in tensors.values()}
+        self.parameters = {n: own[id(t)] for n, t in tensors.items()}
 
     def logits(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:
         weights = dict(self._model.named_parameters())
@@ -72,8 +77,9 @@ class BaseOracle:
 def make_oracle(
     family: str, folder: Path, dtype: torch.dtype, spec: AdapterSpec, tensors: Mapping[str, Tensor]
 ) -> Oracle:
-    """The oracle that can express the family's adapters."""
-    kind = MergedOracle if family == "qwen3_moe" else PeftOracle
+    """The oracle that can express the family's adapters, and what they share."""
+    merged = family == "qwen3_moe" or not FUSED.keys().isdisjoint(spec.target_modules)
+    kind = MergedOracle if merged else PeftOracle
     return kind(folder, dtype, spec, tensors)
 
 

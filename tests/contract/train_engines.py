@@ -6,19 +6,50 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from lorelei.interpreters.recipe import interpreter
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.contract import TrainEngine
 from lorelei.train.remote import RemoteEngine
-from lorelei.train.spec import ArchonSpec
+from lorelei.train.spec import ArchonSpec, MegatronSpec
 from lorelei.types import AdamHyper, AdapterSpec, Batch, LossSpec
 from tests.decoders import load_decoder
+from tests.environments import needs
 
-ENGINES = ("archon", "archon-two-ranks")
+MEGATRON: dict[str, dict[str, Any]] = {  # layouts: how many processes, and what MegatronSpec says
+    "megatron": {"workers": 1},
+    "megatron-tp2": {"workers": 2, "tensor_parallel": 2},
+    "megatron-tp2-sp": {"workers": 2, "tensor_parallel": 2, "sequence_parallel": True},
+    "megatron-pp2": {"workers": 2, "pipeline_parallel": 2},
+    "megatron-dp2": {"workers": 2},
+    "megatron-dp2-sharded": {"workers": 2, "distributed_optimizer": True},
+    "megatron-cp2": {"workers": 2, "context_parallel": 2},
+    "megatron-tp2-pp2": {"workers": 4, "tensor_parallel": 2, "pipeline_parallel": 2},
+    "megatron-ep2": {"workers": 2, "expert_parallel": 2},
+    "megatron-ep2-sharded": {"workers": 2, "expert_parallel": 2, "distributed_optimizer": True},
+    "megatron-tp2-sp-ep2": {
+        "workers": 2,
+        "tensor_parallel": 2,
+        "sequence_parallel": True,
+        "expert_parallel": 2,
+    },
+    "megatron-ep2-pp2": {"workers": 4, "expert_parallel": 2, "pipeline_parallel": 2},
+    "megatron-cp2-ep2": {"workers": 2, "context_parallel": 2, "expert_parallel": 2},
+    "megatron-etp2": {
+        "workers": 2,
+        "tensor_parallel": 2,
+        "sequence_parallel": True,
+        "expert_tensor_parallel": 2,
+    },
+}
+ARCHON = ("archon", "archon-two-ranks")
+ENGINES = (*ARCHON, pytest.param("megatron", marks=needs("megatron")))
 SMALL = 24  # tokens of a micro-batch: less than most trees of the tests
 
 GRPO = LossSpec(path="lorelei.algo.grpo:loss", params={"decoupled": False})
@@ -31,6 +62,17 @@ def make_engine(kind: str, folder: Path) -> TrainEngine:
     """An engine on a tiny model in fp32."""
     if kind == "archon":
         return ArchonEngine(load_decoder(folder))
+    if kind in MEGATRON:
+        options = dict(MEGATRON[kind])
+        workers = options.pop("workers")
+        spec = MegatronSpec(
+            model=str(folder),
+            dtype="float32",
+            max_tokens_per_mb=SMALL,
+            recompute=workers > 1,
+            **options,
+        )
+        return RemoteEngine(spec, workers, str(interpreter("megatron")), timeout=120)
     # ranks that also cut trees and recompute activations: every test then covers all three
     spec = ArchonSpec(model=str(folder), dtype="float32", max_tokens_per_mb=SMALL, recompute=True)
     return RemoteEngine(spec, workers=2, timeout=120)
@@ -40,10 +82,11 @@ def randomise(engine: TrainEngine, name: str, seed: int, scale: float = 0.05) ->
     """Give an adapter random tensors, so that B is not zero; returns them."""
     generator = torch.Generator().manual_seed(seed)
     state = engine.adapter_state(name)
-    tensors = {
-        n: (torch.randn(t.shape, generator=generator, dtype=torch.float64) * scale).to(t.dtype)
-        for n, t in state.tensors.items()
-    }
+    drawn: dict[int, Tensor] = {}  # names that share a tensor go on sharing it
+    for t in state.tensors.values():
+        numbers = torch.randn(t.shape, generator=generator, dtype=torch.float64) * scale
+        drawn.setdefault(id(t), numbers.to(t.dtype))
+    tensors = {n: drawn[id(t)] for n, t in state.tensors.items()}
     zeros = {n: torch.zeros_like(t) for n, t in tensors.items()}
     fresh = AdapterState(spec=state.spec, tensors=tensors)
     engine.restore(name, AdapterSnapshot(state=fresh, exp_avg=zeros, exp_avg_sq=zeros, step=0))

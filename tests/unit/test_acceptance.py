@@ -77,10 +77,17 @@ def test_idle_is_the_share_of_a_step_that_waits_for_rollouts():
     assert (summary["idle"], summary["step_s"], summary["tokens_per_s"]) == (0.75, 4, 10)
 
 
+ENGINES: dict[str, set[str]] = {  # of matrices that do not have all
+    "hosts": {"vllm", "sglang"},
+    "megatron": set(),
+}
+
+
 def test_every_matrix_has_its_cases_and_every_engine_is_in_each():
     for matrix in page.MATRICES:
-        engines = {case.engine for case in import_module(f"acceptance.{matrix}").CASES.values()}
-        assert engines == {"embedded", "vllm", "sglang"}
+        cases = import_module(f"acceptance.{matrix}").CASES.values()
+        engines = {case.engine for case in cases if hasattr(case, "engine")}
+        assert engines == ENGINES.get(matrix, {"embedded", "vllm", "sglang"}), matrix
 
 
 def test_committed_page_is_what_the_results_give():

@@ -39,7 +39,22 @@ BAD = [
         GOOD + "reward: {kind: 3}",
         "reward.kind: 3 is not allowed; allowed: env, math_verify, python",
     ),
-    (GOOD + "train: {kind: megatron}", "train.kind: 'megatron' is not allowed; allowed: 'archon'"),
+    (
+        GOOD + "train: {kind: megaton}",
+        "train.kind: 'megaton' is not allowed; did you mean 'megatron'",
+    ),
+    (
+        GOOD + "train: {kind: megatron, workers: 2}",
+        "train.workers: unknown key",
+    ),
+    (
+        GOOD + "train: {kind: megatron, sequence_parallel: true}",
+        "train.sequence_parallel: true needs tensor_parallel above 1",
+    ),
+    (
+        GOOD + "train: {kind: megatron, tensor_parallel: 3, expert_parallel: 2}",
+        "train.expert_parallel: 2 x expert_tensor_parallel 1 does not divide the 3 processes",
+    ),
     (GOOD + "rollout: {kind: vlm}", "rollout.kind: 'vlm' is not allowed; did you mean 'vllm'?"),
     (GOOD + "lora: {peft_type: dora}", "lora.peft_type: 'dora' is not allowed; allowed: 'lora'"),
     (GOOD + "dtype: fp32", "dtype: 'fp32' is not allowed; allowed: 'float32', 'bfloat16'"),

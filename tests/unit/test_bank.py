@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from lorelei.lora.bank import AdapterBank, stable_seed
+from lorelei.lora.bank import AdapterBank
+from lorelei.lora.fresh import stable_seed
 from lorelei.model.attention import PackedAttention, tree_blocks
 from lorelei.model.decoder import Decoder
 from lorelei.model.linear import BaseRoute, Route
 from lorelei.model.load import load_decoder
-from lorelei.types import AdapterSpec
+from lorelei.train.adam import AdapterOptimizer
+from lorelei.types import AdamHyper, AdapterSpec
 from tests.tiny_models import make_tiny
 
 SPEC = AdapterSpec(rank=4, alpha=8)
@@ -234,3 +237,55 @@ def test_a_route_of_the_wrong_length_is_refused(bank: AdapterBank) -> None:
     bank.add("a", SPEC)
     with pytest.raises(AssertionError, match="route of 23 tokens, row of 24"):
         logits(bank.decoder, bank.route([("a", 23)]))
+
+
+FUSED = AdapterSpec(rank=4, alpha=8, target_modules=("linear_qkv", "linear_proj", "linear_fc1"))
+
+
+def test_fused_names_mean_layers_that_share_their_a(bank: AdapterBank) -> None:
+    bank.add("a", FUSED)
+    bank.add("separate", replace(FUSED, target_modules=("q_proj", "o_proj")))
+    live, tensors = bank["a"].tensors(), bank.state("a").tensors
+    k_a, o_a = (Q_A.replace("q_proj", name) for name in ("k_proj", "o_proj"))
+    gate_a, up_a = (
+        Q_A.replace("self_attn.q_proj", f"mlp.{name}") for name in ("gate_proj", "up_proj")
+    )
+    assert live[Q_A] is live[k_a] and live[gate_a] is live[up_a] and live[Q_A] is not live[o_a]
+    assert tensors[Q_A] is tensors[k_a]
+    assert {n.rpartition(".lora_")[0].rpartition(".")[2] for n in live} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
+    }
+    # what is alone starts as it does under its own name
+    assert tensors[o_a].equal(bank.state("separate").tensors[o_a])
+    assert not tensors[Q_A].equal(bank.state("separate").tensors[Q_A])
+
+
+def test_a_layer_that_is_excluded_leaves_the_others_tied(bank: AdapterBank) -> None:
+    bank.add("a", replace(FUSED, target_modules=("linear_qkv",), exclude_modules=("k_proj",)))
+    live = bank["a"].tensors()
+    assert live[Q_A] is live[Q_A.replace("q_proj", "v_proj")]
+    assert Q_A.replace("q_proj", "k_proj") not in live
+
+
+def test_two_values_for_a_shared_a_are_refused(bank: AdapterBank) -> None:
+    bank.add("a", FUSED)
+    before = bank.state("a")
+    other = {**before.tensors, Q_A: before.tensors[Q_A] + 1}
+    with pytest.raises(ValueError, match=r"q_proj and .*k_proj share their A .*linear_qkv"):
+        bank.load("a", other)
+    assert bank.state("a").digest() == before.digest()
+
+
+def test_a_shared_a_steps_once_by_the_sum_of_its_gradients(bank: AdapterBank) -> None:
+    bank.add("a", FUSED)
+    live = bank["a"].tensors()
+    optimizer = AdapterOptimizer(live)
+    for tensor in {id(t): t for t in live.values()}.values():
+        tensor.grad = torch.full_like(tensor, 2.0)
+    unique = sum(t.numel() for t in {id(t): t for t in live.values()}.values())
+    norm = optimizer.grad_norm()
+    assert norm is not None and norm.item() == pytest.approx(2 * unique**0.5)
+    start = live[Q_A].detach().clone()
+    optimizer.step(AdamHyper(lr=0.1, max_grad_norm=0), norm)
+    assert (start - live[Q_A]).allclose(torch.tensor(0.1))  # once, not for each name
+    assert optimizer.moments()[0].keys() == live.keys()

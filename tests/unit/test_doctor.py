@@ -69,7 +69,9 @@ def test_an_installed_server_is_shown_with_its_version(tmp_path, monkeypatch):
     marker.write_text(json.dumps({"vllm": "0.32.0", "torch": "2.13.0"}))
     found = diagnose()
     assert next(p for p in found.parts if p.name == "vllm").found.startswith("0.32.0 (cpu)")
-    assert all(c.runs for c in found.combinations if c.rollout == "vllm")
+    assert all(c.runs for c in found.combinations if (c.train, c.rollout) == ("archon", "vllm"))
+    megatron = [c for c in found.combinations if (c.train, c.rollout) == ("megatron", "vllm")]
+    assert [c.fix for c in megatron] == ["make megatron"]
 
 
 @pytest.mark.parametrize("width", [80, 120])

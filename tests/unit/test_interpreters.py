@@ -1,4 +1,4 @@
-"""Environments of servers: found by their recipe, made whole or not usable."""
+"""Environments of engines: found by their recipe, made whole or not usable."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_what_is_missing_is_said_with_the_command_that_mends_it():
 
 
 def test_an_unknown_environment_is_refused():
-    with pytest.raises(ValueError, match="'sgl' is not known; allowed: vllm, sglang"):
+    with pytest.raises(ValueError, match="'sgl' is not known; allowed: vllm, sglang, megatron"):
         interpreter("sgl")
 
 
@@ -52,7 +52,7 @@ def test_every_recipe_pins_what_it_is_for_and_is_made_of_known_steps(kind, build
     text = (resources.files("lorelei.interpreters") / f"{kind}{build}.txt").read_text()
     steps = Recipe(kind=kind, build="cpu", text=text).steps
     assert {step[0] for step in steps} <= {"pip", "alias", "import"}
-    version = {"vllm": "0.32.0", "sglang": "0.5.23"}[kind]
+    version = {"vllm": "0.32.0", "sglang": "0.5.23", "megatron": "0.19.2"}[kind]
     assert any(word.endswith(f"=={version}") for step in steps for word in step)
 
 

@@ -257,6 +257,8 @@ def test_train_workers_hold_a_base_model_each(folder):
     one, two = footprint(folder), footprint(folder, train={"workers": 2})
     assert memory.base_bytes(two) == 3 * memory.base_bytes(one)
     assert total(estimate_memory(two), "training") > total(estimate_memory(one), "training")
+    served = footprint(folder, train={"workers": 2}, rollout={"kind": "vllm"})
+    assert memory.base_bytes(served) == 2 * memory.base_bytes(one), "the controller has none"
 
 
 def test_device_is_the_one_that_torch_would_choose():

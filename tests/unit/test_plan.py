@@ -238,3 +238,39 @@ def test_the_plan_command_prints_json_and_a_table(config_of, tmp_path, monkeypat
             assert "134,515,008" in out and "4,884,480" in out
             assert "warning: adapter words: algo.lr" in out
             assert f"memory: {found['total_memory'] / 2**30:.2f} GiB, estimated" in out
+
+
+@pytest.mark.parametrize(
+    ("hf_config", "train", "expected"),
+    [
+        (QWEN2_05B, "tensor_parallel: 7", "tensor_parallel: 7 .* 2 key/value heads; allowed: 1, 2"),
+        (QWEN2_05B, "pipeline_parallel: 5", "pipeline_parallel: 5 does not divide .* 24 layers"),
+        (QWEN3_06B, "data_parallel: 2, expert_parallel: 2", "expert_parallel: 2, .* no experts"),
+        (QWEN3_30B_A3B, "tensor_parallel: 2", "sequence_parallel: false with tensor_parallel 2"),
+        (
+            QWEN3_30B_A3B,
+            "data_parallel: 3, expert_parallel: 3",
+            "expert_parallel: 3 does not divide the model's 128 experts",
+        ),
+        (
+            QWEN2_05B,
+            "tensor_parallel: 2, context_parallel: 2",
+            "context_parallel: 2 x tensor_parallel 2 does not divide .* 2 key/value heads",
+        ),
+        (BIASED, "", "no place for this model's attention_bias"),
+    ],
+)
+def test_a_layout_that_megatron_cannot_give_the_model_is_refused(
+    config_of, hf_config, train, expected
+):
+    config = config_of(hf_config, more=f"train: {{kind: megatron, {train}}}")
+    with pytest.raises(ValueError, match=f"train.*{expected}"):
+        plan(config)
+
+
+def test_a_layout_that_fits_is_planned(config_of):
+    layout = "data_parallel: 2, tensor_parallel: 4, pipeline_parallel: 2, expert_parallel: 8"
+    more = f"train: {{kind: megatron, {layout}, sequence_parallel: true}}"
+    config = config_of(QWEN3_30B_A3B, more=more)
+    assert config.train.workers == 16
+    assert plan(config).adapters[0].parameters > 0

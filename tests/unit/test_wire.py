@@ -61,6 +61,19 @@ def test_a_snapshot_arrives_bit_for_bit_with_its_spec() -> None:
         assert torch.equal(got.state.tensors[name], tensor)
 
 
+def test_a_tensor_with_two_names_is_sent_once_and_shared_again() -> None:
+    shared = torch.randn(64, 64)
+    spec = AdapterSpec(rank=2, alpha=4)
+    tied, apart = (
+        AdapterState(spec=spec, tensors={"x": shared, "y": other})
+        for other in (shared, shared.clone())
+    )
+    assert len(encode(apart)) - len(encode(tied)) > shared.nbytes - 256
+    got = through(tied)
+    assert isinstance(got, AdapterState)
+    assert got.tensors["x"] is got.tensors["y"] and torch.equal(got.tensors["x"], shared)
+
+
 @pytest.mark.parametrize(
     "value",
     [

@@ -6,6 +6,7 @@ can be made, lost and made again in a process that has groups for other purposes
 
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -34,7 +35,18 @@ def meet(
         return ProcessGroupNCCL(store, rank, size, options)
     from torch.distributed import ProcessGroupGloo
 
-    return ProcessGroupGloo(store, rank, size, within)
+    options = ProcessGroupGloo._Options()
+    options._timeout = within
+    # else gloo takes the interface of this process's other groups, which may be loopback
+    options._devices = [ProcessGroupGloo.create_device(hostname=_address_toward(host))]
+    return ProcessGroupGloo(store, rank, size, options)
+
+
+def _address_toward(host: str) -> str:
+    """This machine's address on the way to another one. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        return probe.getsockname()[0]
 
 
 def send(group: Any, data: bytes, device: torch.device) -> None:

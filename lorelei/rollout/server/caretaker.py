@@ -12,7 +12,7 @@ from pathlib import Path
 from lorelei.rollout.contract import EngineClosed
 from lorelei.rollout.server.client import Client, ServerTrouble
 from lorelei.rollout.server.dialect import Facts
-from lorelei.rollout.server.process import ServerProcess, free_port
+from lorelei.rollout.server.place import Place
 from lorelei.rollout.server.replicas import Replica
 
 START = 600.0  # seconds for a server to come up: a large model is read, kernels are compiled
@@ -26,13 +26,18 @@ class Caretaker:
     """Runs `keep` for as long as the engine is open."""
 
     def __init__(
-        self, replica: Replica, folder: Path, restore: Callable[[Replica], Awaitable[None]]
+        self,
+        replica: Replica,
+        folder: Path,
+        restore: Callable[[Replica], Awaitable[None]],
+        place: Place,
     ) -> None:
         """restore: makes a server that has just come up hold what it should.
 
-        folder: for logs and other files of servers that are started here.
+        folder: for logs and other files of servers that are started. place: where that is.
         """
         self._replica, self._folder, self._restore = replica, folder, restore
+        self._place = place
         self._starts_here = not replica.client.url  # else attached to
         self._fruitless = 0
 
@@ -74,12 +79,12 @@ class Caretaker:
         replica = self._replica
         replica.incarnation += 1
         if self._starts_here:
-            port, token = free_port(), secrets.token_hex(16)
-            launch = replica.dialect.launch(replica.number, port, token, self._folder)
-            log = self._folder / f"{replica.dialect.name}-{replica.number}.log"
+            token = secrets.token_hex(16)
             await replica.client.close()
-            replica.client = Client(f"http://127.0.0.1:{port}", token, replica.dialect.silence)
-            replica.process = await asyncio.to_thread(ServerProcess, launch, log)
+            replica.process = await asyncio.to_thread(
+                self._place.start, replica.dialect, replica.number, token, self._folder
+            )
+            replica.client = Client(replica.process.url, token, replica.dialect.silence)
         replica.facts = await self._first_answer()
         await replica.dialect.warm_up(replica.client)
         status = await replica.dialect.status(replica.client)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from lorelei.lora.state import AdapterState
 from lorelei.rollout.server.client import Client
-from lorelei.rollout.server.process import Launch
+from lorelei.rollout.server.process import LOOPBACK, Launch
 from lorelei.types import AdapterRef, FinishReason, Floats, GenerateRequest, Ints
 
 
@@ -74,8 +74,10 @@ class Dialect(Protocol):
         """Seconds without a byte of an answer to `generate` after which it counts as stuck."""
         ...
 
-    def launch(self, number: int, port: int, token: str, folder: Path) -> Launch:
-        """How replica `number` is started on a loopback port; files of its own go to `folder`."""
+    def launch(
+        self, number: int, port: int, token: str, folder: Path, host: str = LOOPBACK
+    ) -> Launch:
+        """How replica `number` is started at host:port; files of its own go to `folder`."""
         ...
 
     async def facts(self, client: Client) -> Facts:

@@ -24,6 +24,7 @@ from lorelei.rollout.server.caretaker import Caretaker
 from lorelei.rollout.server.client import Client, ServerTrouble
 from lorelei.rollout.server.delivery import ByBytes, Delivery
 from lorelei.rollout.server.dialect import Dialect, Sampled
+from lorelei.rollout.server.place import HERE, Place
 from lorelei.rollout.server.replicas import Replica, Router
 from lorelei.rollout.stops import StopStrings, Tokenizer
 from lorelei.types import AdapterRef, Completion, Floats, GenerateRequest, Ints
@@ -65,11 +66,12 @@ class ServerEngine:
         urls: Sequence[str] = (),
         token: str | None = None,
         max_running: int = 64,
+        place: Place = HERE,
     ) -> None:
         """Nothing is started before `start` or the first call.
 
         folder: for logs. urls: attach to these instead of starting `replicas`; `token` is theirs.
-        max_running: requests in flight for each server.
+        max_running: requests in flight for each server. place: where servers are started.
         """
         self._dialect, self._limits, self._tokenizer = dialect, limits, tokenizer
         clients = [Client(url, token, dialect.silence) for url in urls]
@@ -78,7 +80,7 @@ class ServerEngine:
             Replica(number=n, dialect=dialect, client=client) for n, client in enumerate(clients)
         )
         self._router = Router(self.replicas, max_running)
-        self._caretakers = [Caretaker(r, folder, self._restore) for r in self.replicas]
+        self._caretakers = [Caretaker(r, folder, self._restore, place) for r in self.replicas]
         self._live: dict[str, tuple[AdapterRef, Delivery]] = {}
         self._served: set[str] = set()
         self._users: Counter[str] = Counter()

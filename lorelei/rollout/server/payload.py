@@ -1,6 +1,6 @@
 """One adapter as bytes: what travels to servers by HTTP and by broadcast. Runs inside servers too.
 
-Safetensors with the adapter's shape in its metadata.
+Safetensors with the adapter's shape in its metadata. Modules that share an A send it once.
 """
 
 from __future__ import annotations
@@ -17,8 +17,16 @@ _SPEC = "lorelei_spec"
 
 def pack(state: AdapterState) -> bytes:
     """The bytes of an adapter."""
-    spec = {"rank": state.spec.rank, "alpha": state.spec.alpha, "rslora": state.spec.rslora}
-    return tensor_bytes(state.tensors, (_SPEC, json.dumps(spec)))
+    first: dict[int, str] = {}  # a tensor, by id -> the first of its names
+    same = {n: first.setdefault(id(t), n) for n, t in sorted(state.tensors.items())}
+    spec = {
+        "rank": state.spec.rank,
+        "alpha": state.spec.alpha,
+        "rslora": state.spec.rslora,
+        "tied": {name: other for name, other in same.items() if name != other},
+    }
+    sent = {name: state.tensors[name] for name in first.values()}
+    return tensor_bytes(sent, (_SPEC, json.dumps(spec)))
 
 
 def unpack(data: bytes) -> AdapterState:
@@ -31,6 +39,11 @@ def unpack(data: bytes) -> AdapterState:
     if not isinstance(spec, dict):
         raise ValueError(f"the adapter: its metadata has no {_SPEC}; send it with the same Lorelei")
     rank = int(spec["rank"])
+    try:
+        tensors |= {name: tensors[other] for name, other in spec["tied"].items()}
+    except (KeyError, AttributeError) as missing:
+        raise ValueError(f"the adapter: its shared tensors are incomplete: {missing}") from None
+    tensors = dict(sorted(tensors.items()))
     return AdapterState(
         spec=AdapterSpec(
             rank=rank,

@@ -17,6 +17,7 @@ from pathlib import Path
 from lorelei.rollout.server import keeper
 
 GRACE = 10.0  # seconds for a server to end by itself
+LOOPBACK = "127.0.0.1"
 LAST_LINES = 12
 
 
@@ -88,10 +89,10 @@ class ServerProcess:
             self._keeper.wait()
 
 
-def free_port() -> int:
-    """A loopback port that nobody uses now."""
+def free_port(host: str = LOOPBACK) -> int:
+    """A port of this address that nobody uses now."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return probe.getsockname()[1]
 
 

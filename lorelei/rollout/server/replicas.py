@@ -11,7 +11,7 @@ from pathlib import Path
 from lorelei.lora.state import AdapterState
 from lorelei.rollout.server.client import Client
 from lorelei.rollout.server.dialect import Dialect, Facts, Group
-from lorelei.rollout.server.process import ServerProcess
+from lorelei.rollout.server.place import RunningServer
 from lorelei.types import AdapterRef
 
 HOMES = 4096  # prompts whose replica is remembered
@@ -27,7 +27,7 @@ class Replica:
     number: int
     dialect: Dialect
     client: Client
-    process: ServerProcess | None = None  # none: attached to, or not started yet
+    process: RunningServer | None = None  # none: attached to, or not started yet
     facts: Facts | None = None
     incarnation: int = 0  # starts so far
     ready: bool = False

@@ -11,7 +11,7 @@ from pathlib import Path
 from lorelei.config.errors import FieldError
 from lorelei.interpreters.recipe import import_path, interpreter
 from lorelei.model.config import DecoderConfig
-from lorelei.rollout.server.process import Launch
+from lorelei.rollout.server.process import LOOPBACK, Launch
 
 LAUNCHER = "lorelei.rollout.sglang.in_server.launcher"
 SPARE = 8  # SGLang takes prompts and answers that end a few tokens before its context
@@ -38,13 +38,15 @@ class SglangOptions:
     extra_args: Mapping[str, Scalar]
 
 
-def launch(options: SglangOptions, number: int, port: int, token: str) -> Launch:
+def launch(
+    options: SglangOptions, number: int, port: int, token: str, host: str = LOOPBACK
+) -> Launch:
     """The command and environment of replica `number`. Raises ValueError without `make sglang`."""
     check_model(options)
     python = interpreter("sglang")
     return Launch(
         # -P: the folder that we happen to be in holds no modules for the server
-        command=(str(python), "-P", "-m", LAUNCHER, *arguments(options, number, port)),
+        command=(str(python), "-P", "-m", LAUNCHER, *arguments(options, number, port, host)),
         environment=_environment(options, token),
     )
 
@@ -61,13 +63,15 @@ def check_model(options: SglangOptions) -> None:
         )
 
 
-def arguments(options: SglangOptions, number: int, port: int) -> tuple[str, ...]:
+def arguments(
+    options: SglangOptions, number: int, port: int, host: str = LOOPBACK
+) -> tuple[str, ...]:
     """The server's command line behind the launcher."""
     derived: dict[str, Scalar] = {
         "model-path": str(options.model),
         "dtype": options.dtype,
         "device": options.device,
-        "host": "127.0.0.1",
+        "host": host,
         "port": port,
         "context-length": options.context + SPARE,
         "max-running-requests": options.max_running,

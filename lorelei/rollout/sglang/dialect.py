@@ -8,7 +8,7 @@ from pathlib import Path
 from lorelei.rollout.server.client import Client
 from lorelei.rollout.server.dialect import Facts, Sampled
 from lorelei.rollout.server.engine import stream_seed
-from lorelei.rollout.server.process import Launch
+from lorelei.rollout.server.process import LOOPBACK, Launch
 from lorelei.rollout.server.routed import QUICK, Routed
 from lorelei.rollout.sglang import command
 from lorelei.rollout.sglang.command import LAUNCHER, SPARE, SglangOptions
@@ -25,9 +25,11 @@ class SglangDialect(Routed):
     def name(self) -> str:
         return "sglang"
 
-    def launch(self, number: int, port: int, token: str, folder: Path) -> Launch:
+    def launch(
+        self, number: int, port: int, token: str, folder: Path, host: str = LOOPBACK
+    ) -> Launch:
         assert self.options is not None, "attached servers are not started"
-        return command.launch(self.options, number, port, token)
+        return command.launch(self.options, number, port, token, host)
 
     async def generate(
         self, client: Client, request: GenerateRequest, limit: int, seed: int

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lorelei.config.vllm_options import rank_at_least
 from lorelei.interpreters.recipe import import_path, interpreter
-from lorelei.rollout.server.process import Launch
+from lorelei.rollout.server.process import LOOPBACK, Launch
 
 # not lm_head: vLLM's scores of prompts fail beside an adapted one
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
@@ -39,19 +39,21 @@ class VllmOptions:
     extra_args: Mapping[str, Scalar]
 
 
-def launch(options: VllmOptions, number: int, port: int, token: str) -> Launch:
+def launch(
+    options: VllmOptions, number: int, port: int, token: str, host: str = LOOPBACK
+) -> Launch:
     """The command and environment of replica `number`. Raises ValueError without `make vllm`."""
     python = interpreter("vllm")
     return Launch(
-        command=(str(python), "-m", "vllm.entrypoints.cli.main", *arguments(options, port)),
+        command=(str(python), "-m", "vllm.entrypoints.cli.main", *arguments(options, port, host)),
         environment=_environment(options, number, token),
     )
 
 
-def arguments(options: VllmOptions, port: int) -> tuple[str, ...]:
+def arguments(options: VllmOptions, port: int, host: str = LOOPBACK) -> tuple[str, ...]:
     """`serve MODEL ...`, as for the `vllm` command."""
     derived: dict[str, Scalar] = {
-        "host": "127.0.0.1",
+        "host": host,
         "port": port,
         "served-model-name": "base",
         "dtype": options.dtype,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorelei.rollout.server.client import Client
 from lorelei.rollout.server.dialect import Facts
-from lorelei.rollout.server.process import Launch
+from lorelei.rollout.server.process import LOOPBACK, Launch
 from lorelei.rollout.server.routed import QUICK, Routed
 from lorelei.rollout.vllm import command
 from lorelei.rollout.vllm.command import EXTENSION, LOGPROBS_MODE, ROUTES, TARGETS, VllmOptions
@@ -23,9 +23,11 @@ class VllmDialect(Routed):
     def name(self) -> str:
         return "vllm"
 
-    def launch(self, number: int, port: int, token: str, folder: Path) -> Launch:
+    def launch(
+        self, number: int, port: int, token: str, folder: Path, host: str = LOOPBACK
+    ) -> Launch:
         assert self.options is not None, "attached servers are not started"
-        return command.launch(self.options, number, port, token)
+        return command.launch(self.options, number, port, token, host)
 
     async def facts(self, client: Client) -> Facts:
         try:

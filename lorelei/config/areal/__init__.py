@@ -1,0 +1,1 @@
+"""AReaL's YAML files, read as they are and translated into ours. No torch."""

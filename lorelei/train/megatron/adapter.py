@@ -1,0 +1,121 @@
+"""An adapter as this rank holds it: the parts of its tensors for the layers that are here.
+
+B is split like the outputs of a column-parallel layer, A like the inputs of a row-parallel one;
+the other of the two is whole on every rank. Both keep the order of the checkpoint's rows, so a
+shard is a contiguous piece of the full tensor, whatever order Megatron's fused weight has.
+Shapes: R rank, D inputs and O outputs of this rank's shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lorelei.lora.fresh import fresh_a
+from lorelei.lora.state import tensor_names
+from lorelei.types import AdapterSpec
+
+Style = Literal["column", "row"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """A linear layer of the model on this rank, and the checkpoint's layers fused into it."""
+
+    module: nn.Module
+    style: Style
+    parts: tuple[str, ...]  # the checkpoint's names, in the order of the outputs
+    widths: tuple[int, ...]  # outputs of each on this rank
+    inputs: int  # on this rank
+    groups: int  # how many times the outputs repeat the order of the parts (key/value heads)
+    expert: bool
+    shards: int  # ranks that a weight is split over
+    shard: int  # this one's number
+    partial: bool  # gradients of tensors that are whole on each of these ranks are parts of a sum
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shard:
+    """A trained tensor of this rank. A tied A has the names of all its modules."""
+
+    names: tuple[str, ...]  # PEFT's
+    tensor: Tensor
+    axis: int | None  # the dimension that is split over ranks; none: whole on each of them
+    expert: bool
+    shards: int
+    shard: int
+    partial: bool  # its gradient has to be summed over the ranks that have it whole
+
+    def of(self, full: Tensor) -> Tensor:
+        """This rank's piece of a full tensor."""
+        if self.axis is None:
+            return full
+        return full.chunk(self.shards, self.axis)[self.shard]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """A [R, D] and B [O, R] of one of a site's parts; tied parts have the same A."""
+
+    name: str
+    number: int  # among the site's parts
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """What one adapter adds on this rank."""
+
+    spec: AdapterSpec
+    seed: int
+    sites: Mapping[nn.Module, tuple[Site, tuple[Part, ...]]]
+    shards: tuple[Shard, ...]
+
+
+def make_adapter(
+    sites: Sequence[Site],
+    tied: Mapping[str, str],
+    spec: AdapterSpec,
+    seed: int,
+    device: torch.device,
+) -> Adapter:
+    """A fresh adapter in fp32. tied: what each targeted module's A is called."""
+    made: dict[nn.Module, tuple[Site, tuple[Part, ...]]] = {}
+    shards: list[Shard] = []
+    for site in sites:
+        parts: list[Part] = []
+        shared: dict[str, Tensor] = {}
+        targeted = [(i, name) for i, name in enumerate(site.parts) if name in tied]
+        for number, name in targeted:
+            called = tied[name]
+            if called not in shared:
+                shared[called] = _fresh_a(site, called, spec.rank, seed, device)
+                names = tuple(tensor_names(n)[0] for _, n in targeted if tied[n] == called)
+                axis = 1 if site.style == "row" else None
+                shards.append(_shard(site, names, shared[called], axis))
+            b = torch.zeros(site.widths[number], spec.rank, device=device).requires_grad_()
+            axis = 0 if site.style == "column" else None
+            shards.append(_shard(site, (tensor_names(name)[1],), b, axis))
+            parts.append(Part(name, number, shared[called], b))
+        if parts:
+            made[site.module] = (site, tuple(parts))
+    return Adapter(spec, seed, made, tuple(sorted(shards, key=lambda s: s.names)))
+
+
+def _fresh_a(site: Site, called: str, rank: int, seed: int, device: torch.device) -> Tensor:
+    if site.style == "column":
+        full = fresh_a(called, seed, rank, site.inputs)
+    else:
+        full = fresh_a(called, seed, rank, site.inputs * site.shards)
+        full = full.chunk(site.shards, 1)[site.shard]
+    return full.contiguous().to(device).requires_grad_()
+
+
+def _shard(site: Site, names: tuple[str, ...], tensor: Tensor, axis: int | None) -> Shard:
+    partial = site.partial and axis is None
+    return Shard(names, tensor, axis, site.expert, site.shards, site.shard, partial)

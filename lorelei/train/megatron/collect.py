@@ -1,0 +1,72 @@
+"""From the shards of all ranks to full tensors on the first one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lorelei.train.megatron.adapter import Shard
+from lorelei.train.megatron.layout import Layout
+from lorelei.train.ranks import Ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    names: tuple[str, ...]
+    shard: int
+    axis: int | None
+    tensor: Tensor
+
+
+def collect(
+    shards: Mapping[Shard, Tensor], layout: Layout, ranks: Ranks
+) -> dict[str, Tensor] | None:
+    """{PEFT name: full tensor}, copies on the CPU, sorted, on the first rank; none on the others.
+
+    shards: this rank's, with the tensors to send in their places. Names that share an A share a
+    tensor. Every shard travels once.
+    """
+    mine = {s: t for s, t in shards.items() if _sends(s, layout)}
+    listed = [[s.names, s.shard, s.axis, list(t.shape)] for s, t in mine.items()]
+    lists: list[Any] = ranks.gather_json(listed) if ranks.size > 1 else [listed]
+    flat = [t.detach().to("cpu", torch.float32).reshape(-1) for t in mine.values()]
+    if ranks.rank > 0:
+        if flat:
+            dist.send(torch.cat(flat), dst=0)
+        return None
+    found: list[_Piece] = []
+    for rank, listing in enumerate(lists):
+        sizes = [torch.Size(shape).numel() for *_, shape in listing]
+        if rank > 0:
+            got = torch.empty(sum(sizes))
+            if sizes:
+                dist.recv(got, src=rank)
+            flat = list(got.split(sizes))
+        for (names, shard, axis, shape), tensor in zip(listing, flat, strict=True):
+            whole = tensor.view(shape).clone()
+            found.append(_Piece(names=tuple(names), shard=shard, axis=axis, tensor=whole))
+    return _joined(found)
+
+
+def _sends(shard: Shard, layout: Layout) -> bool:
+    first = layout.repeating(shard.expert).rank == 0
+    return first and (shard.axis is not None or shard.shard == 0)
+
+
+def _joined(pieces: list[_Piece]) -> dict[str, Tensor]:
+    groups: defaultdict[tuple[str, ...], list[_Piece]] = defaultdict(list)
+    for piece in pieces:
+        groups[piece.names].append(piece)
+    full: dict[str, Tensor] = {}
+    for names, group in groups.items():
+        axis = group[0].axis
+        ordered = [p.tensor for p in sorted(group, key=lambda p: p.shard)]
+        tensor = ordered[0] if axis is None else torch.cat(ordered, dim=axis)
+        full.update(dict.fromkeys(names, tensor))
+    return dict(sorted(full.items()))

@@ -1,0 +1,104 @@
+"""What an adapter adds to one of Megatron's linear layers, under every kind of parallelism.
+
+Collectives act on x A of rank R, never on x. Without sequence parallelism every gradient is whole
+on every rank; with it, and in experts split over ranks, the gradients of tensors that are whole on
+each rank are parts of a sum (see optimizer.py).
+Shapes: ... tokens (and the batch of one), D inputs, O outputs, R rank; all of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import mappings
+from torch import Tensor, nn
+
+from lorelei.lora.fresh import stable_seed
+from lorelei.train.megatron.adapter import Adapter, Part, Site
+from lorelei.train.megatron.layout import Layout
+from lorelei.train.megatron.row import Bound, Row
+
+
+class AdaptedLinear:
+    """A forward hook on a linear layer, which adds what the row's adapter adds."""
+
+    def __init__(self, site: Site, layout: Layout, bound: Bound) -> None:
+        self._site, self._layout, self._bound = site, layout, bound
+        split = site.style == "row" or (layout.sequence_parallel and not site.expert)
+        self._ordinal = site.shard if split else 0  # ranks with the same x draw the same mask
+        site.module.register_forward_hook(self._hook)
+
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        row = self._bound.row
+        if row is None or row.adapter is None or module not in row.adapter.sites:
+            return None
+        y, bias = output
+        _, parts = row.adapter.sites[module]
+        x = masked(
+            args[0],
+            row,
+            row.adapter,
+            (self._site.parts[0], self._ordinal, self._layout.context.rank),
+        )
+        add = self._column if self._site.style == "column" else self._row
+        return y + add(x, parts) * row.adapter.spec.scale, bias
+
+    def _column(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
+        """[..., D] -> [..., O]."""
+        a_RD, rows = stacked(parts, x.dtype)
+        low = x @ a_RD.T
+        tensor = self._layout.tensor
+        if not self._site.expert and tensor.size > 1:
+            if self._layout.sequence_parallel:
+                low = mappings.gather_from_sequence_parallel_region(low, group=tensor.group)
+            else:
+                low = mappings.copy_to_tensor_model_parallel_region(low, group=tensor.group)
+        outputs: list[Tensor | None] = [None] * len(self._site.parts)
+        for part, at in zip(parts, rows, strict=True):
+            outputs[part.number] = low[..., at] @ part.b.T.to(x.dtype)
+        return self._fused(outputs)
+
+    def _row(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
+        """[..., D] -> [..., O]."""
+        (part,) = parts
+        low = x @ part.a.T.to(x.dtype)
+        tensor = self._layout.tensor
+        # experts that are split: their layer's outputs are parts of a sum, and so are these
+        if not self._site.expert and tensor.size > 1:
+            if self._layout.sequence_parallel:
+                low = mappings.reduce_scatter_to_sequence_parallel_region(low, group=tensor.group)
+            else:
+                low = mappings.reduce_from_tensor_model_parallel_region(low, group=tensor.group)
+        return low @ part.b.T.to(x.dtype)
+
+    def _fused(self, outputs: Sequence[Tensor | None]) -> Tensor:
+        """The outputs of the parts in the order of the fused layer; zeros where there are none."""
+        site = self._site
+        some = next(o for o in outputs if o is not None)
+        ahead = some.shape[:-1]
+        blocks: list[Tensor] = []
+        for output, width in zip(outputs, site.widths, strict=True):
+            shape = (*ahead, site.groups, width // site.groups)
+            blocks.append(some.new_zeros(shape) if output is None else output.view(shape))
+        return torch.cat(blocks, dim=-1).flatten(-2)
+
+
+def stacked(parts: Sequence[Part], dtype: torch.dtype) -> tuple[Tensor, list[slice]]:
+    """Every A once, one under the other, and the rows of each part's."""
+    rank = parts[0].a.shape[0]
+    own = {id(part.a): part.a for part in parts}
+    at = {key: slice(n * rank, (n + 1) * rank) for n, key in enumerate(own)}
+    return torch.cat(list(own.values())).to(dtype), [at[id(part.a)] for part in parts]
+
+
+def masked(x: Tensor, row: Row, adapter: Adapter, where: tuple[object, ...]) -> Tensor:
+    """x with the adapter's dropout; the same mask every time, so a recomputed pass agrees."""
+    dropout = adapter.spec.dropout
+    if row.dropout_seed is None or dropout == 0:
+        return x
+    seed = stable_seed(adapter.seed, row.dropout_seed, *where)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    draw = torch.rand(x.shape, generator=generator, device=x.device)
+    return x * ((draw >= dropout).to(x.dtype) / (1 - dropout))

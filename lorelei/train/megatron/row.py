@@ -1,0 +1,110 @@
+"""One micro-batch as Megatron gets it: a row of tokens, and everything that belongs to it.
+
+Megatron hands its `packed_seq_params` to every layer, in the recomputed forward pass too, so the
+row is an argument there; linear layers, which get nothing but x, find it in `Bound`.
+Shapes: T tokens of the row, padding included, t of them on this rank; i items predicted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from lorelei.model.attention import PackedAttention, tree_blocks
+from lorelei.train.layout import Piece
+from lorelei.train.megatron.adapter import Adapter
+from lorelei.train.megatron.layout import Layout
+from lorelei.types import Segment
+
+
+@dataclass(kw_only=True, eq=False)
+class Row(PackedSeqParams):
+    """Segments of one adapter, or of none, side by side."""
+
+    piece: Piece | None  # none: a row that only keeps other ranks company
+    adapter: Adapter | None
+    dropout_seed: int | None
+    tokens_t: Tensor
+    positions_t: Tensor
+    attention: PackedAttention  # of the whole row
+    here_i: Tensor  # which items of the piece these are
+    source_i: Tensor
+    target_i: Tensor
+    temperature_i: Tensor
+
+
+class Bound:
+    """The row whose layers run now."""
+
+    def __init__(self) -> None:
+        self.row: Row | None = None
+
+    def to_layer(self, layer: torch.nn.Module) -> None:
+        """Have a transformer layer set it, whenever it runs."""
+        layer.register_forward_pre_hook(self._enter, with_kwargs=True)
+
+    def _enter(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.row = kwargs["packed_seq_params"]
+
+
+def make_row(
+    piece: Piece, adapter: Adapter | None, dropout_seed: int | None, layout: Layout, device: Any
+) -> Row:
+    """This rank's part of the row of a piece."""
+    segments, items = piece.batch.segments, piece.batch.items
+    tokens, positions = _columns(segments)
+    lengths, parents = [len(s.tokens) for s in segments], [s.parent for s in segments]
+    if padding := -len(tokens) % layout.multiple:
+        tokens = np.concatenate([tokens, np.zeros(padding, dtype=np.int64)])
+        positions = np.concatenate([positions, np.arange(padding)])
+        lengths, parents = [*lengths, padding], [*parents, -1]
+    t = len(tokens) // layout.context.size
+    first = layout.context.rank * t
+    here = np.flatnonzero((items.source >= first) & (items.source < first + t))
+
+    def on_device(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    return Row(
+        piece=piece,
+        adapter=adapter,
+        dropout_seed=dropout_seed,
+        tokens_t=on_device(tokens[first : first + t]),
+        positions_t=on_device(positions[first : first + t]),
+        attention=PackedAttention(tree_blocks(lengths, parents)),
+        here_i=on_device(here),
+        source_i=on_device(items.source[here] - first),
+        target_i=on_device(items.target[here].astype(np.int64)),
+        temperature_i=on_device(items.temperature[here]),
+    )
+
+
+def company_row(adapter: Adapter | None, layout: Layout, device: Any) -> Row:
+    """A row of nothing but padding, whose loss is zero."""
+    t = layout.multiple // layout.context.size
+    zeros = torch.zeros(t, dtype=torch.int64, device=device)
+    return Row(
+        piece=None,
+        adapter=adapter,
+        dropout_seed=None,
+        tokens_t=zeros,
+        positions_t=torch.arange(t, device=device),
+        attention=PackedAttention(tree_blocks([layout.multiple], [-1])),
+        here_i=zeros[:1],
+        source_i=zeros[:1],
+        target_i=zeros[:1],
+        temperature_i=torch.ones(1, device=device),
+    )
+
+
+def _columns(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and positions [T]."""
+    tokens = np.concatenate([s.tokens for s in segments]).astype(np.int64)
+    positions = np.concatenate([np.arange(s.start, s.start + len(s.tokens)) for s in segments])
+    return tokens, positions
