@@ -20,7 +20,7 @@ from tests.ray_nodes import RayNodes, ray_nodes
 from tests.tiny_runs import final, lorelei, make_workplace, write_run
 
 pytest.importorskip("ray")
-STEPS = 8
+STEPS = 16
 
 
 @pytest.fixture(scope="module")
