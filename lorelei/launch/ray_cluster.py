@@ -22,7 +22,9 @@ from lorelei.rollout.server.place import RunningServer
 from lorelei.train.contract import WorkersLost
 from lorelei.train.workers import Seat, WorkerGone, open_store
 
-os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported
+# Ray reads them when it is imported; what goes wrong comes as an exception too
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
 try:
     import ray
     from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
