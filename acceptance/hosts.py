@@ -150,8 +150,9 @@ class _Trial:
         host = self._second if self._case.cut == "trainer" else self._third
         host.unplug()
         time.sleep(CUT)
-        during = self._committed()
+        late, during = run.poll() is not None, self._committed()
         host.plug()
+        assert not late, "the run was over before the link was cut"
         return {"cut_s": CUT, "steps_during_the_cut": during - CUT_AFTER}
 
     def _committed(self) -> int:
@@ -219,7 +220,7 @@ class _Trial:
             "rollout": {
                 "kind": self._case.engine,
                 "n_samples": 4,
-                "max_new_tokens": 16,
+                "max_new_tokens": 48,
                 "max_context": 256,
                 "max_running": 16,
             },

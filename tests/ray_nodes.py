@@ -56,7 +56,7 @@ def ray_nodes(count: int) -> Iterator[RayNodes]:
     )
     try:
         assert process.stdout is not None
-        found = json.loads(process.stdout.readline())
+        found = json.loads(next(line for line in process.stdout if line.startswith("{")))
         yield RayNodes(
             address=found["address"],
             environment={**environment, "RAY_ADDRESS": found["address"]},

@@ -128,7 +128,7 @@ def _parts() -> Iterator[Part]:
     yield _kernels()
     for kind in KINDS:
         yield _environment(kind)
-    yield _package("ray", "nothing in this release needs it")
+    yield _package("ray", "`pip install 'lorelei[ray]'`, for cluster: {kind: ray}")
     model = cache_folder() / "models" / _SMOLLM2
     there = (model / "config.json").is_file()
     yield Part(name="SmolLM2-135M", found=_short(model) if there else None, fix="make model")

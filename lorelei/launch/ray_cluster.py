@@ -22,7 +22,9 @@ from lorelei.rollout.server.place import RunningServer
 from lorelei.train.contract import WorkersLost
 from lorelei.train.workers import Seat, WorkerGone, open_store
 
-os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported
+# Ray reads them when it is imported; what goes wrong comes as an exception too
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
 try:
     import ray
     from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
@@ -244,15 +246,12 @@ def _connect(address: str | None) -> None:
     where = address or os.environ.get("RAY_ADDRESS") or "auto"
     try:
         ray.init(address=where, namespace="lorelei", log_to_driver=False, logging_level="WARNING")
-    except ray.exceptions.AuthenticationError as error:
+    except (ConnectionError, RayError) as error:
         raise ValueError(
-            f"cluster.address: {where!r}: {_last_line(error)}; the token of the cluster is looked "
-            "for in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH and ~/.ray/auth_token"
-        ) from error
-    except ConnectionError as error:
-        raise ValueError(
-            f"cluster.address: no Ray at {where!r} ({_last_line(error)}); start it on every node "
-            "with `ray start`, or write a job with `lorelei launch slurm`"
+            f"cluster.address: no Ray at {where!r} that takes our token ({_last_line(error)}); "
+            "start it on every node with `ray start` and RAY_AUTH_MODE=token, or write a job with "
+            "`lorelei launch slurm`. The token is looked for in RAY_AUTH_TOKEN, "
+            "RAY_AUTH_TOKEN_PATH and ~/.ray/auth_token"
         ) from error
     except RuntimeError as error:  # among them: other versions of Ray or Python
         raise ValueError(f"cluster.address: {where!r}: {' '.join(str(error).split())}") from error

@@ -115,7 +115,11 @@ class Restarting:
 
     def _change(self, method: str, *args: Any) -> Any:
         self._journal.note(method, args)
-        return self._call(method, *args, done=len(self._journal.calls) - 1)
+        try:
+            return self._call(method, *args, done=len(self._journal.calls) - 1)
+        except (ValueError, KeyError):
+            self._journal.forget_unknown()
+            raise
 
     def _call(self, method: str, *args: Any, done: int | None = None) -> Any:
         """done: of the journal's calls, how many came before this one; none: all."""
@@ -203,6 +207,10 @@ class _Journal:
         self._concerned.clear()
         self._newer.clear()
         return True
+
+    def forget_unknown(self) -> None:
+        """A call was refused; it may have named an adapter that there is not."""
+        self._concerned &= self.adapters.keys()
 
     def forget(self, name: str) -> None:
         """An adapter is dropped; one of its name may come later."""

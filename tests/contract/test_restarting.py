@@ -141,6 +141,8 @@ def test_no_restart_is_made_of_a_call_that_is_wrong(engine: Restarting) -> None:
 
 def test_what_is_kept_does_not_grow_without_snapshots(engine: Restarting) -> None:
     engine.add_adapter("a", SPEC, seed=1)
+    with pytest.raises(KeyError):
+        engine.drop_adapter("unknown")
     for step in range(LONGEST):
         engine.forward_backward(batch(step % 4, "a"), {"a": GRPO})
         engine.optim_step({"a": HYPER})

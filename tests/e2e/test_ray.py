@@ -20,7 +20,7 @@ from tests.ray_nodes import RayNodes, ray_nodes
 from tests.tiny_runs import final, lorelei, make_workplace, write_run
 
 pytest.importorskip("ray")
-STEPS = 8
+STEPS = 16
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,7 @@ def raylet_of(nodes: RayNodes, worker: int) -> int:
 @pytest.mark.parametrize(
     ("wrong", "arguments", "words"),
     [
-        ({"RAY_AUTH_TOKEN": "0" * 32}, (), "token"),
-        ({"RAY_ADDRESS": "127.0.0.1:1"}, (), "no Ray at '127.0.0.1:1'"),
+        ({"RAY_AUTH_TOKEN": "0" * 32}, (), "that takes our token"),
         (
             {},
             ("train.workers=9", "cluster.wait=3"),
@@ -106,6 +105,7 @@ def test_a_cluster_that_cannot_be_used_is_one_line(
         text=True,
         timeout=120,
     )
-    assert done.returncode == 2 and words in " ".join(done.stderr.split()), done.stderr
-    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert words in line and "Traceback" not in done.stderr
     assert not (place / "runs/refused").exists()
