@@ -15,7 +15,6 @@ from lorelei.config.run import RunConfig
 from lorelei.launch.parts import Parts, build, make_loop, make_trainer, warm_starts
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot
-from lorelei.model.backend import default_device
 from lorelei.obs.console import Console
 from lorelei.obs.history import read_metrics
 from lorelei.publish.contract import PublishError
@@ -124,7 +123,7 @@ async def _run(loop: Loop) -> int | None:
 
 
 def _opening(config: RunConfig, parts: Parts, loop: Loop) -> list[str]:
-    model = f"{config.model} ({config.dtype}, {default_device()})"
+    model = f"{config.model} ({config.dtype}, {parts.decoder.device})"
     engines = f"{config.train.kind} + {config.rollout.kind}"
     lines = [f"{loop.store.folder}: {model}, {engines}"]
     if loop.store.latest is not None:

@@ -22,12 +22,11 @@ if TYPE_CHECKING:
 
 
 def make_train_engine(
-    config: RunConfig, folder: Path, decoder: Decoder | None, cluster: Cluster | None
+    config: RunConfig, folder: Path, decoder: Decoder, cluster: Cluster | None
 ) -> TrainEngine:
     """folder: of the model. decoder: for an engine in this process."""
     train = config.train
-    if isinstance(train, ArchonTrain) and trains_here(config):
-        assert decoder is not None, "it was loaded for this"
+    if isinstance(train, ArchonTrain) and train.workers == 1 and cluster is None:
         return ArchonEngine(decoder, train.max_tokens_per_mb, train.gradient_checkpointing)
     launcher: Launcher = LocalWorkers if cluster is None else cluster.launch_workers
     spec, python = _spec(config, folder), _python(config)
@@ -35,12 +34,6 @@ def make_train_engine(
         lambda: RemoteEngine(spec, train.workers, python, launcher=launcher),
         config.cluster.restarts,
     )
-
-
-def trains_here(config: RunConfig) -> bool:
-    """Whether the controller trains itself, on the base model that it holds."""
-    alone = config.train.kind == "archon" and config.train.workers == 1
-    return alone and config.cluster.kind == "local"
 
 
 def _python(config: RunConfig) -> str:
