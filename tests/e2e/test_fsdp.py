@@ -64,7 +64,7 @@ def test_all_weights_train_on_two_processes_as_on_archon(place: Path) -> None:
 
 def test_what_cannot_run_is_refused_before_anything_starts(place: Path) -> None:
     write_run(place, "refused", train={"kind": "fsdp", "tensor_parallel": 2})
-    error = lorelei(place, "train", "refused.yaml", "train.sequence_parallel=2", code=1)
+    error = lorelei(place, "train", "refused.yaml", "train.sequence_parallel=2", code=2)
     assert "train.sequence_parallel: 2 together with tensor_parallel: 2" in error
-    error = lorelei(place, "train", "refused.yaml", "lora.use_lora=false", code=1)
+    error = lorelei(place, "train", "refused.yaml", "lora.use_lora=false", code=2)
     assert "train.tensor_parallel: 2 is not allowed with lora.use_lora: false" in error
