@@ -15,6 +15,8 @@ MATRICES = (  # in the order of the page
     "hosts",
     "areal",
     "megatron",
+    "pairs",
+    "rank_memory",
 )
 
 
