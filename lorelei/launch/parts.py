@@ -70,10 +70,11 @@ class Parts:
     stop_token_ids: tuple[int, ...]
 
 
-async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
+async def build(config: RunConfig, stack: AsyncExitStack, logs: Path | None = None) -> Parts:
     """Check data and rewards, load the model, make the rollout engine on it.
 
-    The stack closes what was started. Raises ValueError with one line for what a user can mend.
+    The stack closes what was started. logs: for what servers print; none: logs/ of the
+    run folder. Raises ValueError with one line for what a user can mend.
     """
     experiments = config.experiments()
     folder = resolve_model(config.model)
@@ -94,7 +95,8 @@ async def build(config: RunConfig, stack: AsyncExitStack) -> Parts:
     endpoint = await _endpoint(experiments, chat, stack)
     envs = {e.name: _env(e, chat, context, endpoint, stack) for e in experiments}
     decoder = load_decoder(folder, DTYPES[config.dtype], default_device())
-    rollout = _rollout_engine(config, folder, decoder, tokenizer)
+    logs = logs or Path(config.runs_dir) / config.name / "logs"
+    rollout = _rollout_engine(config, folder, decoder, tokenizer, logs)
     stack.push_async_callback(rollout.close)
     if isinstance(rollout, ServerEngine):
         await rollout.start()
@@ -159,7 +161,9 @@ def make_loop(
 ) -> Loop:
     """The loop of a new run, or of one that goes on where its last manifest says."""
     spool, meter = Spool(store.folder), Meter()
-    publisher = VersionPublisher(parts.rollout, store.run_id, _way(config, parts, store))
+    publisher = VersionPublisher(
+        parts.rollout, store.run_id, _way(config, parts, store, console.warn)
+    )
     lanes = [_lane(e, parts, store, spool) for e in config.experiments()]
     for warning in (*store.warnings, *spool.warnings):
         console.warn(warning)
@@ -194,7 +198,11 @@ def _train_engine(config: RunConfig, folder: Path, decoder: Decoder) -> TrainEng
 
 
 def _rollout_engine(
-    config: RunConfig, folder: Path, decoder: Decoder, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig,
+    folder: Path,
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    logs: Path,
 ) -> RolloutEngine:
     match config.rollout:
         case EmbeddedRollout() as embedded:
@@ -207,10 +215,12 @@ def _rollout_engine(
         case VllmRollout() | SglangRollout() as servers:
             from lorelei.launch.servers import make_server_engine
 
-            return make_server_engine(config, servers, folder, decoder.config, tokenizer)
+            return make_server_engine(config, servers, folder, decoder.config, tokenizer, logs)
 
 
-def _way(config: RunConfig, parts: Parts, store: RunStore) -> Way | None:
+def _way(
+    config: RunConfig, parts: Parts, store: RunStore, warn: Callable[[str], None]
+) -> Way | None:
     """How versions travel; none: by the engine's own `load`."""
     publish, engine = config.publish, parts.rollout
     match publish:
@@ -226,7 +236,7 @@ def _way(config: RunConfig, parts: Parts, store: RunStore) -> Way | None:
             from lorelei.publish.xccl import Xccl
 
             assert isinstance(engine, ServerEngine), "checked by the configuration"
-            return Xccl(engine, parts.decoder.device, publish.host, publish.timeout)
+            return Xccl(engine, parts.decoder.device, publish.host, publish.timeout, warn)
 
 
 def _canary(

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorelei.config.paths import cache_folder
 from lorelei.config.rollout import SglangRollout, VllmRollout
 from lorelei.config.run import RunConfig
 from lorelei.launch.device import has_accelerator
@@ -16,6 +15,7 @@ from lorelei.model.load import read_config
 from lorelei.rollout.limits import Limits
 from lorelei.rollout.server.dialect import Dialect
 from lorelei.rollout.server.engine import ServerEngine
+from lorelei.rollout.server.options import ServerOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,18 +29,14 @@ def make_server_engine(
     folder: Path,
     model: DecoderConfig,
     tokenizer: PreTrainedTokenizerBase,
+    logs: Path,
 ) -> ServerEngine:
-    """Not started yet. folder: of the model."""
+    """Not started yet. folder: of the model. logs: a folder for what the servers print."""
     context = min(rollout.max_context or model.max_positions, model.max_positions)
-    match rollout:
-        case VllmRollout():
-            dialect = _vllm(config, rollout, folder, context)
-        case SglangRollout():
-            dialect = _sglang(config, rollout, folder, context)
     return ServerEngine(
-        dialect,
+        _dialect(config, rollout, folder, context),
         Limits(vocab=model.vocab, context=context, decodes_text=True),
-        cache_folder() / "logs" / config.name,
+        logs,
         tokenizer=tokenizer,  # type: ignore[arg-type]  # its decode takes more
         replicas=rollout.replicas,
         urls=rollout.urls,
@@ -63,52 +59,38 @@ def device() -> str:
     return "cuda" if has_accelerator() else "cpu"
 
 
-def _vllm(config: RunConfig, rollout: VllmRollout, folder: Path, context: int) -> Dialect:
-    from lorelei.rollout.vllm.command import VllmOptions
-    from lorelei.rollout.vllm.dialect import VllmDialect
+def _dialect(
+    config: RunConfig, rollout: VllmRollout | SglangRollout, folder: Path, context: int
+) -> Dialect:
+    options = None if rollout.urls else _options(config, rollout, folder, context)
+    match rollout:
+        case VllmRollout():
+            from lorelei.rollout.vllm.dialect import VllmDialect
 
-    if rollout.urls:
-        return VllmDialect(None)
-    return VllmDialect(
-        VllmOptions(
-            model=folder,
-            dtype=config.dtype,
-            context=context,
-            max_rank=max_rank(config, rollout),
-            versions=versions_in_use(config),
-            max_running=rollout.max_running,
-            tensor_parallel=rollout.tensor_parallel_size,
-            device=device(),
-            has_tokenizer=True,
-            threads=rollout.threads,
-            cpu_cache_gib=rollout.cpu_cache_gib,
-            extra_args=rollout.extra_args,
-        )
-    )
+            return VllmDialect(options)
+        case SglangRollout():
+            from lorelei.rollout.sglang.dialect import SglangDialect
+
+            return SglangDialect(options)
 
 
-def _sglang(config: RunConfig, rollout: SglangRollout, folder: Path, context: int) -> Dialect:
-    from lorelei.rollout.sglang.command import SglangOptions
-    from lorelei.rollout.sglang.dialect import SglangDialect
-
-    if rollout.urls:
-        return SglangDialect(None)
-    return SglangDialect(
-        SglangOptions(
-            model=folder,
-            dtype=config.dtype,
-            context=context,
-            max_rank=max_rank(config, rollout),
-            target_modules=projections(config, folder),
-            versions=versions_in_use(config),
-            max_running=rollout.max_running,
-            tensor_parallel=rollout.tensor_parallel_size,
-            device=device(),
-            has_tokenizer=True,
-            threads=rollout.threads,
-            cpu_cache_gib=rollout.cpu_cache_gib,
-            extra_args=rollout.extra_args,
-        )
+def _options(
+    config: RunConfig, rollout: VllmRollout | SglangRollout, folder: Path, context: int
+) -> ServerOptions:
+    return ServerOptions(
+        model=folder,
+        dtype=config.dtype,
+        context=context,
+        max_rank=max_rank(config, rollout),
+        target_modules=projections(config, folder),
+        versions=versions_in_use(config),
+        max_running=rollout.max_running,
+        tensor_parallel=rollout.tensor_parallel_size,
+        device=device(),
+        has_tokenizer=True,
+        threads=rollout.threads,
+        cpu_cache_gib=rollout.cpu_cache_gib,
+        extra_args=rollout.extra_args,
     )
 
 

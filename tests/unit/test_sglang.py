@@ -10,14 +10,15 @@ import torch
 
 from lorelei.config.errors import FieldError
 from lorelei.config.sglang_options import DERIVED, check_extra_args
-from lorelei.rollout.sglang.command import SPARE, SglangOptions, arguments, check_model
+from lorelei.rollout.server.options import ServerOptions
+from lorelei.rollout.sglang.command import SPARE, arguments, check_model
 from lorelei.rollout.sglang.in_server.sampling import uniforms
 from tests.tiny_models import tiny_config
 
 
-def options(folder: Path, family: str, *target_modules: str) -> SglangOptions:
+def options(folder: Path, family: str, *target_modules: str) -> ServerOptions:
     tiny_config(family).save_pretrained(folder)
-    return SglangOptions(
+    return ServerOptions(
         model=folder,
         dtype="float32",
         context=256,

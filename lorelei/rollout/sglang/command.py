@@ -4,41 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
 from lorelei.config.errors import FieldError
 from lorelei.interpreters.recipe import import_path, interpreter
 from lorelei.model.config import DecoderConfig
+from lorelei.rollout.server.options import Scalar, ServerOptions, flags
 from lorelei.rollout.server.process import Launch
 
 LAUNCHER = "lorelei.rollout.sglang.in_server.launcher"
 SPARE = 8  # SGLang takes prompts and answers that end a few tokens before its context
 
-Scalar = str | int | float | bool
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SglangOptions:
-    """What a server is started with."""
-
-    model: Path
-    dtype: str
-    context: int  # most tokens of a sequence
-    max_rank: int  # of the adapters to come
-    target_modules: tuple[str, ...]  # last names of linear layers
-    versions: int  # adapter versions that may be in use at once
-    max_running: int
-    tensor_parallel: int
-    device: str  # "cpu" or "cuda"
-    has_tokenizer: bool
-    threads: int  # of one process, on a CPU
-    cpu_cache_gib: int  # for keys and values, on a CPU
-    extra_args: Mapping[str, Scalar]
-
-
-def launch(options: SglangOptions, number: int, port: int, token: str) -> Launch:
+def launch(options: ServerOptions, number: int, port: int, token: str) -> Launch:
     """The command and environment of replica `number`. Raises ValueError without `make sglang`."""
     check_model(options)
     python = interpreter("sglang")
@@ -49,7 +26,7 @@ def launch(options: SglangOptions, number: int, port: int, token: str) -> Launch
     )
 
 
-def check_model(options: SglangOptions) -> None:
+def check_model(options: ServerOptions) -> None:
     """Raises FieldError for adapters that would end the server."""
     inner = {"gate_proj", "up_proj", "down_proj"} & set(options.target_modules)
     if options.device == "cpu" and inner and _model(options).moe is not None:
@@ -61,7 +38,7 @@ def check_model(options: SglangOptions) -> None:
         )
 
 
-def arguments(options: SglangOptions, number: int, port: int) -> tuple[str, ...]:
+def arguments(options: ServerOptions, number: int, port: int) -> tuple[str, ...]:
     """The server's command line behind the launcher."""
     derived: dict[str, Scalar] = {
         "model-path": str(options.model),
@@ -88,22 +65,11 @@ def arguments(options: SglangOptions, number: int, port: int) -> tuple[str, ...]
         derived["lora-backend"] = "torch_native"
         derived["mem-fraction-static"] = 0.3
         derived["max-total-tokens"] = _cache_tokens(options)
-    words: list[str] = []
-    for name, value in {**derived, **options.extra_args}.items():
-        words += _flag(name, value)
+    words = flags({**derived, **options.extra_args})
     return (*words, "--lora-target-modules", *options.target_modules)
 
 
-def _flag(name: str, value: Scalar) -> list[str]:
-    flag = "--" + name.strip("-").replace("_", "-")
-    if value is True:
-        return [flag]
-    if value is False:
-        return []
-    return [flag, str(value)]
-
-
-def _environment(options: SglangOptions, token: str) -> dict[str, str]:
+def _environment(options: ServerOptions, token: str) -> dict[str, str]:
     found = {
         "LORELEI_SERVER_TOKEN": token,
         "PYTHONPATH": str(import_path()),
@@ -121,7 +87,7 @@ def _environment(options: SglangOptions, token: str) -> dict[str, str]:
     return found
 
 
-def _cache_tokens(options: SglangOptions) -> int:
+def _cache_tokens(options: ServerOptions) -> int:
     """Tokens of a CPU's KV cache: those of all running sequences, within cpu_cache_gib."""
     model = _model(options)
     width = 4 if options.dtype == "float32" else 2
@@ -132,5 +98,5 @@ def _cache_tokens(options: SglangOptions) -> int:
     )
 
 
-def _model(options: SglangOptions) -> DecoderConfig:
+def _model(options: ServerOptions) -> DecoderConfig:
     return DecoderConfig.from_hf(json.loads((options.model / "config.json").read_text()))
