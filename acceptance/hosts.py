@@ -22,12 +22,14 @@ from typing import Literal
 import yaml
 
 from acceptance.record import Line
-from acceptance.stage import tiny_with_tokenizer
 from acceptance.table import table
-from lorelei.config.paths import cache_folder
+from benchmarks.cases import MODEL
+from lorelei.config.paths import cache_folder, resolve_model
+from lorelei.model.tokenizer import load_tokenizer
 from lorelei.obs.history import read_metrics
 from lorelei.store.manifest import manifest_paths
 from tests.hosts import Host, Hosts
+from tests.tiny_models import make_tiny
 
 STEPS, CUT_AFTER, CUT = 5, 2, 20.0  # seconds
 REWARD = "def vowels(completion, **row):\n    return sum(c in 'aeiou ' for c in completion)\n"
@@ -44,6 +46,10 @@ class Case:
     server: Literal["attached", "ray"]  # started there by hand, or by Ray
     cut: Literal["", "trainer", "server"]  # whose link
     train: str = "archon"
+
+    @property
+    def stage(self) -> None:
+        """Runs start servers of their own."""
 
 
 # how the train engine is split over the two hosts
@@ -69,7 +75,7 @@ CASES = {
 }
 
 
-async def measure(case: Case) -> Line:
+async def measure(case: Case, stage: None = None) -> Line:
     """One row."""
     with tempfile.TemporaryDirectory() as folder, Hosts(3) as hosts:
         return _Trial(case, Path(folder), hosts).run()
@@ -202,7 +208,9 @@ class _Trial:
         return (f"rollout.urls=http://{self._third.address}:{PORT}",)
 
     def _write(self) -> None:
-        tiny_with_tokenizer(self._place / "model")
+        tokenizer = load_tokenizer(resolve_model(MODEL))
+        model = make_tiny("llama", self._place / "model", vocab_size=len(tokenizer))
+        tokenizer.save_pretrained(model)
         rows = [json.dumps({"question": f"Say {n}.", "answer": str(n)}) for n in range(64)]
         (self._place / "rows.jsonl").write_text("\n".join(rows) + "\n")
         reward = (

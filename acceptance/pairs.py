@@ -45,6 +45,11 @@ class Side:
 
 
 SIDES = {
+    "fsdp": Side(
+        family="llama",
+        train={"kind": "fsdp", "data_parallel": 2, "gradient_checkpointing": True},
+        targets=(["all-linear"], ["all-linear"]),
+    ),
     "megatron": Side(
         family="llama",
         train={"kind": "megatron", "tensor_parallel": 2},
@@ -168,7 +173,7 @@ def section(found: Mapping[str, Line]) -> str:
     return f"""## Pairs
 
 {STEPS} asynchronous steps on a tiny model under the canary, staleness at most {STALENESS}.
-`megatron` is tensor-parallel over two processes; `megatron_experts` has a mixture of experts dealt
+`fsdp` is data-parallel over two processes, `megatron` tensor-parallel; `megatron_experts` has a mixture of experts dealt
 to two. *KL* is the largest of a step between sampler and trainer. *Sent* is the bytes of a version
 as it travels by http and xccl over those of its tensors, an A that layers share counted once.
 

@@ -203,6 +203,7 @@ def _log_step(
             "version": versions[name],
             "time": time.time(),
             **metrics[name],
+            **loop.publisher.metrics,
             **idle,
             "dropped_stale": stale / (stale + len(groups)),
             "errors": dict(lane.errors),

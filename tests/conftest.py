@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tests.contract.servers import Servers
+from tests.contract.vllm_server import FAMILIES
+from tests.tiny_models import make_tiny
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -45,3 +50,18 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         chat_template=CHATML,
     )
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model of every family that servers are tested with."""
+    root = tmp_path_factory.mktemp("models")
+    return {family: make_tiny(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Servers]:
+    """Rollout servers, started when a test asks for one."""
+    servers = Servers()
+    yield servers
+    servers.stop()

@@ -25,9 +25,9 @@ def vowels(completion, **row):
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def make_workplace(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+def make_workplace(folder: Path, tokenizer: PreTrainedTokenizerFast, family: str = "llama") -> Path:
     """A folder with model/, rows.jsonl and rewards.py, for runs to be started in."""
-    tokenizer.save_pretrained(make_tiny("llama", folder / "model"))
+    tokenizer.save_pretrained(make_tiny(family, folder / "model"))
     (folder / "rewards.py").write_text(REWARD)
     write_rows(folder)
     return folder
@@ -68,21 +68,23 @@ def write_run(folder: Path, name: str, /, **sections: Any) -> Path:
     return path
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     """`lorelei ...` as users start it, in a workplace."""
     return subprocess.Popen(
         [sys.executable, "-m", "lorelei", *arguments],
         cwd=folder,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def lorelei(folder: Path, *arguments: str, code: int = 0, errors: bool = False) -> str:
+def lorelei(
+    folder: Path, *arguments: str, code: int = 0, errors: bool = False, **environment: str
+) -> str:
     """What a command prints; it must leave with `code`. errors: what it says beside it, too."""
-    process = start(folder, *arguments)
+    process = start(folder, *arguments, **environment)
     out, said = process.communicate(timeout=120)
     assert process.returncode == code, f"{arguments}: {process.returncode}\n{out}\n{said}"
     if errors:

@@ -123,6 +123,9 @@ class ServerRollout(Sampling):
         default=0, ge=0, le=512, description="Room for adapters of this rank that come later."
     )
     threads: int = Field(default=1, ge=1, description="CPU threads of each process of a server.")
+    cpu_cache_gib: int = Field(
+        default=2, ge=1, description="Memory for keys and values of a server on a CPU."
+    )
     extra_args: dict[str, Scalar] = Field(
         default_factory=dict[str, Scalar],
         description="Options of the server by its own names; those that follow from the run are "
@@ -144,7 +147,8 @@ class ServerRollout(Sampling):
 
     @model_validator(mode="after")
     def _starts_or_attaches(self) -> ServerRollout:
-        for name in ("replicas", "tensor_parallel_size", "extra_args", "threads", "reserve_rank"):
+        names = ("replicas", "tensor_parallel_size", "extra_args", "threads", "reserve_rank")
+        for name in (*names, "cpu_cache_gib"):
             if self.urls and name in self.model_fields_set:
                 raise FieldError(
                     name, "means nothing with urls: those servers run already; remove one"
@@ -156,9 +160,6 @@ class VllmRollout(ServerRollout):
     """vLLM servers; `make vllm` installs them."""
 
     kind: Literal["vllm"] = Field(description="Which rollout engine.")
-    cpu_cache_gib: int = Field(
-        default=2, ge=1, description="Memory for keys and values of a server on a CPU."
-    )
 
     @model_validator(mode="after")
     def _derived_stay_derived(self) -> VllmRollout:
@@ -170,9 +171,6 @@ class SglangRollout(ServerRollout):
     """SGLang servers; `make sglang` installs them."""
 
     kind: Literal["sglang"] = Field(description="Which rollout engine.")
-    cpu_cache_gib: int = Field(
-        default=2, ge=1, description="Memory for keys and values of a server on a CPU."
-    )
 
     @model_validator(mode="after")
     def _derived_stay_derived(self) -> SglangRollout:

@@ -20,6 +20,7 @@ from lorelei.obs.history import read_metrics
 from lorelei.publish.contract import PublishError
 from lorelei.publish.page import CanaryFailed
 from lorelei.rollout.contract import EngineClosed
+from lorelei.rollout.server.client import ServerTrouble
 from lorelei.store.identity import read_identity
 from lorelei.store.run import RunStore
 from lorelei.train.contract import EngineFailed, TrainEngine
@@ -61,7 +62,7 @@ async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None
             starts, origin = warm_starts(config), "lora.init_from"
         else:
             starts, origin = {n: store.load(n) for n in store.latest.adapters}, str(folder)
-        parts = await build(config, stack)
+        parts = await build(config, stack, folder / "logs")
         trainer = make_trainer(config, parts, stack)
         _restore(trainer.engine, starts, origin)
         if store is None:  # last: what is refused before leaves nothing behind
@@ -77,7 +78,7 @@ async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None
         console.started(_opening(config, parts, loop))
         try:
             stopped = await _run(loop)
-        except (ValueError, EngineClosed, EngineFailed, PublishError) as error:
+        except (ValueError, EngineClosed, EngineFailed, PublishError, ServerTrouble) as error:
             if isinstance(error, CanaryFailed):
                 console.page(error.page)
             if store.latest is None:  # what could not begin leaves nothing behind
@@ -123,7 +124,7 @@ async def _run(loop: Loop) -> int | None:
 
 
 def _opening(config: RunConfig, parts: Parts, loop: Loop) -> list[str]:
-    model = f"{config.model} ({config.dtype}, {parts.decoder.device})"
+    model = f"{config.model} ({config.dtype}, {parts.device})"
     engines = f"{config.train.kind} + {config.rollout.kind}"
     lines = [f"{loop.store.folder}: {model}, {engines}"]
     if loop.store.latest is not None:

@@ -24,7 +24,7 @@ from lorelei.env.contract import Endpoint, Env
 from lorelei.env.environment import make_env
 from lorelei.env.outcome import NoReward
 from lorelei.interpreters.recipe import interpreter
-from lorelei.launch.train_engine import make_train_engine
+from lorelei.launch.train_engine import make_train_engine, trains_here
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.backend import DTYPES, default_device
@@ -63,7 +63,8 @@ class Parts:
     """What a run is made of, before its state is known."""
 
     folder: Path  # of the model
-    decoder: Decoder
+    decoder: Decoder | None  # none: no engine in this process computes with the model
+    device: torch.device  # of this process
     rollout: RolloutEngine
     sources: Mapping[str, PromptSource]
     held_out: Mapping[str, list[Prompt]]
@@ -74,11 +75,14 @@ class Parts:
     cluster: Cluster | None  # none: this machine alone
 
 
-async def build(config: RunConfig, stack: AsyncExitStack, *, training: bool = True) -> Parts:
+async def build(
+    config: RunConfig, stack: AsyncExitStack, logs: Path | None = None, *, training: bool = True
+) -> Parts:
     """Check data and rewards, load the model, make the rollout engine on it.
 
-    training: whether a trainer is to be made of these parts too.
-    The stack closes what was started. Raises ValueError with one line for what a user can mend.
+    The stack closes what was started. logs: for what servers print; none: logs/ of the
+    run folder. training: whether a trainer is to be made of these parts too.
+    Raises ValueError with one line for what a user can mend.
     """
     experiments = config.experiments()
     if isinstance(config.train, MegatronTrain):
@@ -103,14 +107,19 @@ async def build(config: RunConfig, stack: AsyncExitStack, *, training: bool = Tr
     cluster = _cluster(config, training)
     if cluster is not None:
         stack.callback(cluster.close)
-    decoder = load_decoder(folder, DTYPES[config.dtype], default_device())
-    rollout = _rollout_engine(config, folder, decoder, tokenizer, cluster)
+    device = default_device()
+    decoder = None
+    if config.rollout.kind == "embedded" or (training and trains_here(config)):
+        decoder = load_decoder(folder, DTYPES[config.dtype], device)
+    logs = logs or Path(config.runs_dir) / config.name / "logs"
+    rollout = _rollout_engine(config, folder, model, decoder, tokenizer, cluster, logs)
     stack.push_async_callback(rollout.close)
     if isinstance(rollout, ServerEngine):
         await rollout.start()
     return Parts(
         folder=folder,
         decoder=decoder,
+        device=device,
         rollout=rollout,
         sources=sources,
         held_out=held_out,
@@ -185,7 +194,9 @@ def make_loop(
 ) -> Loop:
     """The loop of a new run, or of one that goes on where its last manifest says."""
     spool, meter = Spool(store.folder), Meter()
-    publisher = VersionPublisher(parts.rollout, store.run_id, _way(config, parts, store))
+    publisher = VersionPublisher(
+        parts.rollout, store.run_id, _way(config, parts, store, console.warn)
+    )
     lanes = [_lane(e, parts, store, spool) for e in config.experiments()]
     for warning in (*store.warnings, *spool.warnings):
         console.warn(warning)
@@ -209,12 +220,15 @@ def make_loop(
 def _rollout_engine(
     config: RunConfig,
     folder: Path,
-    decoder: Decoder,
+    model: DecoderConfig,
+    decoder: Decoder | None,
     tokenizer: PreTrainedTokenizerBase,
     cluster: Cluster | None,
+    logs: Path,
 ) -> RolloutEngine:
     match config.rollout:
         case EmbeddedRollout() as embedded:
+            assert decoder is not None, "loaded for it"
             return EmbeddedEngine(
                 decoder,
                 tokenizer=tokenizer,
@@ -224,13 +238,15 @@ def _rollout_engine(
         case VllmRollout() | SglangRollout() as servers:
             from lorelei.launch.servers import make_server_engine
 
-            built = (config, servers, folder, decoder.config, tokenizer)
+            built = (config, servers, folder, model, tokenizer, logs)
             if cluster is None:
                 return make_server_engine(*built)
             return make_server_engine(*built, cluster, "cuda" if cluster.gpus else "cpu")
 
 
-def _way(config: RunConfig, parts: Parts, store: RunStore) -> Way | None:
+def _way(
+    config: RunConfig, parts: Parts, store: RunStore, warn: Callable[[str], None]
+) -> Way | None:
     """How versions travel; none: by the engine's own `load`."""
     publish, engine = config.publish, parts.rollout
     match publish:
@@ -247,7 +263,7 @@ def _way(config: RunConfig, parts: Parts, store: RunStore) -> Way | None:
 
             assert isinstance(engine, ServerEngine), "checked by the configuration"
             known = parts.cluster.host if parts.cluster is not None else LOOPBACK
-            return Xccl(engine, parts.decoder.device, publish.host or known, publish.timeout)
+            return Xccl(engine, parts.device, publish.host or known, publish.timeout, warn)
 
 
 def _canary(

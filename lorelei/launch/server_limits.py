@@ -33,6 +33,11 @@ def check_servers(
             f"lora.target_modules: lm_head cannot be adapted with rollout.kind {rollout.kind}; "
             "leave it out, or use rollout.kind: embedded"
         )
+    if model.heads % rollout.tensor_parallel_size:
+        raise ConfigError(
+            f"rollout.tensor_parallel_size: {rollout.tensor_parallel_size} processes cannot share "
+            f"{model.heads} attention heads; use a divisor"
+        )
     if rollout.kind == "vllm":
         if on_cpu and model.head_dim not in CPU_HEAD_SIZES:
             raise ConfigError(

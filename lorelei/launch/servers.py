@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from lorelei.config.paths import cache_folder, resolve_model
+from lorelei.config.paths import resolve_model
 from lorelei.config.rollout import SglangRollout, VllmRollout
 from lorelei.config.run import RunConfig
 from lorelei.launch.device import has_accelerator
@@ -18,6 +18,7 @@ from lorelei.model.load import read_config
 from lorelei.rollout.limits import Limits
 from lorelei.rollout.server.dialect import Dialect
 from lorelei.rollout.server.engine import ServerEngine
+from lorelei.rollout.server.options import ServerOptions
 from lorelei.rollout.server.place import HERE, Place
 
 if TYPE_CHECKING:
@@ -34,18 +35,19 @@ def make_server_engine(
     folder: Path,
     model: DecoderConfig,
     tokenizer: PreTrainedTokenizerBase,
+    logs: Path,
     place: Place = HERE,
     device: Device | None = None,
 ) -> ServerEngine:
-    """Not started yet. folder: of the model. place: where servers are started.
+    """Not started yet. folder: of the model. logs: a folder for what the servers print.
 
-    device: of that place; none: this machine's.
+    place: where they are started. device: of that place; none: this machine's.
     """
     context = min(rollout.max_context or model.max_positions, model.max_positions)
     return ServerEngine(
         _dialect(config, rollout, folder, model, device or device_here()),
         Limits(vocab=model.vocab, context=context, decodes_text=True),
-        cache_folder() / "logs" / config.name,
+        logs,
         tokenizer=tokenizer,  # type: ignore[arg-type]  # its decode takes more
         replicas=rollout.replicas,
         urls=rollout.urls,
@@ -95,64 +97,40 @@ def _dialect(
     model: DecoderConfig,
     device: Device,
 ) -> Dialect:
-    context = min(rollout.max_context or model.max_positions, model.max_positions)
+    options = None if rollout.urls else _options(config, rollout, folder, model, device)
     match rollout:
         case VllmRollout():
-            return _vllm(config, rollout, folder, context, device)
+            from lorelei.rollout.vllm.dialect import VllmDialect
+
+            return VllmDialect(options)
         case SglangRollout():
-            return _sglang(config, rollout, folder, context, device)
+            from lorelei.rollout.sglang.dialect import SglangDialect
+
+            return SglangDialect(options)
 
 
-def _vllm(
-    config: RunConfig, rollout: VllmRollout, folder: Path, context: int, device: Device
-) -> Dialect:
-    from lorelei.rollout.vllm.command import VllmOptions
-    from lorelei.rollout.vllm.dialect import VllmDialect
-
-    if rollout.urls:
-        return VllmDialect(None)
-    return VllmDialect(
-        VllmOptions(
-            model=folder,
-            dtype=config.dtype,
-            context=context,
-            max_rank=max_rank(config, rollout),
-            versions=versions_in_use(config),
-            max_running=rollout.max_running,
-            tensor_parallel=rollout.tensor_parallel_size,
-            device=device,
-            has_tokenizer=True,
-            threads=rollout.threads,
-            cpu_cache_gib=rollout.cpu_cache_gib,
-            extra_args=rollout.extra_args,
-        )
-    )
-
-
-def _sglang(
-    config: RunConfig, rollout: SglangRollout, folder: Path, context: int, device: Device
-) -> Dialect:
-    from lorelei.rollout.sglang.command import SglangOptions
-    from lorelei.rollout.sglang.dialect import SglangDialect
-
-    if rollout.urls:
-        return SglangDialect(None)
-    return SglangDialect(
-        SglangOptions(
-            model=folder,
-            dtype=config.dtype,
-            context=context,
-            max_rank=max_rank(config, rollout),
-            target_modules=projections(config, folder),
-            versions=versions_in_use(config),
-            max_running=rollout.max_running,
-            tensor_parallel=rollout.tensor_parallel_size,
-            device=device,
-            has_tokenizer=True,
-            threads=rollout.threads,
-            cpu_cache_gib=rollout.cpu_cache_gib,
-            extra_args=rollout.extra_args,
-        )
+def _options(
+    config: RunConfig,
+    rollout: VllmRollout | SglangRollout,
+    folder: Path,
+    model: DecoderConfig,
+    device: Device,
+) -> ServerOptions:
+    context = min(rollout.max_context or model.max_positions, model.max_positions)
+    return ServerOptions(
+        model=folder,
+        dtype=config.dtype,
+        context=context,
+        max_rank=max_rank(config, rollout),
+        target_modules=projections(config, folder),
+        versions=versions_in_use(config),
+        max_running=rollout.max_running,
+        tensor_parallel=rollout.tensor_parallel_size,
+        device=device,
+        has_tokenizer=True,
+        threads=rollout.threads,
+        cpu_cache_gib=rollout.cpu_cache_gib,
+        extra_args=rollout.extra_args,
     )
 
 

@@ -78,7 +78,7 @@ def _options(config: RunConfig, job: SlurmJob) -> list[str]:
         "--ntasks-per-node=1",
         "--exclusive",  # `ray stop` ends every Ray of its user on a node
         f"--output=lorelei-{config.name}-%j.log",
-        "--signal=TERM@120",  # seconds before the time is over: the step is saved
+        "--signal=B:TERM@120",  # seconds before the time is over: the step is saved
         "--requeue",
     ]
     if job.gpus_per_node:
@@ -103,15 +103,25 @@ export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600 RAY_USAGE_STATS_ENABLED=0
 
 # this script runs on the first node, where Ray's head and the loop will be
 address=${{LORELEI_HEAD_ADDRESS:-$(hostname -I | cut -d' ' -f1)}}:$((20000 + SLURM_JOB_ID % 10000))
+pid=$(mktemp)
 if [ -e {identity} ]; then
   work=({resume})
 else
   work=({train} cluster.kind=ray)
 fi
-# Slurm's warning is for Lorelei, which saves; what is around it must wait for that
-exec srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --kill-on-bad-exit=1 \\
-  bash -c 'trap "" TERM; exec "$@"' - \\
+srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 --kill-on-bad-exit=1 \\
   ray symmetric-run --address "$address" --min-nodes {nodes} \\
   --num-cpus="$SLURM_CPUS_ON_NODE"{gpus} --object-store-memory={store} \\
-  -- env RAY_ADDRESS="$address" python -m lorelei "${{work[@]}}"
+  -- bash -c 'echo $$ > "$1"; export RAY_ADDRESS=$2; exec python -m lorelei "${{@:3}}"' \\
+  - "$pid" "$address" "${{work[@]}}" &
+# Slurm's warning is for Lorelei, which saves; Ray must not hear it
+trap 'kill -TERM "$(cat "$pid")" || true' TERM
+code=0
+wait $! || code=$?
+while kill -0 $! 2>/dev/null; do
+  code=0
+  wait $! || code=$?
+done
+rm -f "$pid"
+exit "$code"
 """

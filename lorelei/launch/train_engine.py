@@ -21,12 +21,19 @@ if TYPE_CHECKING:
     from lorelei.launch.ray_cluster import Cluster
 
 
+def trains_here(config: RunConfig) -> bool:
+    """Whether the train engine is one of this process, which then needs a decoder."""
+    train = config.train
+    return isinstance(train, ArchonTrain) and train.workers == 1 and config.cluster.kind == "local"
+
+
 def make_train_engine(
-    config: RunConfig, folder: Path, decoder: Decoder, cluster: Cluster | None
+    config: RunConfig, folder: Path, decoder: Decoder | None, cluster: Cluster | None
 ) -> TrainEngine:
     """folder: of the model. decoder: for an engine in this process."""
     train = config.train
-    if isinstance(train, ArchonTrain) and train.workers == 1 and cluster is None:
+    if trains_here(config):
+        assert decoder is not None, "loaded for it"
         return ArchonEngine(decoder, train.max_tokens_per_mb, train.gradient_checkpointing)
     launcher: Launcher = LocalWorkers if cluster is None else cluster.launch_workers
     spec, python = _spec(config, folder), _python(config)

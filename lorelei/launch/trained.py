@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lorelei.config.load import validate
-from lorelei.config.paths import resolve_model
+from lorelei.config.paths import cache_folder, resolve_model
 from lorelei.config.run import RunConfig
 from lorelei.launch.parts import build, decoder_of, evaluators
 from lorelei.lora.state import AdapterState
@@ -99,7 +99,8 @@ async def _evaluate(
 ) -> dict[str, dict[str, dict[str, float]]]:
     found: dict[str, dict[str, dict[str, float]]] = {}
     async with AsyncExitStack() as stack:
-        parts = await build(run.config, stack, training=False)
+        logs = cache_folder() / "logs" / run.folder.name
+        parts = await build(run.config, stack, logs, training=False)
         for name, evaluator in evaluators(run.config, parts).items():
             if n_prompts is not None:
                 evaluator = replace(evaluator, prompts=_first(evaluator.prompts, n_prompts))

@@ -17,6 +17,7 @@ from torch import Tensor
 from lorelei.lora.fresh import fresh_a, stable_seed
 from lorelei.lora.full import FullWeights
 from lorelei.lora.linear import LoraPart, Span, lora_linear, side_by_side
+from lorelei.lora.sharded import set_from
 from lorelei.lora.state import AdapterState, check_tensors, check_tied, copies, tensor_names
 from lorelei.lora.targets import match_targets, tied_names
 from lorelei.model.backend import Weight
@@ -201,9 +202,8 @@ class AdapterBank(Generic[B]):
         check_tensors(name, {n: tuple(t.shape) for n, t in live.items()}, tensors)
         if isinstance(adapter, Adapter):
             check_tied(name, adapter.tied, tensors)
-        with torch.no_grad():
-            for tensor_name, tensor in live.items():
-                tensor.copy_(tensors[tensor_name])
+        for tensor_name, tensor in live.items():
+            set_from(tensor, tensors[tensor_name])
 
     def model(
         self, spans: Sequence[tuple[str | None, int]], dropout_seed: int | None = None

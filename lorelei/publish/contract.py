@@ -29,6 +29,11 @@ class Publisher(Protocol):
         """Forget a version everywhere once nothing in flight uses it."""
         ...
 
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Counts since the start, for the records of steps."""
+        ...
+
     async def close(self) -> None:
         """Give up what was kept between versions: folders, groups. Idempotent."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from lorelei.lora.state import AdapterState
@@ -33,6 +34,10 @@ class Disk:
     async def unload(self, ref: AdapterRef) -> None:
         await self._engine.unload(ref)
         await asyncio.to_thread(shutil.rmtree, self._folder / ref.served_name, True)
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        return {}
 
     async def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -26,6 +26,11 @@ class Way(Protocol):
         """Forget it, once nothing in flight uses it, and whatever it took on the way."""
         ...
 
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Counts since the start that a step's record should have."""
+        ...
+
     async def close(self) -> None:
         """Give up what was kept between versions."""
         ...
@@ -42,6 +47,10 @@ class Direct:
 
     async def unload(self, ref: AdapterRef) -> None:
         await self._engine.unload(ref)
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        return {}
 
     async def close(self) -> None:
         pass
@@ -85,6 +94,11 @@ class VersionPublisher:
 
     async def retire(self, ref: AdapterRef) -> None:
         await self._way.unload(ref)
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """See Publisher."""
+        return self._way.metrics
 
     async def close(self) -> None:
         """Give up what was kept between versions. Idempotent."""

@@ -1,7 +1,7 @@
 """Publishing by broadcast: NCCL or gloo from this process to every worker of every server.
 
 Nothing is sent before every server has accepted to receive it. The group lives until a server
-restarts, and is then made anew under another name.
+restarts or a broadcast fails, and is then made anew under another name.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -31,10 +31,18 @@ class Xccl:
     """Implements Way. A version that no broadcast could carry goes as bytes: see `fallbacks`."""
 
     def __init__(
-        self, engine: ServerEngine, device: torch.device, host: str, timeout: float
+        self,
+        engine: ServerEngine,
+        device: torch.device,
+        host: str,
+        timeout: float,
+        warn: Callable[[str], None],
     ) -> None:
-        """device: of the sender. host: where the servers find this process."""
-        self._engine, self._host, self._timeout = engine, host, timeout
+        """device: of the sender. host: where the servers find this process.
+
+        warn: is told of the first fallback.
+        """
+        self._engine, self._host, self._timeout, self._warn = engine, host, timeout, warn
         self._device = device if device.type == "cuda" else torch.device("cpu")
         listener = socket.create_server((host, 0))
         self._port: int = listener.getsockname()[1]
@@ -55,13 +63,23 @@ class Xccl:
         try:
             await self._broadcast(ref, data)
             self.broadcasts += 1
-        except (ServerTrouble, KeyError, RuntimeError):
-            self.fallbacks += 1
+        except (RuntimeError, KeyError, ValueError) as error:  # of a server, or of the group
             await self._leave()
+            self.fallbacks += 1
+            if self.fallbacks == 1:
+                self._warn(
+                    f"publish.kind: xccl: {ref} goes to the servers as bytes over HTTP, its "
+                    f"broadcast failed: {error}; metrics.jsonl counts those that follow as "
+                    "publish_fallbacks"
+                )
         return await self._engine.install(ref, ByBroadcast(ref=ref, state=state))
 
     async def unload(self, ref: AdapterRef) -> None:
         await self._engine.unload(ref)
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        return {"publish_fallbacks": self.fallbacks}
 
     async def close(self) -> None:
         await self._leave()
@@ -70,7 +88,7 @@ class Xccl:
         servers = [replica for replica in self._engine.replicas if replica.ready]
         if self._group is None or self._members != tuple(r.identity for r in servers):
             await self._form(servers)
-        await asyncio.gather(*(r.receive(ref, self._name, len(data)) for r in servers))
+        await _all(replica.receive(ref, self._name, len(data)) for replica in servers)
         await asyncio.to_thread(broadcast.send, self._group, data, self._device)
 
     async def _form(self, servers: Sequence[Replica]) -> None:
@@ -80,21 +98,19 @@ class Xccl:
         workers = [replica.facts.workers for replica in servers if replica.facts is not None]
         firsts = [1 + sum(workers[:n]) for n in range(len(servers))]
         self._members = tuple(replica.identity for replica in servers)
-        await asyncio.gather(
-            *(
-                replica.join(
-                    Group(
-                        name=self._name,
-                        host=self._host,
-                        port=self._port,
-                        size=1 + sum(workers),
-                        first_rank=first,
-                        backend=backend,
-                        timeout=self._timeout,
-                    )
+        await _all(
+            replica.join(
+                Group(
+                    name=self._name,
+                    host=self._host,
+                    port=self._port,
+                    size=1 + sum(workers),
+                    first_rank=first,
+                    backend=backend,
+                    timeout=self._timeout,
                 )
-                for replica, first in zip(servers, firsts, strict=True)
             )
+            for replica, first in zip(servers, firsts, strict=True)
         )
         self._group = await asyncio.to_thread(
             broadcast.meet,
@@ -110,3 +126,10 @@ class Xccl:
             if replica.ready:
                 with suppress(ServerTrouble, KeyError, ValueError):
                     await replica.leave(name)
+
+
+async def _all(calls: Iterable[Awaitable[None]]) -> None:
+    """Once all have ended; raises the first failure, so that none is accepted after `leave`."""
+    for result in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result

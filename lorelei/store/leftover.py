@@ -28,7 +28,10 @@ def temporary_files(folder: Path) -> Iterator[Path]:
 
 
 def delete_run(folder: Path) -> None:
-    """Everything that a run writes, and the folder if nothing else is in it."""
+    """Everything that a run writes but the logs of servers, which errors name.
+
+    And the folder, if nothing is in it then.
+    """
     with contextlib.suppress(OSError):
         (folder / "run.json").unlink(missing_ok=True)  # first: now there is no run
         for name in ("incarnation.json", "index.sqlite", *LOGS, "lock"):

@@ -17,6 +17,7 @@ from torch import Tensor
 from lorelei.algo.loss import LossResult, load_loss
 from lorelei.lora.bank import AdapterBank
 from lorelei.lora.fresh import stable_seed
+from lorelei.lora.sharded import is_sharded
 from lorelei.lora.state import AdapterSnapshot, AdapterState, check_tensors
 from lorelei.train.adam import AdapterOptimizer
 from lorelei.train.checks import check_losses, check_snapshot, finite
@@ -163,7 +164,8 @@ class BankEngine:
     def optim_step(self, hyper: Mapping[str, AdamHyper]) -> Mapping[str, OptimStats]:
         tensors = [self._bank[name].tensors().values() for name in hyper]
         for one in tensors:
-            self._ranks.add_up_gradients(one)
+            # FSDP has added up those of what it shards
+            self._ranks.add_up_gradients([t for t in one if not is_sharded(t)])
         norms = {name: self._optimizers[name].grad_norm() for name in hyper}
         try:
             ready = {name: finite(name, norm) for name, norm in norms.items()}

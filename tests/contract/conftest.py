@@ -1,4 +1,4 @@
-"""Tiny models and servers that the contract suites share."""
+"""A vLLM server that the contract suites share."""
 
 from __future__ import annotations
 
@@ -9,20 +9,13 @@ from typing import Any
 import pytest
 
 from tests.contract.servers import Servers
-from tests.contract.vllm_server import CONTEXT, FAMILIES, RunningServer, running_vllm
-from tests.tiny_models import make_tiny
+from tests.contract.vllm_server import CONTEXT, RunningServer, running_vllm
 
 
-@pytest.fixture(scope="package")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {family: make_tiny(family, root / family) for family in FAMILIES}
-
-
-@pytest.fixture(scope="package")
-def servers() -> Iterator[Servers]:
-    servers = Servers()
-    yield servers
+@pytest.fixture(scope="package", autouse=True)
+def _servers_end(servers: Servers) -> Iterator[None]:
+    """Nobody behind these suites needs them."""
+    yield
     servers.stop()
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from lorelei.rollout.contract import RolloutEngine
 from lorelei.rollout.limits import Limits
-from lorelei.rollout.server.dialect import Dialect
 from lorelei.rollout.server.engine import ServerEngine
+from lorelei.rollout.server.options import ServerOptions
 from lorelei.rollout.server.process import ServerProcess, free_port
-from lorelei.rollout.sglang.command import SglangOptions
+from lorelei.rollout.sglang import command
 from lorelei.rollout.sglang.dialect import SglangDialect
 from tests.contract.vllm_server import CONTEXT
 
@@ -36,7 +36,7 @@ class Servers:
         """Where the session's server of that model listens."""
         if (kind, folder) not in self._running:
             port = free_port()
-            launch = _dialect(kind, folder).launch(0, port, TOKEN, folder)
+            launch = command.launch(sglang_options(folder), 0, port, TOKEN)
             process = ServerProcess(launch, folder.parent / f"{kind}-{folder.name}.log")
             self._running[kind, folder] = (f"http://127.0.0.1:{port}", process)
             # outside of the first test's deadline
@@ -46,6 +46,7 @@ class Servers:
     def stop(self) -> None:
         for _, process in self._running.values():
             process.stop_now()
+        self._running.clear()
 
     def _attached(self, kind: str, folder: Path, tokenizer: Any, max_running: int) -> ServerEngine:
         return ServerEngine(
@@ -67,22 +68,21 @@ class Servers:
         await engine.close()
 
 
-def _dialect(kind: str, folder: Path) -> Dialect:
-    experts = "moe" in folder.name
-    return SglangDialect(
-        SglangOptions(
-            model=folder,
-            dtype="float32",
-            context=CONTEXT,
-            max_rank=8,
-            target_modules=ATTENTION if experts else ATTENTION + INNER,
-            versions=12,
-            max_running=32,
-            tensor_parallel=1,
-            device="cpu",
-            has_tokenizer=False,
-            threads=1,
-            cpu_cache_gib=1,
-            extra_args={},
-        )
-    )
+def sglang_options(folder: Path, **changed: Any) -> ServerOptions:
+    """Of a server on a tiny model."""
+    given: dict[str, Any] = {
+        "model": folder,
+        "dtype": "float32",
+        "context": CONTEXT,
+        "max_rank": 8,
+        "target_modules": ATTENTION if "moe" in folder.name else ATTENTION + INNER,
+        "versions": 12,
+        "max_running": 32,
+        "tensor_parallel": 1,
+        "device": "cpu",
+        "has_tokenizer": False,
+        "threads": 1,
+        "cpu_cache_gib": 1,
+        "extra_args": {},
+    }
+    return ServerOptions(**{**given, **changed})

@@ -43,7 +43,7 @@ def make_way(kind: str, engine: ServerEngine, folder: Path) -> Way:
         case "disk":
             return Disk(engine, folder, "base")
         case _:
-            return Xccl(engine, torch.device("cpu"), "127.0.0.1", timeout=20.0)
+            return Xccl(engine, torch.device("cpu"), "127.0.0.1", 20.0, print)
 
 
 def run(body: Coroutine[Any, Any, T]) -> T:

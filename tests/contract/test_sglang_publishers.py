@@ -25,7 +25,7 @@ KINDS = [pytest.param("sglang", marks=needs("sglang"))]
 WAYS: dict[str, Callable[[ServerEngine, Path], Way]] = {
     "http": lambda engine, folder: Direct(engine),
     "disk": lambda engine, folder: Disk(engine, folder, "tiny"),
-    "xccl": lambda engine, folder: Xccl(engine, torch.device("cpu"), "127.0.0.1", 20.0),
+    "xccl": lambda engine, folder: Xccl(engine, torch.device("cpu"), "127.0.0.1", 20.0, print),
 }
 PUBLISHES, LIVE = 50, 8
 

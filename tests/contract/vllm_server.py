@@ -12,8 +12,9 @@ from typing import Any
 from lorelei.rollout.limits import Limits
 from lorelei.rollout.server.client import Client, ServerTrouble
 from lorelei.rollout.server.engine import ServerEngine
+from lorelei.rollout.server.options import ServerOptions
 from lorelei.rollout.server.process import ServerProcess, free_port
-from lorelei.rollout.vllm.command import VllmOptions, launch
+from lorelei.rollout.vllm.command import launch
 from lorelei.rollout.vllm.dialect import VllmDialect
 
 FAMILIES = ("llama", "qwen3", "qwen3_moe")
@@ -44,13 +45,14 @@ class RunningServer:
         )
 
 
-def options(model: Path, context: int, **changed: Any) -> VllmOptions:
+def options(model: Path, context: int, **changed: Any) -> ServerOptions:
     """Of a server on a tiny model."""
     given: dict[str, Any] = {
         "model": model,
         "dtype": "float32",
         "context": context,
         "max_rank": 8,
+        "target_modules": (),
         "versions": 12,
         "max_running": 32,
         "tensor_parallel": 1,
@@ -60,7 +62,7 @@ def options(model: Path, context: int, **changed: Any) -> VllmOptions:
         "cpu_cache_gib": 1,
         "extra_args": {},
     }
-    return VllmOptions(**{**given, **changed})
+    return ServerOptions(**{**given, **changed})
 
 
 @contextmanager

@@ -23,7 +23,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(Path(__file__).parents[2]),
     "RAY_enable_open_telemetry": "0",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # how long a node outlives its head
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",  # how long a node outlives its head
 }
 
 

@@ -42,7 +42,7 @@ class Caretaker:
         self._fruitless = 0
 
     async def keep(self, changed: Callable[[], None]) -> None:
-        """Calls `changed` when the replica became ready or was lost; ends by raising only.
+        """Calls `changed` when the replica became usable or was lost; ends by raising only.
 
         Raises ValueError for a server that cannot do what is needed, EngineClosed when it dies
         again and again, or cannot be started at all.
@@ -52,9 +52,9 @@ class Caretaker:
             replica.suspect.clear()
             try:
                 await self._bring_up()
-                replica.ready = True
+                replica.ready, replica.doubted = True, False
                 changed()
-                reason = await self._watch()
+                reason = await self._watch(changed)
             except ServerTrouble as trouble:
                 reason = str(trouble)
             if replica.finished:
@@ -103,12 +103,13 @@ class Caretaker:
                     raise ServerTrouble(f"no answer in {START:g} s: {trouble}") from trouble
             await asyncio.sleep(0.2)
 
-    async def _watch(self) -> str:
-        """Returns why the server is given up."""
+    async def _watch(self, changed: Callable[[], None]) -> str:
+        """Returns why the server is given up. Ends doubts that a look answers."""
         replica, vain = self._replica, 0
         while True:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(replica.suspect.wait(), WATCH)
+            if not vain:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(replica.suspect.wait(), WATCH)
             replica.suspect.clear()
             if replica.process is not None and not replica.process.alive:
                 return "it ended"
@@ -125,10 +126,14 @@ class Caretaker:
             replica.counter = status.tokens_generated
             if set(replica.loaded) - set(status.adapters):
                 return "it has lost adapters: another server answers at its address"
+            if replica.doubted and not replica.suspect.is_set():
+                replica.doubted = False
+                changed()
 
     def _obituary(self, reason: str, words: str) -> str:
         replica = self._replica
         name = f"{replica.dialect.name}-{replica.number}"
         tries = f" after {self._fruitless} starts in a row" if self._fruitless > 1 else ""
-        end = f"; the end of {self._folder / f'{name}.log'}:\n{words}" if words else ""
+        log = self._folder / f"{name}.log"
+        end = f"; its output is in {log}, which ends:\n{words}" if words else ""
         return f"server {name} ({replica.client.url}) was given up{tries}: {reason}{end}"

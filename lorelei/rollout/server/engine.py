@@ -1,51 +1,29 @@
-"""RolloutEngine over servers of one kind.
-
-A request is asked again, here or of another server, until one whole and right answer has come:
-what a caller gets was sampled once, by the version that was asked for.
-"""
+"""RolloutEngine over servers of one kind: which versions they hold, and the engine's life."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-
-import numpy as np
 
 from lorelei.lora.state import AdapterState
 from lorelei.rollout.contract import EngineClosed, Health
 from lorelei.rollout.limits import Limits
+from lorelei.rollout.server.attempts import Attempts
 from lorelei.rollout.server.caretaker import Caretaker
 from lorelei.rollout.server.client import Client, ServerTrouble
 from lorelei.rollout.server.delivery import ByBytes, Delivery
-from lorelei.rollout.server.dialect import Dialect, Sampled
+from lorelei.rollout.server.dialect import Dialect
 from lorelei.rollout.server.place import HERE, Place
 from lorelei.rollout.server.replicas import Replica, Router
-from lorelei.rollout.stops import StopStrings, Tokenizer
+from lorelei.rollout.server.requests import Requests, served_name
+from lorelei.rollout.stops import Tokenizer
 from lorelei.types import AdapterRef, Completion, Floats, GenerateRequest, Ints
 
 T = TypeVar("T")
-
-ATTEMPTS = 5  # of one call, each after a failure of the server
-PAUSE = 0.2  # seconds before the second attempt, doubled for each later one
-_EMPTY = Completion(
-    tokens=np.zeros(0, np.int32),
-    logprobs=np.zeros(0, np.float32),
-    versions=(),
-    finish_reason="abort",
-)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Running:
-    """A request that a server has."""
-
-    adapter: AdapterRef | None
 
 
 class ServerEngine:
@@ -70,28 +48,27 @@ class ServerEngine:
     ) -> None:
         """Nothing is started before `start` or the first call.
 
-        folder: for logs. urls: attach to these instead of starting `replicas`; `token` is theirs.
-        max_running: requests in flight for each server. place: where servers are started.
+        folder: for what the servers print. urls: attach to these instead of starting `replicas`;
+        `token` is theirs. max_running: requests in flight for each server.
+        place: where servers are started.
         """
-        self._dialect, self._limits, self._tokenizer = dialect, limits, tokenizer
+        self._dialect, self._limits = dialect, limits
         clients = [Client(url, token, dialect.silence) for url in urls]
         clients = clients or [Client("", None, dialect.silence) for _ in range(replicas)]
         self.replicas = tuple(
             Replica(number=n, dialect=dialect, client=client) for n, client in enumerate(clients)
         )
         self._router = Router(self.replicas, max_running)
+        self._requests = Requests(dialect, limits, tokenizer, self._router, self._reload)
         self._caretakers = [Caretaker(r, folder, self._restore, place) for r in self.replicas]
         self._live: dict[str, tuple[AdapterRef, Delivery]] = {}
         self._served: set[str] = set()
         self._users: Counter[str] = Counter()
-        self._running: set[_Running] = set()
-        self._aborts: Counter[str | None] = Counter()  # so far, by adapter; none: the base
         self._closed: BaseException | None = None
         self._tasks: set[asyncio.Task[Any]] = set()  # calls
         self._background: set[asyncio.Task[None]] = set()
         self._keeping: list[asyncio.Task[None]] = []
         self._changes: asyncio.Condition = asyncio.Condition()
-        self._next_scorer = 0
 
     async def start(self) -> None:
         """Start the servers, or find those attached to, and wait until all are ready.
@@ -110,7 +87,7 @@ class ServerEngine:
         if name is not None:
             self._users[name] += 1
         try:
-            return await self._until_closed(self._generate(request))
+            return await self._until_closed(self._asked(self._requests.generate(request)))
         finally:
             if name is not None:
                 self._users[name] -= 1
@@ -124,7 +101,8 @@ class ServerEngine:
         self._name(adapter)
         for sequence in sequences:
             self._limits.check_sequence(sequence)
-        return await self._until_closed(self._score(sequences, adapter, temperature or 1.0))
+        scores = self._requests.score(sequences, adapter, temperature or 1.0)
+        return await self._until_closed(self._asked(scores))
 
     async def load(self, ref: AdapterRef, state: AdapterState) -> str | None:
         return await self.install(ref, ByBytes(ref=ref, state=state))
@@ -140,11 +118,14 @@ class ServerEngine:
         name = ref.served_name
         self._live[name] = (ref, delivery)
         try:
-            told = await self._until_closed(self._everywhere(lambda r: self._bring(r, name)))
+            told = await self._on_all(name, self.replicas)
         except BaseException:
             await self._forget(ref)
             raise
         self._served.add(name)
+        # servers that came up again meanwhile, without a version that nobody was served yet
+        lacking = [r for r in self.replicas if r.ready and name not in r.loaded]
+        told += await self._on_all(name, lacking)
         digests = {digest for digest in told if digest is not None}
         return next(iter(digests - {ref.digest}), ref.digest if digests else None)
 
@@ -166,18 +147,14 @@ class ServerEngine:
 
     async def abort(self, adapter: AdapterRef | None = None) -> None:
         self._check_open()
-        name = self._name_of(adapter)
-        if adapter is None:
-            self._aborts.update([*self._users, None])
-        else:
-            self._aborts[name] += 1
-        self._router.dismiss(name)
-        await self._until_closed(self._abort_running(adapter))
+        self._requests.dismiss(adapter, self._users)
+        await self._until_closed(self._end(adapter))
 
     async def sleep(self) -> None:
         """What runs is started again after `wake`, with the same random numbers."""
         self._router.hold("sleep")
-        await self._until_closed(self._abort_running())
+        self._requests.put_off()
+        await self._until_closed(self._end(None))
         await self._tell(self._dialect.sleep)
 
     async def wake(self) -> None:
@@ -198,138 +175,30 @@ class ServerEngine:
     async def close(self) -> None:
         await self._close(EngineClosed("the engine was closed"))
 
-    # --- one request
-
-    async def _generate(self, request: GenerateRequest) -> Completion:
-        await self._begun()
-        name = self._name_of(request.adapter)
-        aborts, trouble = self._aborts[name], None
-        limit = self._limits.new_tokens(request)
-        seed = stream_seed(request.sampling.seed, request.key, request.position)
-        attempt = 0
-        while attempt < ATTEMPTS:
-            replica = await self._router.acquire((name, request.tokens.tobytes()))
-            if replica is None or aborts != self._aborts[name]:
-                if replica is not None:
-                    self._router.release(replica)
-                return _EMPTY
-            running = _Running(request.adapter)
-            self._running.add(running)
-            try:
-                sampled = await self._dialect.generate(replica.client, request, limit, seed)
-                self._check_answer(sampled, request, limit)
-            except (ServerTrouble, KeyError) as error:
-                # KeyError: another server than the one we filled answers at this address
-                trouble = error
-                replica.suspect.set()
-                if isinstance(error, KeyError) and name is not None:
-                    replica.loaded.pop(name, None)
-                    with suppress(ServerTrouble):
-                        await self._load(replica, name)
-            else:
-                replica.finished += 1
-                if sampled.finish_reason != "abort" or aborts != self._aborts[name]:
-                    return self._completion(request, sampled)
-                attempt -= 1  # put to sleep, or a server that is being stopped
-            finally:
-                self._running.discard(running)
-                self._router.release(replica)
-            attempt += 1
-            await asyncio.sleep(PAUSE * 2 ** max(attempt - 1, 0))
-        raise ServerTrouble(
-            f"{request.adapter or 'the base model'}: {ATTEMPTS} attempts failed; the last one: "
-            f"{trouble}"
-        )
-
-    def _check_answer(self, sampled: Sampled, request: GenerateRequest, limit: int) -> None:
-        """Raises ServerTrouble for an answer that cannot be what was asked for."""
-        name = self._name_of(request.adapter)
-        wrong: str | None = None
-        if sampled.served_name != name:
-            wrong = f"{sampled.served_name} answered for {name}"
-        elif len(sampled.logprobs) != len(sampled.tokens):
-            wrong = f"{len(sampled.logprobs)} log-probabilities for {len(sampled.tokens)} tokens"
-        elif not np.isfinite(sampled.logprobs).all():
-            wrong = "log-probabilities are not finite"
-        elif len(sampled.tokens) > limit or (
-            sampled.finish_reason != "abort" and not len(sampled.tokens)
-        ):
-            wrong = f"{len(sampled.tokens)} tokens, 1 to {limit} were asked for"
-        if wrong:
-            raise ServerTrouble(f"{self._dialect.name}: a wrong answer: {wrong}")
-
-    def _completion(self, request: GenerateRequest, sampled: Sampled) -> Completion:
-        tokens, logprobs, reason = sampled.tokens, sampled.logprobs, sampled.finish_reason
-        if request.sampling.stop_strings and self._tokenizer is not None:
-            stops = StopStrings(self._tokenizer, request.sampling.stop_strings)
-            for token in request.tokens[len(request.tokens) - request.position :].tolist():
-                stops.completes(token)
-            for count, token in enumerate(tokens.tolist(), start=1):
-                if stops.completes(token):
-                    tokens, logprobs, reason = tokens[:count], logprobs[:count], "stop"
-                    break
-        version = request.adapter.version if request.adapter is not None else 0
-        return Completion(
-            tokens=tokens,
-            logprobs=logprobs,
-            versions=((version, len(tokens)),) if len(tokens) else (),
-            finish_reason=reason,
-        )
-
-    async def _score(
-        self, sequences: Sequence[Ints], adapter: AdapterRef | None, temperature: float
-    ) -> list[Floats]:
-        await self._begun()
-        longer = [sequence for sequence in sequences if len(sequence) > 1]
-        trouble: Exception | None = None
-        for attempt in range(ATTEMPTS):
-            replica = await self._any_ready()
-            try:
-                scores = iter(
-                    await self._dialect.score(replica.client, longer, adapter, temperature)
-                )
-                return [
-                    next(scores) if len(sequence) > 1 else np.zeros(0, np.float32)
-                    for sequence in sequences
-                ]
-            except (ServerTrouble, KeyError) as error:
-                trouble = error
-                replica.suspect.set()
-            await asyncio.sleep(PAUSE * 2**attempt)
-        raise ServerTrouble(f"score: {ATTEMPTS} attempts failed; the last one: {trouble}")
-
-    async def _any_ready(self) -> Replica:
-        async with self._changes:
-            await self._changes.wait_for(lambda: any(r.ready for r in self.replicas))
-        ready = [replica for replica in self.replicas if replica.ready]
-        self._next_scorer += 1
-        return ready[self._next_scorer % len(ready)]
-
-    async def _abort_running(self, adapter: AdapterRef | None = None) -> None:
-        """Until nothing runs that ran when the call came: a request may still be on its way."""
-        meant = {t for t in self._running if adapter is None or t.adapter == adapter}
-        for _ in range(100):
-            await self._tell(lambda client: self._dialect.abort(client, adapter))
-            if not meant & self._running:
-                return
-            await asyncio.sleep(0.02)
-
     # --- adapters
+
+    async def _on_all(self, name: str, replicas: Sequence[Replica]) -> list[str | None]:
+        return await self._until_closed(
+            self._everywhere(lambda replica: self._bring(replica, name), replicas)
+        )
 
     async def _bring(self, replica: Replica, name: str) -> str | None:
         """Load one version on one server, waiting for the server. Returns what it holds."""
-        trouble: ServerTrouble | None = None
-        for attempt in range(ATTEMPTS):
+        attempts = Attempts(f"loading {name}")
+        while True:
             async with self._changes:
-                await self._changes.wait_for(lambda: replica.ready)
+                await self._changes.wait_for(lambda: replica.usable)
             try:
                 return await self._load(replica, name)
-            except ServerTrouble as error:
-                trouble = error
-                replica.suspect.set()
-            await asyncio.sleep(PAUSE * 2**attempt)
-        assert trouble is not None
-        raise trouble
+            except (ServerTrouble, KeyError) as error:
+                await attempts.failed(replica, error)
+
+    async def _reload(self, replica: Replica, ref: AdapterRef) -> None:
+        """A server says that it does not know a version which it should have."""
+        replica.loaded.pop(ref.served_name, None)
+        if ref.served_name in self._live:
+            with suppress(ServerTrouble, KeyError):  # the request meets it again
+                await self._load(replica, ref.served_name)
 
     async def _load(self, replica: Replica, name: str) -> str | None:
         async with replica.loading:
@@ -368,6 +237,16 @@ class ServerEngine:
         del self._users[name]
 
     # --- servers
+
+    async def _asked(self, work: Coroutine[Any, Any, T]) -> T:
+        await self._begun()
+        return await work
+
+    async def _end(self, adapter: AdapterRef | None) -> None:
+        """End what runs: everything, or one version's."""
+        await self._requests.end(
+            adapter, lambda: self._tell(lambda client: self._dialect.abort(client, adapter))
+        )
 
     async def _begun(self) -> None:
         """Start the caretakers once."""
@@ -422,19 +301,18 @@ class ServerEngine:
             try:
                 await call(replica.client)
             except ServerTrouble:
-                replica.suspect.set()
+                replica.doubt()
                 if replica.process is None or replica.process.alive:
                     raise
 
         await self._until_closed(self._begun())
-        await self._everywhere(tell, only_ready=True)
+        await self._everywhere(tell, [replica for replica in self.replicas if replica.ready])
 
     async def _everywhere(
-        self, call: Callable[[Replica], Coroutine[Any, Any, T]], only_ready: bool = False
+        self, call: Callable[[Replica], Coroutine[Any, Any, T]], chosen: Sequence[Replica]
     ) -> list[T]:
         """The results, once all have ended; the first failure if there is one."""
         await self._begun()
-        chosen = [r for r in self.replicas if r.ready or not only_ready]
         results = await asyncio.gather(*map(call, chosen), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
@@ -482,18 +360,9 @@ class ServerEngine:
         async with self._changes:
             self._changes.notify_all()
 
-    def _name_of(self, ref: AdapterRef | None) -> str | None:
-        return ref.served_name if ref is not None else None
-
     def _name(self, ref: AdapterRef | None) -> str | None:
         """The served name. Raises KeyError for a version that is not loaded."""
         if ref is not None and ref.served_name not in self._served:
             served = ", ".join(sorted(self._served)) or "none"
             raise KeyError(f"adapter {ref} ({ref.served_name}) is not loaded; loaded: {served}")
-        return self._name_of(ref)
-
-
-def stream_seed(seed: int, key: str, position: int = 0) -> int:
-    """A seed [0, 2**63) for the random stream named (seed, key), from a position on."""
-    name = hashlib.blake2b(f"{seed}\0{key}\0{position}".encode(), digest_size=8).digest()
-    return int.from_bytes(name, "little") >> 1
+        return served_name(ref)

@@ -31,11 +31,12 @@ class Replica:
     facts: Facts | None = None
     incarnation: int = 0  # starts so far
     ready: bool = False
+    doubted: bool = False  # somebody met trouble, and nobody has looked since
     in_flight: int = 0
     finished: int = 0  # requests answered since the last start
     loaded: dict[str, str | None] = field(default_factory=dict[str, "str | None"])  # name: digest
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
-    suspect: asyncio.Event = field(default_factory=asyncio.Event)  # somebody met trouble
+    suspect: asyncio.Event = field(default_factory=asyncio.Event)  # wakes the caretaker
     counted: int = 0  # tokens of earlier starts
     counter: int = 0  # the server's own, as last read
     base: int = 0  # the server's own when we came
@@ -45,9 +46,19 @@ class Replica:
         """Tokens generated for us, as far as known."""
         return self.counted + self.counter - self.base
 
+    @property
+    def usable(self) -> bool:
+        """Whether a request may go there now."""
+        return self.ready and not self.doubted
+
+    def doubt(self) -> None:
+        """Somebody met trouble: nothing is sent there before its caretaker has looked."""
+        self.doubted = True
+        self.suspect.set()
+
     def lost(self) -> None:
         """The server is gone, and what it held with it."""
-        self.ready = False
+        self.ready = self.doubted = False
         self.loaded.clear()
         self.counted, self.counter, self.base = self.tokens, 0, 0
         self.finished = 0
@@ -92,6 +103,8 @@ class Router:
         self._homes: OrderedDict[Key, Replica] = OrderedDict()
         self._waiting: deque[tuple[asyncio.Future[Replica | None], Key]] = deque()
         self._held: set[str] = set()
+        self._looking: list[asyncio.Future[None]] = []  # of any_ready
+        self._turn = 0
 
     @property
     def waiting(self) -> int:
@@ -109,6 +122,14 @@ class Router:
             if future.done() and not future.cancelled() and (replica := future.result()):
                 self.release(replica)  # it was given one in the very moment
             raise
+
+    async def any_ready(self) -> Replica:
+        """A server for a call that is short and not counted: the next one each time."""
+        while not (usable := [replica for replica in self._replicas if replica.usable]):
+            self._looking.append(asyncio.get_running_loop().create_future())
+            await self._looking[-1]
+        self._turn += 1
+        return usable[self._turn % len(usable)]
 
     def release(self, replica: Replica) -> None:
         """A request is over, for good or to be asked again."""
@@ -133,7 +154,12 @@ class Router:
                 future.set_result(None)
 
     def dispatch(self) -> None:
-        """Give out servers; to be called when one has become ready."""
+        """Give out servers; to be called when one has become usable."""
+        if any(replica.usable for replica in self._replicas):
+            looking, self._looking = self._looking, []
+            for one in looking:
+                if not one.done():
+                    one.set_result(None)
         while self._waiting and not self._held:
             future, key = self._waiting[0]
             if future.done():  # cancelled
@@ -147,7 +173,7 @@ class Router:
             future.set_result(replica)
 
     def _choose(self, key: Key) -> Replica | None:
-        free = [r for r in self._replicas if r.ready and r.in_flight < self._max_running]
+        free = [r for r in self._replicas if r.usable and r.in_flight < self._max_running]
         if not free:
             return None
         least = min(free, key=lambda r: (r.in_flight, r.number))

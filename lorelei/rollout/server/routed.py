@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,13 @@ class Routed:
             "generate",
             {**body, "tokens": request.tokens.tolist(), "adapter": _name(request.adapter)},
         )
-        try:
+        with reading(client):
             return Sampled(
                 tokens=np.array(answer["tokens"], dtype=np.int32),
                 logprobs=np.array(answer["logprobs"], dtype=np.float32),
                 finish_reason=_REASONS[answer["finish_reason"]],
                 served_name=answer["adapter"],
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ServerTrouble(f"{client.url}: a damaged answer: {error!r}") from error
 
     async def score(
         self,
@@ -73,18 +72,20 @@ class Routed:
             "temperature": temperature,
         }
         answer = await self._post(client, "score", body)
-        scores = [np.array(one, dtype=np.float32) for one in answer["logprobs"]]
+        with reading(client):
+            scores = [np.array(one, dtype=np.float32) for one in answer["logprobs"]]
         if [len(one) + 1 for one in scores] != [len(sequence) for sequence in sequences]:
             raise ServerTrouble(f"{client.url}: a damaged answer: scores of other lengths")
         return scores
 
     async def load_bytes(self, client: Client, ref: AdapterRef, state: AdapterState) -> str | None:
         query = {"name": ref.served_name}
-        return _digest(_whole(await client.post_bytes("/lorelei/load", pack(state), query)))
+        answer = _whole(await client.post_bytes("/lorelei/load", pack(state), query))
+        return _digest(client, answer)
 
     async def load_folder(self, client: Client, ref: AdapterRef, folder: Path) -> str | None:
         body = {"name": ref.served_name, "folder": str(folder)}
-        return _digest(await self._post(client, "load_folder", body))
+        return _digest(client, await self._post(client, "load_folder", body))
 
     async def join(self, client: Client, group: Group) -> None:
         await self._post(
@@ -106,7 +107,8 @@ class Routed:
         await self._post(client, "receive", body)
 
     async def load_received(self, client: Client, ref: AdapterRef) -> str | None:
-        return _digest(await self._post(client, "load_received", {"name": ref.served_name}))
+        answer = await self._post(client, "load_received", {"name": ref.served_name})
+        return _digest(client, answer)
 
     async def leave(self, client: Client, group: str) -> None:
         await self._post(client, "leave", {"group": group})
@@ -130,8 +132,14 @@ class Routed:
         await self._post(client, "wake")
 
     async def status(self, client: Client) -> Status:
-        found = _whole(await client.get("/lorelei/status", QUICK))
-        return Status(tokens_generated=found["tokens"], adapters=tuple(found["adapters"]))
+        try:
+            found = _whole(await client.get("/lorelei/status", QUICK))
+        except (KeyError, ValueError) as error:
+            raise ServerTrouble(
+                f"{client.url}: another server answers at its address ({error})"
+            ) from error
+        with reading(client):
+            return Status(tokens_generated=int(found["tokens"]), adapters=tuple(found["adapters"]))
 
     async def _post(
         self, client: Client, route: str, body: Mapping[str, Any] | None = None
@@ -151,7 +159,7 @@ def _name(ref: AdapterRef | None) -> str | None:
 def _whole(answer: Any) -> dict[str, Any]:
     """An answer that had begun before it failed says so in its body."""
     if not isinstance(answer, dict):
-        raise ServerTrouble(f"a damaged answer: {str(answer)[:100]}")
+        raise ServerTrouble(f"a damaged answer: {str(answer)[:100]!r} is no JSON object")
     if "error" in answer:
         match answer.get("status", 500):
             case 404:
@@ -163,8 +171,15 @@ def _whole(answer: Any) -> dict[str, Any]:
     return answer
 
 
-def _digest(answer: Mapping[str, Any]) -> str | None:
-    try:
+def _digest(client: Client, answer: Mapping[str, Any]) -> str | None:
+    with reading(client):
         return answer["digest"]
-    except KeyError as error:
-        raise ServerTrouble(f"a damaged answer: {str(answer)[:100]}") from error
+
+
+@contextmanager
+def reading(client: Client) -> Iterator[None]:
+    """Raises ServerTrouble for an answer that lacks something, or has it in another form."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ServerTrouble(f"{client.url}: a damaged answer: {error!r}") from error

@@ -4,42 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
 from lorelei.config.errors import FieldError
 from lorelei.interpreters.recipe import import_path, interpreter
 from lorelei.model.config import DecoderConfig
+from lorelei.rollout.server.options import Scalar, ServerOptions, binding, flags
 from lorelei.rollout.server.process import LOOPBACK, Launch
 
 LAUNCHER = "lorelei.rollout.sglang.in_server.launcher"
 SPARE = 8  # SGLang takes prompts and answers that end a few tokens before its context
 
-Scalar = str | int | float | bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SglangOptions:
-    """What a server is started with."""
-
-    model: Path
-    dtype: str
-    context: int  # most tokens of a sequence
-    max_rank: int  # of the adapters to come
-    target_modules: tuple[str, ...]  # last names of linear layers
-    versions: int  # adapter versions that may be in use at once
-    max_running: int
-    tensor_parallel: int
-    device: str  # "cpu" or "cuda"
-    has_tokenizer: bool
-    threads: int  # of one process, on a CPU
-    cpu_cache_gib: int  # for keys and values, on a CPU
-    extra_args: Mapping[str, Scalar]
-
 
 def launch(
-    options: SglangOptions, number: int, port: int, token: str, host: str = LOOPBACK
+    options: ServerOptions, number: int, port: int, token: str, host: str = LOOPBACK
 ) -> Launch:
     """The command and environment of replica `number`. Raises ValueError without `make sglang`."""
     check_model(options)
@@ -47,11 +24,11 @@ def launch(
     return Launch(
         # -P: the folder that we happen to be in holds no modules for the server
         command=(str(python), "-P", "-m", LAUNCHER, *arguments(options, number, port, host)),
-        environment=_environment(options, token),
+        environment=_environment(options, number, token),
     )
 
 
-def check_model(options: SglangOptions) -> None:
+def check_model(options: ServerOptions) -> None:
     """Raises FieldError for adapters that would end the server."""
     inner = {"gate_proj", "up_proj", "down_proj"} & set(options.target_modules)
     if options.device == "cpu" and inner and _model(options).moe is not None:
@@ -64,7 +41,7 @@ def check_model(options: SglangOptions) -> None:
 
 
 def arguments(
-    options: SglangOptions, number: int, port: int, host: str = LOOPBACK
+    options: ServerOptions, number: int, port: int, host: str = LOOPBACK
 ) -> tuple[str, ...]:
     """The server's command line behind the launcher."""
     derived: dict[str, Scalar] = {
@@ -76,7 +53,6 @@ def arguments(
         "context-length": options.context + SPARE,
         "max-running-requests": options.max_running,
         "tp-size": options.tensor_parallel,
-        "base-gpu-id": number * options.tensor_parallel,
         "enable-lora": True,
         "max-lora-rank": options.max_rank,
         "max-loras-per-batch": options.versions + 1,  # the base model takes a place
@@ -87,27 +63,18 @@ def arguments(
         "sleep-on-idle": True,
         "log-level-http": "warning",
     }
-    if options.device == "cpu":
+    if options.device != "cpu":
+        derived["base-gpu-id"] = number * options.tensor_parallel
+    else:
         derived["attention-backend"] = "torch_native"
         derived["lora-backend"] = "torch_native"
         derived["mem-fraction-static"] = 0.3
         derived["max-total-tokens"] = _cache_tokens(options)
-    words: list[str] = []
-    for name, value in {**derived, **options.extra_args}.items():
-        words += _flag(name, value)
+    words = flags({**derived, **options.extra_args})
     return (*words, "--lora-target-modules", *options.target_modules)
 
 
-def _flag(name: str, value: Scalar) -> list[str]:
-    flag = "--" + name.strip("-").replace("_", "-")
-    if value is True:
-        return [flag]
-    if value is False:
-        return []
-    return [flag, str(value)]
-
-
-def _environment(options: SglangOptions, token: str) -> dict[str, str]:
+def _environment(options: ServerOptions, number: int, token: str) -> dict[str, str]:
     found = {
         "LORELEI_SERVER_TOKEN": token,
         "PYTHONPATH": str(import_path()),
@@ -122,10 +89,12 @@ def _environment(options: SglangOptions, token: str) -> dict[str, str]:
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": str(options.threads),
         }
+        if options.tensor_parallel > 1:  # else a worker for each NUMA node
+            found["SGLANG_CPU_OMP_THREADS_BIND"] = binding(options, number)
     return found
 
 
-def _cache_tokens(options: SglangOptions) -> int:
+def _cache_tokens(options: ServerOptions) -> int:
     """Tokens of a CPU's KV cache: those of all running sequences, within cpu_cache_gib."""
     model = _model(options)
     width = 4 if options.dtype == "float32" else 2
@@ -136,5 +105,5 @@ def _cache_tokens(options: SglangOptions) -> int:
     )
 
 
-def _model(options: SglangOptions) -> DecoderConfig:
+def _model(options: ServerOptions) -> DecoderConfig:
     return DecoderConfig.from_hf(json.loads((options.model / "config.json").read_text()))

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from lorelei.rollout.server.client import Client
 from lorelei.rollout.server.dialect import Facts, Sampled
-from lorelei.rollout.server.engine import stream_seed
+from lorelei.rollout.server.options import ServerOptions
 from lorelei.rollout.server.process import LOOPBACK, Launch
-from lorelei.rollout.server.routed import QUICK, Routed
+from lorelei.rollout.server.routed import QUICK, Routed, reading
+from lorelei.rollout.server.seed import stream_seed
 from lorelei.rollout.sglang import command
-from lorelei.rollout.sglang.command import LAUNCHER, SPARE, SglangOptions
+from lorelei.rollout.sglang.command import LAUNCHER, SPARE
 from lorelei.types import GenerateRequest
 
 
@@ -19,7 +20,7 @@ from lorelei.types import GenerateRequest
 class SglangDialect(Routed):
     """Implements Dialect for servers that are started with `options`, or attached to (none)."""
 
-    options: SglangOptions | None
+    options: ServerOptions | None
 
     @property
     def name(self) -> str:
@@ -47,9 +48,12 @@ class SglangDialect(Routed):
             raise ValueError(
                 f"rollout.urls: {client.url} is no SGLang server with Lorelei's routes; {how}"
             ) from error
-        if found["max_rank"] is None:
+        with reading(client):
+            takes_adapters = found["max_rank"] is not None
+            facts = Facts(**{**found, "context": found["context"] - SPARE}, receives=True)
+        if not takes_adapters:
             raise ValueError(
                 f"rollout.urls: {client.url} takes no adapters; {how}, and with --enable-lora "
                 "--max-lora-rank and --lora-target-modules"
             )
-        return Facts(**{**found, "context": found["context"] - SPARE}, receives=True)
+        return facts

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
 from lorelei.config.vllm_options import rank_at_least
 from lorelei.interpreters.recipe import import_path, interpreter
+from lorelei.rollout.server.options import Scalar, ServerOptions, binding, flags
 from lorelei.rollout.server.process import LOOPBACK, Launch
 
 # not lm_head: vLLM's scores of prompts fail beside an adapted one
@@ -18,29 +15,9 @@ LOGPROBS_MODE = "processed_logprobs"
 EXTENSION = "lorelei.rollout.vllm.extension.Extension"
 ROUTES = "lorelei.rollout.vllm.routes.Routes"
 
-Scalar = str | int | float | bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VllmOptions:
-    """What a server is started with."""
-
-    model: Path
-    dtype: str
-    context: int  # most tokens of a sequence
-    max_rank: int  # of the adapters to come
-    versions: int  # adapter versions that may be in use at once
-    max_running: int
-    tensor_parallel: int
-    device: str  # "cpu" or "cuda"
-    has_tokenizer: bool
-    threads: int  # of one process, on a CPU
-    cpu_cache_gib: int  # for keys and values, on a CPU
-    extra_args: Mapping[str, Scalar]
-
 
 def launch(
-    options: VllmOptions, number: int, port: int, token: str, host: str = LOOPBACK
+    options: ServerOptions, number: int, port: int, token: str, host: str = LOOPBACK
 ) -> Launch:
     """The command and environment of replica `number`. Raises ValueError without `make vllm`."""
     python = interpreter("vllm")
@@ -50,7 +27,7 @@ def launch(
     )
 
 
-def arguments(options: VllmOptions, port: int, host: str = LOOPBACK) -> tuple[str, ...]:
+def arguments(options: ServerOptions, port: int, host: str = LOOPBACK) -> tuple[str, ...]:
     """`serve MODEL ...`, as for the `vllm` command."""
     derived: dict[str, Scalar] = {
         "host": host,
@@ -75,22 +52,11 @@ def arguments(options: VllmOptions, port: int, host: str = LOOPBACK) -> tuple[st
     if options.device == "cpu":
         derived["block-size"] = 32
         derived["enforce-eager"] = True  # compiling takes longer than it saves
-    words = ["serve", str(options.model)]
-    for name, value in {**derived, **options.extra_args}.items():
-        words += _flag(name, value)
-    return (*words, "--lora-target-modules", *TARGETS)
+    words = flags({**derived, **options.extra_args})
+    return ("serve", str(options.model), *words, "--lora-target-modules", *TARGETS)
 
 
-def _flag(name: str, value: Scalar) -> list[str]:
-    flag = "--" + name.strip("-").replace("_", "-")
-    if value is True:
-        return [flag]
-    if value is False:
-        return []
-    return [flag, str(value)]
-
-
-def _environment(options: VllmOptions, number: int, token: str) -> dict[str, str]:
+def _environment(options: ServerOptions, number: int, token: str) -> dict[str, str]:
     found = {
         "LORELEI_SERVER_TOKEN": token,
         "VLLM_API_KEY": token,  # guards vLLM's own routes
@@ -104,20 +70,9 @@ def _environment(options: VllmOptions, number: int, token: str) -> dict[str, str
     if options.device == "cpu":
         found |= {
             "VLLM_CPU_KVCACHE_SPACE": str(options.cpu_cache_gib),
-            "VLLM_CPU_OMP_THREADS_BIND": _binding(options, number),
+            # unbound, all servers would sit on core 0
+            "VLLM_CPU_OMP_THREADS_BIND": binding(options, number),
             "OMP_NUM_THREADS": str(options.threads),
             "CUDA_VISIBLE_DEVICES": "",
         }
     return found
-
-
-def _binding(options: VllmOptions, number: int) -> str:
-    """Cores of each worker, as vLLM writes them. Unbound, all servers would sit on core 0."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    workers = range(number * options.tensor_parallel, (number + 1) * options.tensor_parallel)
-    # from the last core down: the trainer starts at the first
-    own = [
-        [cores[-1 - (worker * options.threads + n) % len(cores)] for n in range(options.threads)]
-        for worker in workers
-    ]
-    return "|".join(",".join(map(str, sorted(set(each)))) for each in own)

@@ -7,17 +7,18 @@ from pathlib import Path
 
 from lorelei.rollout.server.client import Client
 from lorelei.rollout.server.dialect import Facts
+from lorelei.rollout.server.options import ServerOptions
 from lorelei.rollout.server.process import LOOPBACK, Launch
-from lorelei.rollout.server.routed import QUICK, Routed
+from lorelei.rollout.server.routed import QUICK, Routed, reading
 from lorelei.rollout.vllm import command
-from lorelei.rollout.vllm.command import EXTENSION, LOGPROBS_MODE, ROUTES, TARGETS, VllmOptions
+from lorelei.rollout.vllm.command import EXTENSION, LOGPROBS_MODE, ROUTES, TARGETS
 
 
 @dataclass(frozen=True, slots=True)
 class VllmDialect(Routed):
     """Implements Dialect for servers that are started with `options`, or attached to (none)."""
 
-    options: VllmOptions | None
+    options: ServerOptions | None
 
     @property
     def name(self) -> str:
@@ -38,19 +39,22 @@ class VllmDialect(Routed):
                 f"with --worker-extension-cls {EXTENSION} --middleware {ROUTES} "
                 f"--logprobs-mode {LOGPROBS_MODE} --enable-lora, and Lorelei on its PYTHONPATH"
             ) from error
-        if found["logprobs_mode"] != LOGPROBS_MODE or not found["scores"]:
+        with reading(client):
+            exact = found["logprobs_mode"] == LOGPROBS_MODE and found["scores"]
+            facts = Facts(
+                model=found["model"],
+                dtype=found["dtype"],
+                context=found["context"],
+                max_rank=found["max_rank"],
+                workers=found["workers"],
+                device=found["device"],
+                stops_strings=found["stops_strings"],
+                receives=True,
+            )
+        if not exact:
             raise ValueError(
                 f"rollout.urls: {client.url} cannot give the log-probabilities of what it samples; "
                 f"start it with --logprobs-mode {LOGPROBS_MODE} --lora-target-modules "
                 f"{' '.join(TARGETS)} and VLLM_USE_V2_MODEL_RUNNER=0"
             )
-        return Facts(
-            model=found["model"],
-            dtype=found["dtype"],
-            context=found["context"],
-            max_rank=found["max_rank"],
-            workers=found["workers"],
-            device=found["device"],
-            stops_strings=found["stops_strings"],
-            receives=True,
-        )
+        return facts

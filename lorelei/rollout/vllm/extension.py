@@ -78,7 +78,7 @@ class Extension:
         """How a broadcast stands: {"waiting": True}, {"missing": True}, or that it is kept."""
         arrival = _receiving.get(name)
         if arrival is None:
-            return {} if name in _held else {"missing": True}
+            return {} if name in _held else {"missing": True, "why": "none is announced"}
         if arrival.running:
             return {"waiting": True}
         del _receiving[name]
@@ -91,6 +91,8 @@ class Extension:
         meeting = _groups.pop(group, None)
         if meeting is not None:
             meeting.abort()
+            for name in [n for n, a in _receiving.items() if a.meeting is meeting]:
+                del _receiving[name]
         return {}
 
     def lorelei_digest(self, path: str) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from lorelei.train.bank_engine import BankEngine
 from lorelei.train.flat import blocks, item_tensors, spans, token_tensors
 from lorelei.train.fsdp.attention import Attend
 from lorelei.train.fsdp.collectives import summed
+from lorelei.train.fsdp.full import HostedWeights
 from lorelei.train.fsdp.mesh import Mesh
-from lorelei.train.fsdp.model import HostedModel
+from lorelei.train.fsdp.model import HostedModel, Source
 from lorelei.train.ranks import Ranks
 from lorelei.train.spec import FsdpSpec
 from lorelei.types import Batch, Segment
@@ -45,9 +46,14 @@ class _HostedPasses:
     """Implements Passes."""
 
     def __init__(self, spec: FsdpSpec, device: torch.device, mesh: Mesh, ranks: Ranks) -> None:
-        self._model = HostedModel(
-            Path(spec.model), DTYPES[spec.dtype], device, mesh, spec.recompute, spec.cpu_offload
+        source = Source(
+            folder=Path(spec.model),
+            dtype=DTYPES[spec.dtype],
+            device=device,
+            recompute=spec.recompute,
+            cpu_offload=spec.cpu_offload,
         )
+        self._model = HostedModel(source, mesh)
         self._sequence = mesh.sequence
         self.lockstep = ranks.size > 1
         heads = self._model.lm.config.num_attention_heads
@@ -58,13 +64,14 @@ class _HostedPasses:
             )
 
     def make_bank(self) -> AdapterBank[HostedModel]:
-        return AdapterBank(self._model)
+        return AdapterBank(self._model, HostedWeights.copy_of)
 
     def item_logprobs(
         self, batch: Batch, bank: AdapterBank[Any], dropout_seed: int | None
     ) -> tuple[Tensor, Tensor]:
         batch = _padded(batch, self._sequence.size)
         model, route = bank.model(spans(batch, bank), dropout_seed)
+        model.settle()
         tokens_T, positions_T = token_tensors(batch, model.device)
         source_I, target_I, temperature_I = item_tensors(batch.items, model.device)
         start, stop = self._sequence.part(len(tokens_T))
@@ -95,9 +102,10 @@ class _HostedPasses:
 
 
 def _padded(batch: Batch, size: int) -> Batch:
-    """With a last segment of nobody's tokens where `size` does not divide what there is."""
+    """With a last segment from which nothing is predicted where `size` does not divide it."""
     lack = -sum(len(s.tokens) for s in batch.segments) % size
     if lack == 0:
         return batch
-    nothing = Segment(tokens=np.zeros(lack, dtype=np.int32), parent=-1, start=0, adapter="")
+    whose = batch.segments[-1].adapter
+    nothing = Segment(tokens=np.zeros(lack, dtype=np.int32), parent=-1, start=0, adapter=whose)
     return replace(batch, segments=(*batch.segments, nothing))

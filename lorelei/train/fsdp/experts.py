@@ -65,7 +65,7 @@ class HostedExperts(nn.ModuleList):
         route = self._binding.route
         for number, expert in enumerate(self):
             tokens, slot = (chosen_Tk == number).nonzero(as_tuple=True)  # ascending: see take()
-            if len(tokens) == 0:
+            if len(tokens) == 0 and not expert["down_proj"].weight.requires_grad:
                 continue
             with self._binding.use(route.take(tokens)):
                 x = x_TD[tokens]

@@ -112,7 +112,7 @@ def _standing(name: str) -> dict[str, str]:
     """How a broadcast stands: waiting, missing (and why), or there."""
     arrival = _arrivals.get(name)
     if arrival is None:
-        return {"standing": "missing", "why": "none was announced"}
+        return {"standing": "missing", "why": "none is announced"}
     if arrival.running:
         return {"standing": "waiting"}
     if arrival.data is None:

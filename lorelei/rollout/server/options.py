@@ -1,0 +1,52 @@
+"""What a server is started with, whichever kind it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+Scalar = str | int | float | bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """Follows from a run; `extra_args` are the server's own options, by its own names."""
+
+    model: Path
+    dtype: str
+    context: int  # most tokens of a sequence
+    max_rank: int  # of the adapters to come
+    target_modules: tuple[str, ...]  # last names of linear layers, for SGLang
+    versions: int  # adapter versions that may be in use at once
+    max_running: int
+    tensor_parallel: int
+    device: str  # "cpu" or "cuda"
+    has_tokenizer: bool
+    threads: int  # of one process, on a CPU
+    cpu_cache_gib: int  # for keys and values, on a CPU
+    extra_args: Mapping[str, Scalar]
+
+
+def flags(options: Mapping[str, Scalar]) -> list[str]:
+    """Words of a command line; a False leaves its option out."""
+    words: list[str] = []
+    for name, value in options.items():
+        if value is not False:
+            words.append("--" + name.strip("-").replace("_", "-"))
+        if not isinstance(value, bool):
+            words.append(str(value))
+    return words
+
+
+def binding(options: ServerOptions, number: int) -> str:
+    """Cores of each worker of replica `number`, as both kinds of server write them: 0,1|2,3."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    workers = range(number * options.tensor_parallel, (number + 1) * options.tensor_parallel)
+    # from the last core down: the trainer starts at the first
+    own = [
+        [cores[-1 - (worker * options.threads + n) % len(cores)] for n in range(options.threads)]
+        for worker in workers
+    ]
+    return "|".join(",".join(map(str, sorted(set(each)))) for each in own)
