@@ -16,6 +16,7 @@ MATRICES = (  # in the order of the page
     "areal",
     "megatron",
     "pairs",
+    "rank_memory",
 )
 
 

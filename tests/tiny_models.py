@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     LlamaConfig,
+    MistralConfig,
+    PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -17,6 +20,9 @@ from transformers import (
 )
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+# what our own decoder does not build, each with something none of those has: windows; softcaps,
+# norms behind blocks; biases everywhere, partly rotated heads, attention and MLP side by side
+FOREIGN = ("mistral", "gemma2", "phi")
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -51,8 +57,17 @@ def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
             return Qwen3Config(**{**_SIZES, **overrides})
         case "qwen3_moe":
             return Qwen3MoeConfig(**{**_SIZES, **_MOE_SIZES, **overrides})
+        case "mistral":
+            return MistralConfig(**{**_SIZES, "sliding_window": 6, **overrides})
+        case "gemma2":
+            caps = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0}
+            return Gemma2Config(**{**_SIZES, **caps, "sliding_window": 6, **overrides})
+        case "phi":  # heads * head_dim is hidden there
+            return PhiConfig(
+                **{**_SIZES, "hidden_size": 128, "partial_rotary_factor": 0.5, **overrides}
+            )
         case _:
-            raise ValueError(f"family {family!r} is not one of {', '.join(FAMILIES)}")
+            raise ValueError(f"family {family!r} is not one of {', '.join((*FAMILIES, *FOREIGN))}")
 
 
 def make_tiny(family: str, folder: Path, **overrides: Any) -> Path:

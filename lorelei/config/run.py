@@ -115,14 +115,20 @@ class RunConfig(ExperimentDefaults):
         allowed: dict[str, tuple[str, str]] = {
             # a narrower one would round away most updates, and the sampler would round others
             "dtype": (self.dtype, "float32"),
-            "train.kind": (self.train.kind, "archon"),
+            "train.kind": (self.train.kind, "archon or fsdp"),
             "rollout.kind": (self.rollout.kind, "embedded"),
         }
         for field, (value, only) in allowed.items():
-            if value != only:
+            if value not in only.split(" or "):
                 raise FieldError(
                     field, f"{value!r} is not allowed with lora.use_lora: false; use {only}"
                 )
+        if self.train.kind == "fsdp" and self.train.tensor_parallel > 1:
+            raise FieldError(
+                "train.tensor_parallel",
+                f"{self.train.tensor_parallel} is not allowed with lora.use_lora: false; set it to "
+                "1 and use train.data_parallel",
+            )
 
     def experiments(self) -> tuple[Experiment, ...]:
         """What each adapter trains on, in the order of `adapters`."""

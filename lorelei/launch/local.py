@@ -123,7 +123,7 @@ async def _run(loop: Loop) -> int | None:
 
 
 def _opening(config: RunConfig, parts: Parts, loop: Loop) -> list[str]:
-    model = f"{config.model} ({config.dtype}, {parts.decoder.device})"
+    model = f"{config.model} ({config.dtype}, {parts.device})"
     engines = f"{config.train.kind} + {config.rollout.kind}"
     lines = [f"{loop.store.folder}: {model}, {engines}"]
     if loop.store.latest is not None:

@@ -24,7 +24,7 @@ from lorelei.env.contract import Endpoint, Env
 from lorelei.env.environment import make_env
 from lorelei.env.outcome import NoReward
 from lorelei.interpreters.recipe import interpreter
-from lorelei.launch.train_engine import make_train_engine
+from lorelei.launch.train_engine import make_train_engine, trains_here
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.backend import DTYPES, default_device
@@ -63,7 +63,8 @@ class Parts:
     """What a run is made of, before its state is known."""
 
     folder: Path  # of the model
-    decoder: Decoder
+    decoder: Decoder | None  # none: no engine in this process computes with the model
+    device: torch.device  # of this process
     rollout: RolloutEngine
     sources: Mapping[str, PromptSource]
     held_out: Mapping[str, list[Prompt]]
@@ -103,14 +104,18 @@ async def build(config: RunConfig, stack: AsyncExitStack, *, training: bool = Tr
     cluster = _cluster(config, training)
     if cluster is not None:
         stack.callback(cluster.close)
-    decoder = load_decoder(folder, DTYPES[config.dtype], default_device())
-    rollout = _rollout_engine(config, folder, decoder, tokenizer, cluster)
+    device = default_device()
+    decoder = None
+    if config.rollout.kind == "embedded" or (training and trains_here(config)):
+        decoder = load_decoder(folder, DTYPES[config.dtype], device)
+    rollout = _rollout_engine(config, folder, model, decoder, tokenizer, cluster)
     stack.push_async_callback(rollout.close)
     if isinstance(rollout, ServerEngine):
         await rollout.start()
     return Parts(
         folder=folder,
         decoder=decoder,
+        device=device,
         rollout=rollout,
         sources=sources,
         held_out=held_out,
@@ -209,12 +214,14 @@ def make_loop(
 def _rollout_engine(
     config: RunConfig,
     folder: Path,
-    decoder: Decoder,
+    model: DecoderConfig,
+    decoder: Decoder | None,
     tokenizer: PreTrainedTokenizerBase,
     cluster: Cluster | None,
 ) -> RolloutEngine:
     match config.rollout:
         case EmbeddedRollout() as embedded:
+            assert decoder is not None, "loaded for it"
             return EmbeddedEngine(
                 decoder,
                 tokenizer=tokenizer,
@@ -224,7 +231,7 @@ def _rollout_engine(
         case VllmRollout() | SglangRollout() as servers:
             from lorelei.launch.servers import make_server_engine
 
-            built = (config, servers, folder, decoder.config, tokenizer)
+            built = (config, servers, folder, model, tokenizer)
             if cluster is None:
                 return make_server_engine(*built)
             return make_server_engine(*built, cluster, "cuda" if cluster.gpus else "cpu")
@@ -247,7 +254,7 @@ def _way(config: RunConfig, parts: Parts, store: RunStore) -> Way | None:
 
             assert isinstance(engine, ServerEngine), "checked by the configuration"
             known = parts.cluster.host if parts.cluster is not None else LOOPBACK
-            return Xccl(engine, parts.decoder.device, publish.host or known, publish.timeout)
+            return Xccl(engine, parts.device, publish.host or known, publish.timeout)
 
 
 def _canary(

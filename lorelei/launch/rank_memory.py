@@ -58,13 +58,16 @@ def _fsdp(run: Footprint, counts: Counts, train: FsdpTrain) -> Iterator[Part]:
     block //= run.model.layers
     ends = counts["embeddings"] + counts["lm_head"]
     split = f" / {tensor} tensor parallel" if tensor > 1 else ""
+    held = f"{run.base:,} parameters"
+    if tensor > 1:  # which leaves embedding and head whole
+        held = f"({run.base - ends:,} parameters{split} + {ends:,} of embedding and head)"
     if train.cpu_offload and shards > 1:
         yield Part(name="base model", bytes=0, how="kept in the CPU's memory: train.cpu_offload")
     else:
         yield Part(
             name="base model",
-            bytes=run.base * each // (shards * tensor),
-            how=f"{run.base:,} parameters x {each} bytes / {shards} shards{split}",
+            bytes=((run.base - ends) // tensor + ends) * each // shards,
+            how=f"{held} x {each} bytes / {shards} shards",
         )
     if shards > 1:
         yield Part(
@@ -75,8 +78,8 @@ def _fsdp(run: Footprint, counts: Counts, train: FsdpTrain) -> Iterator[Part]:
         )
         yield Part(
             name="gathered ends",
-            bytes=ends * each // tensor,
-            how=f"embedding and head: {ends:,} parameters x {each} bytes{split}",
+            bytes=ends * each,
+            how=f"embedding and head: {ends:,} parameters x {each} bytes",
         )
 
 

@@ -7,26 +7,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorelei.config.run import RunConfig
-from lorelei.config.train import ArchonTrain, MegatronTrain
+from lorelei.config.train import ArchonTrain, FsdpTrain, MegatronTrain
 from lorelei.interpreters.recipe import interpreter
 from lorelei.model.decoder import Decoder
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.contract import TrainEngine
 from lorelei.train.remote import RemoteEngine
 from lorelei.train.restarting import Restarting
-from lorelei.train.spec import ArchonSpec, EngineSpec, MegatronSpec
+from lorelei.train.spec import ArchonSpec, EngineSpec, FsdpSpec, MegatronSpec
 from lorelei.train.workers import Launcher, LocalWorkers
 
 if TYPE_CHECKING:
     from lorelei.launch.ray_cluster import Cluster
 
 
+def trains_here(config: RunConfig) -> bool:
+    """Whether the train engine is one of this process, which then needs a decoder."""
+    train = config.train
+    return isinstance(train, ArchonTrain) and train.workers == 1 and config.cluster.kind == "local"
+
+
 def make_train_engine(
-    config: RunConfig, folder: Path, decoder: Decoder, cluster: Cluster | None
+    config: RunConfig, folder: Path, decoder: Decoder | None, cluster: Cluster | None
 ) -> TrainEngine:
     """folder: of the model. decoder: for an engine in this process."""
     train = config.train
-    if isinstance(train, ArchonTrain) and train.workers == 1 and cluster is None:
+    if trains_here(config):
+        assert decoder is not None, "loaded for it"
         return ArchonEngine(decoder, train.max_tokens_per_mb, train.gradient_checkpointing)
     launcher: Launcher = LocalWorkers if cluster is None else cluster.launch_workers
     spec, python = _spec(config, folder), _python(config)
@@ -48,6 +55,16 @@ def _spec(config: RunConfig, folder: Path) -> EngineSpec:
                 dtype=config.dtype,
                 max_tokens_per_mb=train.max_tokens_per_mb,
                 recompute=train.gradient_checkpointing,
+            )
+        case FsdpTrain() as train:
+            return FsdpSpec(
+                model=str(folder),
+                dtype=config.dtype,
+                max_tokens_per_mb=train.max_tokens_per_mb,
+                recompute=train.gradient_checkpointing,
+                tensor_parallel=train.tensor_parallel,
+                sequence_parallel=train.sequence_parallel,
+                cpu_offload=train.cpu_offload,
             )
         case MegatronTrain() as train:
             return MegatronSpec(

@@ -7,20 +7,36 @@ from typing import Any
 
 from lorelei.config.errors import ConfigError
 from lorelei.config.run import RunConfig
-from lorelei.config.train import MegatronTrain
+from lorelei.config.train import FsdpTrain, MegatronTrain
 from lorelei.model.config import DecoderConfig
 
 
 def check_training(config: RunConfig, model: DecoderConfig, hf_config: Mapping[str, Any]) -> None:
     """Raises ConfigError with the reason."""
-    if not isinstance(config.train, MegatronTrain):
-        return
+    match config.train:
+        case MegatronTrain() as train:
+            _check_bridge(hf_config)
+            _check_megatron(train, model)
+        case FsdpTrain() as train:
+            _check_fsdp(train, model)
+        case _:
+            pass
+
+
+def _check_fsdp(train: FsdpTrain, model: DecoderConfig) -> None:
+    for what, count in (("key/value heads", model.kv_heads), ("attention heads", model.heads)):
+        _divides("tensor_parallel", train.tensor_parallel, what, count)
+    _divides("sequence_parallel", train.sequence_parallel, "attention heads", model.heads)
+    width = model.intermediate if model.moe is None else model.moe.intermediate
+    _divides("tensor_parallel", train.tensor_parallel, "MLP features", width)
+
+
+def _check_bridge(hf_config: Mapping[str, Any]) -> None:
     for field in ("attention_bias", "mlp_bias"):
         if hf_config.get(field):
             raise ConfigError(
                 f"train.kind: megatron-bridge has no place for this model's {field}; use archon"
             )
-    _check_megatron(config.train, model)
 
 
 def _check_megatron(train: MegatronTrain, model: DecoderConfig) -> None:

@@ -6,22 +6,75 @@ Or one model that is trained as a whole, see lora.full.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lorelei.lora.fresh import fresh_a, stable_seed
-from lorelei.lora.full import FullRoute, FullWeights
+from lorelei.lora.full import FullWeights
 from lorelei.lora.linear import LoraPart, Span, lora_linear, side_by_side
+from lorelei.lora.sharded import set_from
 from lorelei.lora.state import AdapterState, check_tensors, check_tied, copies, tensor_names
 from lorelei.lora.targets import match_targets, tied_names
 from lorelei.model.backend import Weight
-from lorelei.model.decoder import Decoder
-from lorelei.model.linear import FrozenLinear, Lift, lifted
+from lorelei.model.linear import FrozenLinear, Lift, Route, lifted
 from lorelei.types import AdapterSpec
+
+
+class Base(Protocol):
+    """A frozen base model: our decoder, or another that keeps its linear layers in our type."""
+
+    @property
+    def architecture(self) -> str:
+        """transformers' name of it, for people."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def linears(self) -> list[FrozenLinear]:
+        """Every linear layer that an adapter may target, in order of execution."""
+        ...
+
+
+class ModelRoute(Route, Protocol):
+    """A route that knows which layers it changes."""
+
+    def adapts(self, layer: FrozenLinear) -> bool:
+        """Whether any adapter of the row acts on this layer."""
+        ...
+
+    def take(self, index: Tensor) -> ModelRoute: ...
+
+
+B = TypeVar("B", bound=Base)
+M = TypeVar("M", bound=Base, covariant=True)
+
+
+class Trained(Protocol[M]):
+    """A copy of a base model that is trained as a whole."""
+
+    @property
+    def spec(self) -> AdapterSpec: ...
+
+    @property
+    def decoder(self) -> M: ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors by the checkpoint's names, sorted."""
+        ...
+
+    def route(self) -> ModelRoute: ...
+
+
+Copy = Callable[[B, torch.dtype], Trained[B]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,16 +95,17 @@ class Adapter:
         return dict(sorted(found.items()))
 
 
-class AdapterBank:
+class AdapterBank(Generic[B]):
     """Holds adapters and makes the routes that apply them.
 
     Adapter tensors are fp32 over a base of any narrower dtype, and on the base's device.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def __init__(self, decoder: B, copy: Copy[Any] = FullWeights.copy_of) -> None:
+        """copy: makes the full weights of a base."""
+        self.decoder, self._copy = decoder, copy
         self._dtype = torch.promote_types(decoder.dtype, torch.float32)
-        self._adapters: dict[str, Adapter | FullWeights] = {}
+        self._adapters: dict[str, Adapter | Trained[B]] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,7 +118,7 @@ class AdapterBank:
     def __iter__(self) -> Iterator[str]:
         return iter(self._adapters)
 
-    def __getitem__(self, name: str) -> Adapter | FullWeights:
+    def __getitem__(self, name: str) -> Adapter | Trained[B]:
         if name not in self._adapters:
             known = ", ".join(sorted(self._adapters)) or "none"
             raise KeyError(f"no adapter {name!r}; there are: {known}")
@@ -76,7 +130,7 @@ class AdapterBank:
         assert isinstance(adapter, Adapter), f"{name} is full weights"
         return adapter
 
-    def add(self, name: str, spec: AdapterSpec, seed: int = 0) -> Adapter | FullWeights:
+    def add(self, name: str, spec: AdapterSpec, seed: int = 0) -> Adapter | Trained[B]:
         """A fresh adapter: A kaiming-uniform, B zero. Full weights: those of the base.
 
         Raises ValueError when the name is taken, a target matches nothing or full weights would
@@ -90,30 +144,36 @@ class AdapterBank:
                 f"{min(self._adapters)!r} is there; drop it first, or use LoRA"
             )
         if spec.full:
-            self._adapters[name] = FullWeights.copy_of(self.decoder, self._dtype)
+            self._adapters[name] = self._copy(self.decoder, self._dtype)
             return self._adapters[name]
         linears = self.decoder.linears()
         parts = {part.name: layer for layer in linears for part in layer.parts}
-        targets = match_targets(list(parts), spec, self.decoder.config.architecture)
+        targets = match_targets(list(parts), spec, self.decoder.architecture)
         tied = tied_names(targets, spec)
+        shared: dict[str, Tensor] = {}
         layers = {
             layer: chosen
             for layer in linears
-            if (chosen := self._fresh_parts(layer, tied, spec.rank, seed))
+            if (chosen := self._fresh_parts(layer, tied, spec.rank, seed, shared))
         }
         self._adapters[name] = Adapter(spec, seed, layers, tied)
         return self._adapters[name]
 
-    def _full(self) -> FullWeights | None:
+    def _full(self) -> Trained[B] | None:
         alone = next(iter(self._adapters.values()), None)
-        return alone if isinstance(alone, FullWeights) else None
+        return None if isinstance(alone, Adapter) else alone
 
     def _fresh_parts(
-        self, layer: FrozenLinear, tied: Mapping[str, str], rank: int, seed: int
+        self,
+        layer: FrozenLinear,
+        tied: Mapping[str, str],
+        rank: int,
+        seed: int,
+        shared: dict[str, Tensor],
     ) -> tuple[LoraPart, ...]:
+        """shared: every A so far by its name; those that are missing are added."""
         device = self.decoder.device
         made: list[LoraPart] = []
-        shared: dict[str, Tensor] = {}
         for part in (p for p in layer.parts if p.name in tied):
             called = tied[part.name]
             if called not in shared:
@@ -142,17 +202,16 @@ class AdapterBank:
         check_tensors(name, {n: tuple(t.shape) for n, t in live.items()}, tensors)
         if isinstance(adapter, Adapter):
             check_tied(name, adapter.tied, tensors)
-        with torch.no_grad():
-            for tensor_name, tensor in live.items():
-                tensor.copy_(tensors[tensor_name])
+        for tensor_name, tensor in live.items():
+            set_from(tensor, tensors[tensor_name])
 
     def model(
         self, spans: Sequence[tuple[str | None, int]], dropout_seed: int | None = None
-    ) -> RoutedModel:
+    ) -> tuple[B, ModelRoute]:
         """The decoder that a row of tokens goes through, and its route; see `route`."""
         full = self._full()
         if full is not None and all(name is not None for name, _ in spans):
-            return full.decoder, FullRoute(full)
+            return full.decoder, full.route()
         return self.decoder, self.route(spans, dropout_seed)
 
     def route(
@@ -203,7 +262,11 @@ class BankRoute:
 
     def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: Lift | None = None) -> Tensor:
         assert len(x_TD) == self._tokens, f"route of {self._tokens} tokens, row of {len(x_TD)}"
-        spans: list[Span] = []
+        return lora_linear(layer, x_TD, self.spans(layer), lift)
+
+    def spans(self, layer: FrozenLinear) -> tuple[Span, ...]:
+        """What the adapters do to a layer's row of tokens."""
+        found: list[Span] = []
         for s in self._stretches:
             parts = s.adapter.layers.get(layer) if s.adapter is not None else None
             if s.adapter is None or parts is None or s.start == s.stop:
@@ -212,8 +275,8 @@ class BankRoute:
             if self._dropout_seed is not None and s.adapter.spec.dropout > 0:
                 dropout = s.adapter.spec.dropout
                 seed = stable_seed(s.adapter.seed, self._dropout_seed, s.ordinal, parts[0].name)
-            spans.append(Span(s.start, s.stop, s.adapter.spec.scale, parts, dropout, seed))
-        return lora_linear(layer, x_TD, tuple(spans), lift)
+            found.append(Span(s.start, s.stop, s.adapter.spec.scale, parts, dropout, seed))
+        return tuple(found)
 
     def adapts(self, layer: FrozenLinear) -> bool:
         """Whether any adapter of the row acts on this layer."""
@@ -227,9 +290,6 @@ class BankRoute:
             if stop > start:
                 stretches.append(_Stretch(start, stop, s.adapter, s.ordinal))
         return BankRoute(tuple(stretches), len(chosen), self._dropout_seed)
-
-
-RoutedModel = tuple[Decoder, BankRoute | FullRoute]
 
 
 class MergedRoute:

@@ -51,6 +51,10 @@ class FullWeights:
         """The live tensors by the checkpoint's names, sorted."""
         return dict(self.named)
 
+    def route(self) -> FullRoute:
+        """Every token through it."""
+        return FullRoute(self)
+
 
 class FullRoute:
     """Every token through the trained model; with `FullWeights.decoder` only."""

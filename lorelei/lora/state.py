@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorelei.lora.sharded import whole
 from lorelei.types import AdapterSpec
 
 PREFIX = "base_model.model."
@@ -59,7 +60,7 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     made: dict[int, Tensor] = {}
     for tensor in tensors.values():
         if id(tensor) not in made:
-            made[id(tensor)] = tensor.detach().to("cpu", copy=True)
+            made[id(tensor)] = whole(tensor.detach()).to("cpu", copy=True)
     return {name: made[id(tensor)] for name, tensor in tensors.items()}
 
 

@@ -89,13 +89,13 @@ def load_decoder(
 
 def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
     """{tensor name: open safetensors file, or tensor}."""
-    shards = _shards(folder)
-    if not shards:
+    found = shards(folder)
+    if not found:
         if gguf := sorted(folder.glob("*.gguf")):
             return _read_gguf(folder, gguf[0].name)
         raise CheckpointError(f"model: {folder} has no .safetensors or .gguf file")
     tensors: dict[str, Any] = {}
-    for shard in shards:
+    for shard in found:
         try:
             file = files.enter_context(safe_open(shard, framework="pt"))
         except (SafetensorError, OSError) as error:
@@ -106,15 +106,15 @@ def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
     return tensors
 
 
-def _shards(folder: Path) -> list[Path]:
+def shards(folder: Path) -> list[Path]:
     """The files that the index names, or every safetensors file when there is no index."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return sorted(folder.glob("*.safetensors"))
-    shards = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
-    if missing := [shard.name for shard in shards if not shard.exists()]:
+    found = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
+    if missing := [shard.name for shard in found if not shard.exists()]:
         raise CheckpointError(f"model: {folder} lacks {', '.join(missing)}")
-    return shards
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lorelei.lora.sharded import part_like, whole
 from lorelei.types import AdamHyper, OptimStats
 
 
@@ -31,7 +32,7 @@ class AdapterOptimizer:
             if tensor.grad is None:  # an expert that no token reached: its moments decay
                 tensor.grad = torch.zeros_like(tensor)
         gradients = [t.grad for t in self._own if t.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients, foreach=True)
+        return whole(torch.nn.utils.get_total_norm(gradients, foreach=True))
 
     def step(self, hyper: AdamHyper, norm: Tensor) -> OptimStats:
         """Clip from `norm`, that of the gradients, to hyper.max_grad_norm; step; clear."""
@@ -61,7 +62,7 @@ class AdapterOptimizer:
         for tensor in self._own:
             state = self._adam.state.get(tensor)
             copied[id(tensor)] = (
-                state[key].detach().to("cpu", copy=True)
+                whole(state[key].detach()).to("cpu", copy=True)
                 if state
                 else torch.zeros(tensor.shape, dtype=tensor.dtype)
             )
@@ -79,6 +80,6 @@ class AdapterOptimizer:
                 continue
             self._adam.state[tensor] = {
                 "step": torch.tensor(float(step), device=tensor.device),
-                "exp_avg": exp_avg[name].to(tensor.device, tensor.dtype, copy=True),
-                "exp_avg_sq": exp_avg_sq[name].to(tensor.device, tensor.dtype, copy=True),
+                "exp_avg": part_like(exp_avg[name], tensor),
+                "exp_avg_sq": part_like(exp_avg_sq[name], tensor),
             }

@@ -95,6 +95,15 @@ def join(parts: Sequence[Piece]) -> Piece:
     )
 
 
+def idle(batch: Batch) -> Piece:
+    """A piece of one token and no items: for a rank that must keep step with others."""
+    first = batch.segments[0]
+    segment = replace(first, tokens=first.tokens[:1], parent=-1)
+    nothing = np.arange(0)
+    items = take_items(batch.items, nothing, batch.items.source[:0])
+    return Piece(batch=Batch(segments=(segment,), items=items), items=nothing)
+
+
 def share(parts: Sequence[Piece], ranks: int) -> list[list[Piece]]:
     """Pieces for each rank, balanced by tokens (largest first onto the lightest rank)."""
     loads = [0] * ranks

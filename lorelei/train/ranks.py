@@ -1,4 +1,4 @@
-"""The data-parallel ranks an engine is one of; a single process is the case of one rank."""
+"""The ranks an engine is one of; a single process is the case of one rank."""
 
 from __future__ import annotations
 
@@ -19,19 +19,35 @@ class RankFailed(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """A torch.distributed group, or nothing when `size` is 1."""
+    """A torch.distributed group, or nothing when `size` is 1.
 
-    rank: int
-    size: int
+    Each `team` neighbours hold one model together and work on the same tokens; a batch is shared
+    out to teams.
+    """
+
+    rank: int = 0
+    size: int = 1
+    team: int = 1
 
     @classmethod
-    def alone(cls) -> Ranks:
-        return cls(0, 1)
-
-    @classmethod
-    def joined(cls) -> Ranks:
+    def joined(cls, team: int = 1) -> Ranks:
         """The default group of this process."""
-        return cls(dist.get_rank(), dist.get_world_size())
+        return cls(dist.get_rank(), dist.get_world_size(), team)
+
+    @property
+    def share(self) -> int:
+        """Which share of a batch is this rank's."""
+        return self.rank // self.team
+
+    @property
+    def shares(self) -> int:
+        """How many a batch is cut into."""
+        return self.size // self.team
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks for its team, so that nothing is counted twice."""
+        return self.rank % self.team == 0
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -16,6 +16,23 @@ class ArchonSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FsdpSpec:
+    """An FsdpEngine as one of the ranks that hold a model together.
+
+    Their number is a multiple of sequence_parallel * tensor_parallel; the quotient is the number
+    of shares of a batch.
+    """
+
+    model: str  # folder of the base model
+    dtype: str  # a name in model.backend.DTYPES
+    max_tokens_per_mb: int
+    recompute: bool
+    tensor_parallel: int = 1
+    sequence_parallel: int = 1
+    cpu_offload: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MegatronSpec:
     """A MegatronEngine as one of its ranks; what is left of the world is data-parallel."""
 
@@ -32,4 +49,4 @@ class MegatronSpec:
     distributed_optimizer: bool = False
 
 
-EngineSpec = ArchonSpec | MegatronSpec
+EngineSpec = ArchonSpec | FsdpSpec | MegatronSpec

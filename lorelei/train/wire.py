@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lorelei.lora.state import AdapterSnapshot, AdapterState
-from lorelei.train.spec import ArchonSpec, EngineSpec, MegatronSpec
+from lorelei.train.spec import ArchonSpec, EngineSpec, FsdpSpec, MegatronSpec
 from lorelei.types import (
     AdamHyper,
     AdapterSpec,
@@ -75,7 +75,7 @@ class Failure:
 _TRAVEL = {
     kind.__name__: kind
     for kind in (
-        *(Start, Call, Reply, Failure, ArchonSpec, MegatronSpec),
+        *(Start, Call, Reply, Failure, ArchonSpec, FsdpSpec, MegatronSpec),
         *(AdapterSpec, AdapterState, AdapterSnapshot, AdamHyper, LossSpec),
         *(Batch, Segment, Items, ItemOutputs, TrainOutputs, OptimStats),
     )

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from lorelei.model.backend import DTYPES, default_device, dist_backend
 from lorelei.train.contract import TrainEngine
 from lorelei.train.ranks import RankFailed, Ranks
-from lorelei.train.spec import ArchonSpec, EngineSpec, MegatronSpec
+from lorelei.train.spec import ArchonSpec, EngineSpec, FsdpSpec, MegatronSpec
 from lorelei.train.wire import NETWORK, Call, Failure, Reply, Start, receive, send
 
 METHODS = frozenset(
@@ -73,6 +73,10 @@ def build_engine(spec: EngineSpec, ranks: Ranks) -> TrainEngine:
 
             decoder = load_decoder(Path(spec.model), DTYPES[spec.dtype], default_device())
             return ArchonEngine(decoder, spec.max_tokens_per_mb, spec.recompute, ranks)
+        case FsdpSpec():
+            from lorelei.train.fsdp.engine import FsdpEngine
+
+            return FsdpEngine(spec, default_device(), ranks)
         case MegatronSpec():
             from lorelei.train.megatron.start import start_engine
 

@@ -33,9 +33,15 @@ class PeftOracle:
     """peft's own layers."""
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, spec: AdapterSpec, tensors: Mapping[str, Tensor]
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        spec: AdapterSpec,
+        tensors: Mapping[str, Tensor],
+        attention: str | None = None,
     ) -> None:
-        self._model = peft_model(folder, dtype, spec, tensors)
+        """attention: transformers' implementation. Default: its own choice."""
+        self._model = peft_model(folder, dtype, spec, tensors, attention)
         trained = ((n, p) for n, p in self._model.named_parameters() if p.requires_grad)
         self.parameters = {plain_name(name): tensor for name, tensor in trained}
 

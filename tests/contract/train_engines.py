@@ -17,7 +17,7 @@ from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.contract import TrainEngine
 from lorelei.train.remote import RemoteEngine
-from lorelei.train.spec import ArchonSpec, MegatronSpec
+from lorelei.train.spec import ArchonSpec, FsdpSpec, MegatronSpec
 from lorelei.types import AdamHyper, AdapterSpec, Batch, LossSpec
 from tests.decoders import load_decoder
 from tests.environments import needs
@@ -48,8 +48,15 @@ MEGATRON: dict[str, dict[str, Any]] = {  # layouts: how many processes, and what
         "expert_tensor_parallel": 2,
     },
 }
+FSDP: dict[str, dict[str, Any]] = {  # the same of FsdpSpec
+    "fsdp": {"workers": 1},
+    "fsdp-dp2": {"workers": 2},
+    "fsdp-tp2": {"workers": 2, "tensor_parallel": 2},
+    "fsdp-sp2": {"workers": 2, "sequence_parallel": 2},
+    "fsdp-dp2-tp2": {"workers": 4, "tensor_parallel": 2},
+}
 ARCHON = ("archon", "archon-two-ranks")
-ENGINES = (*ARCHON, pytest.param("megatron", marks=needs("megatron")))
+ENGINES = (*ARCHON, *FSDP, pytest.param("megatron", marks=needs("megatron")))
 SMALL = 24  # tokens of a micro-batch: less than most trees of the tests
 
 GRPO = LossSpec(path="lorelei.algo.grpo:loss", params={"decoupled": False})
@@ -62,6 +69,17 @@ def make_engine(kind: str, folder: Path) -> TrainEngine:
     """An engine on a tiny model in fp32."""
     if kind == "archon":
         return ArchonEngine(load_decoder(folder))
+    if kind in FSDP:
+        options = dict(FSDP[kind])
+        workers = options.pop("workers")
+        spec = FsdpSpec(
+            model=str(folder),
+            dtype="float32",
+            max_tokens_per_mb=SMALL,
+            recompute=workers > 1,
+            **options,
+        )
+        return RemoteEngine(spec, workers, timeout=120)
     if kind in MEGATRON:
         options = dict(MEGATRON[kind])
         workers = options.pop("workers")

@@ -25,11 +25,11 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-def hf_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def hf_model(folder: Path, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
     """The checkpoint in transformers, frozen."""
     # the grouped kernel for experts has no fp64
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, experts_implementation="eager"
+        folder, dtype=dtype, experts_implementation="eager", attn_implementation=attention
     )
     model.eval().requires_grad_(False)
     if dtype == torch.float64:
@@ -61,7 +61,11 @@ def hf_logits(model: nn.Module, tokens: Sequence[int]) -> Tensor:
 
 
 def peft_model(
-    folder: Path, dtype: torch.dtype, spec: AdapterSpec, tensors: Mapping[str, Tensor]
+    folder: Path,
+    dtype: torch.dtype,
+    spec: AdapterSpec,
+    tensors: Mapping[str, Tensor],
+    attention: str | None = None,
 ) -> PeftModel:
     """One adapter on the checkpoint in peft, holding exactly `tensors`."""
     whole = "all-linear" in spec.target_modules
@@ -72,7 +76,7 @@ def peft_model(
         target_modules="all-linear" if whole else list(spec.target_modules),
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(hf_model(folder, dtype), config).to(dtype)
+    model = get_peft_model(hf_model(folder, dtype, attention), config).to(dtype)
     outcome = set_peft_model_state_dict(model, dict(tensors))
     assert not outcome.unexpected_keys
     assert {plain_name(n) for n, p in model.named_parameters() if p.requires_grad} == set(tensors)

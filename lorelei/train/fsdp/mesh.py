@@ -1,0 +1,64 @@
+"""How the processes of an engine share the work: who holds which part of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Team:
+    """Processes that share out one thing, and which of them this one is."""
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None  # none: this process alone
+
+    def part(self, length: int) -> tuple[int, int]:
+        """[start, stop) of this process's equal part."""
+        assert length % self.size == 0, f"{length} over {self.size}"
+        each = length // self.size
+        return self.rank * each, (self.rank + 1) * each
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """data x sequence x tensor parallel processes, the last ones neighbours.
+
+    The frozen base is sharded over data and sequence: those processes multiply with the same
+    matrices.
+    """
+
+    shards: DeviceMesh | None  # over which the base is sharded; none: nothing to shard over
+    shard: int
+    sequence: Team
+    tensor: Team
+
+    @classmethod
+    def joined(cls, device: torch.device, sequence: int, tensor: int) -> Mesh:
+        """Of all processes of the default group; every one calls it."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        shards = world // tensor
+        everyone = torch.arange(world)
+        mesh = DeviceMesh(
+            device.type, everyone.view(shards, tensor), mesh_dim_names=("shards", "tensor")
+        )
+        return cls(
+            shards=mesh["shards"] if shards > 1 else None,
+            shard=rank // tensor,
+            sequence=_team(rank, everyone.view(-1, sequence, tensor).mT.flatten(0, 1).tolist()),
+            tensor=_team(rank, everyone.view(-1, tensor).tolist()),
+        )
+
+
+def _team(rank: int, teams: list[list[int]]) -> Team:
+    """The team with this rank; every process makes every group, in the same order."""
+    if len(teams[0]) == 1:
+        return Team(rank=0, size=1, group=None)
+    groups = [(ranks, dist.new_group(ranks)) for ranks in teams]
+    ranks, group = next((r, g) for r, g in groups if rank in r)
+    assert isinstance(group, dist.ProcessGroup)
+    return Team(rank=ranks.index(rank), size=len(ranks), group=group)

@@ -1,0 +1,149 @@
+"""HostedModel: a causal language model of transformers, sharded, as a base for our adapters.
+
+Shapes: T tokens, t of this process, I items, i of this process, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+
+from lorelei.lora.bank import ModelRoute
+from lorelei.model.head import routed_target_logprobs, target_logprobs
+from lorelei.model.linear import FrozenLinear
+from lorelei.train.fsdp.attention import Attend
+from lorelei.train.fsdp.binding import recomputed
+from lorelei.train.fsdp.head import HeadRoute, is_plain
+from lorelei.train.fsdp.mesh import Mesh
+from lorelei.train.fsdp.skeleton import build_skeleton
+from lorelei.train.fsdp.weights import load_weights, places
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What a model is read from, and how it is held."""
+
+    folder: Path
+    dtype: torch.dtype
+    device: torch.device
+    recompute: bool
+    cpu_offload: bool
+
+
+class HostedModel(nn.Module):
+    """Implements lora.bank.Base. Every process of the mesh makes and calls it alike."""
+
+    def __init__(self, source: Source, mesh: Mesh, trained: bool = False) -> None:
+        """Read this process's part of the checkpoint. trained: all of it gets gradients.
+
+        Raises UnsupportedModel or CheckpointError with one clear line.
+        """
+        super().__init__()
+        skeleton = build_skeleton(source.folder, source.dtype, mesh.tensor)
+        self.lm, self._skeleton, self._source, self.mesh = skeleton.lm, skeleton, source, mesh
+        self.lm.requires_grad_(trained)
+        held = places(self.lm)
+        if source.recompute:
+            for block in skeleton.blocks:
+                recomputed(block, skeleton.binding)
+        offloads = source.cpu_offload and source.device.type != "cpu" and mesh.shards is not None
+        if mesh.shards is not None:
+            self._shard(CPUOffloadPolicy() if offloads else OffloadPolicy())
+        home = torch.device("cpu") if offloads else source.device
+        load_weights(self.lm, held, source.folder, home, mesh.shard)
+        # FSDP puts other tensors into the modules while they are gathered
+        self._named = {place.names[0]: place.parameter for place in held}
+        self.lm.get_input_embeddings().register_forward_hook(_differentiable)
+        self._plain_head = is_plain(self.lm, skeleton.head)
+
+    def _shard(self, offload: OffloadPolicy) -> None:
+        for block in self._skeleton.blocks:
+            fully_shard(block, mesh=self.mesh.shards, offload_policy=offload)
+        # embedding and head stay gathered between the forward and the backward pass
+        fully_shard(self, mesh=self.mesh.shards, offload_policy=offload)
+        for module in (*self._skeleton.blocks, self):
+            assert isinstance(module, FSDPModule)
+            module.set_gradient_divide_factor(1.0)  # a loss is a sum, not a mean over processes
+
+    def trained_copy(self, dtype: torch.dtype) -> HostedModel:
+        """Another model from the same checkpoint, every weight of which gets gradients."""
+        return HostedModel(replace(self._source, dtype=dtype), self.mesh, trained=True)
+
+    def named(self) -> dict[str, Tensor]:
+        """The live parameters by the checkpoint's names, sorted; one with several names once."""
+        return dict(sorted(self._named.items()))
+
+    @property
+    def architecture(self) -> str:
+        return type(self.lm).__name__
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._source.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._source.device
+
+    def linears(self) -> list[FrozenLinear]:
+        """Every linear layer that an adapter may target."""
+        return [module.layer for module in self._skeleton.hosted]
+
+    def forward(
+        self,
+        tokens_t: Tensor,
+        positions_t: Tensor,
+        route: ModelRoute,
+        attend: Attend,
+        items: tuple[Tensor, Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies [i].
+
+        route: of all t tokens. items: source among the t tokens, ascending or not; target;
+        temperature; [i] each.
+        """
+        source_i, target_i, temperature_i = items
+        if not len(source_i):  # every pass goes through the head too: others wait for it
+            first = (source_i.new_zeros(1), target_i.new_zeros(1), temperature_i.new_ones(1))
+            logprobs, entropy = self.forward(tokens_t, positions_t, route, attend, first)
+            return logprobs[:0], entropy[:0]
+        with self._skeleton.binding.use(route):
+            hidden_tD = self.lm.base_model(
+                input_ids=tokens_t[None],
+                position_ids=positions_t[None],
+                use_cache=False,
+                attend=attend,
+            ).last_hidden_state[0]
+        hidden_iD, layer = hidden_tD[source_i], self._skeleton.head.layer
+        if self._plain_head and not route.adapts(layer):
+            return target_logprobs(hidden_iD, layer, target_i, temperature_i)
+        head = HeadRoute(self.lm, self._skeleton.binding, route.take(source_i))
+        return routed_target_logprobs(hidden_iD, layer, head, target_i, temperature_i)
+
+    def settle(self) -> None:
+        """Give back what the last pass left gathered: it may be old, or not be needed."""
+        if isinstance(self, FSDPModule):
+            self.reshard()
+
+    def offload(self) -> None:
+        """Move the frozen base to the CPU's memory."""
+        if self._source.device.type != "cpu":
+            self.to("cpu")
+
+    def onload(self) -> None:
+        """Undo `offload`."""
+        if self._source.device.type != "cpu":
+            self.to(self._source.device)
+
+
+def _differentiable(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Every pass goes back through every block, whichever layers its adapters are on.
+
+    Ranks whose micro-batches hold different adapters then gather the same blocks.
+    """
+    return output.requires_grad_() if torch.is_grad_enabled() else output

@@ -1,0 +1,200 @@
+"""Train engine fsdp: layouts that compute the same, foreign architectures, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import MambaConfig, MambaForCausalLM
+
+from lorelei.lora.state import AdapterSnapshot, AdapterState
+from lorelei.train.contract import TrainEngine
+from lorelei.train.remote import RemoteEngine
+from lorelei.train.spec import FsdpSpec
+from lorelei.types import AdamHyper, AdapterSpec, Batch
+from tests.contract.oracle import PeftOracle, grpo_loss, turn_logprobs
+from tests.contract.train_engines import (
+    FSDP,
+    GRPO,
+    adapters,
+    assert_close,
+    look,
+    make_engine,
+    randomise,
+)
+from tests.episodes import random_group, weighted_batch
+from tests.tiny_models import FOREIGN, make_tiny
+
+FP32 = 1e-5  # two orders of summation in fp32 differ by about 1e-6
+SPEC = AdapterSpec(rank=4, alpha=8)
+# eps near the size of the gradients, see test_three_steps_are_those_of_torchs_adamw_on_the_oracle
+HYPER = AdamHyper(lr=1e-2, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5)
+
+
+def some_batch(seed: int) -> Batch:
+    rng = np.random.default_rng(seed)
+    groups = [random_group(rng, 9, [7, 1, 12, 1]), random_group(rng, 3, [4, 5])]
+    return weighted_batch("a", groups)
+
+
+def train(engine: TrainEngine, steps: range) -> list[float]:
+    losses: list[float] = []
+    for step in steps:
+        losses.append(engine.forward_backward(some_batch(step), {"a": GRPO}).loss["a"])
+        engine.optim_step({"a": HYPER})
+    return losses
+
+
+# --- layouts
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def engines(llama: Path) -> Iterator[dict[str, TrainEngine]]:
+    """One of each layout, with the same adapter."""
+    with ExitStack() as stack:
+        made: dict[str, TrainEngine] = {}
+        for kind in ("archon", *FSDP):
+            made[kind] = make_engine(kind, llama)
+            stack.callback(made[kind].close)
+            made[kind].add_adapter("a", SPEC)
+        yield made
+
+
+def test_ten_steps_have_the_same_losses_on_every_layout(engines: dict[str, TrainEngine]) -> None:
+    found: dict[str, list[float]] = {}
+    for kind, engine in engines.items():
+        randomise(engine, "a", seed=1)
+        found[kind] = train(engine, range(10))
+    for losses in found.values():
+        assert losses == pytest.approx(found["archon"], rel=FP32)
+
+
+RESUMED = ("archon", "fsdp", "fsdp-dp2", "fsdp-tp2")
+
+
+@pytest.mark.parametrize("there", RESUMED)
+@pytest.mark.parametrize("here", RESUMED)
+def test_a_snapshot_goes_on_in_any_engine_and_layout(
+    here: str, there: str, engines: dict[str, TrainEngine]
+) -> None:
+    undisturbed, first, second = engines["archon"], engines[here], engines[there]
+    start = randomise(undisturbed, "a", seed=2)
+    train(undisturbed, range(5))
+    expected = undisturbed.snapshot("a")
+    first.restore("a", fresh(start))
+    train(first, range(2))
+    middle = first.snapshot("a")
+    second.restore("a", middle)
+    train(second, range(2, 5))
+    got = second.snapshot("a")
+    assert got.step == expected.step == 5
+    assert_close(got.state.tensors, expected.state.tensors, FP32)
+    assert_close(got.exp_avg, expected.exp_avg, 1e-4)  # of gradients near zero
+    # the same with the optimizer's state lost must not pass
+    second.restore("a", fresh(middle.state))
+    train(second, range(2, 5))
+    with pytest.raises(AssertionError):
+        assert_close(second.adapter_state("a").tensors, expected.state.tensors, FP32)
+
+
+def fresh(state: AdapterState) -> AdapterSnapshot:
+    zeros = {n: torch.zeros_like(t) for n, t in state.tensors.items()}
+    return AdapterSnapshot(state=state, exp_avg=zeros, exp_avg_sq=zeros, step=0)
+
+
+def test_fewer_sequences_than_ranks_are_a_batch_too(engines: dict[str, TrainEngine]) -> None:
+    group = random_group(np.random.default_rng(5), 4, [3])
+    batch = weighted_batch("a", [group])
+    for kind in ("fsdp-dp2", "fsdp-dp2-tp2"):
+        for engine in (engines["archon"], engines[kind]):
+            randomise(engine, "a", seed=3)
+            engine.forward_backward(batch, {"a": GRPO})
+        expected = look(engines["archon"], "a")["a"]
+        assert_close(look(engines[kind], "a")["a"], expected, FP32)
+
+
+# --- any architecture
+
+
+@pytest.mark.parametrize("family", FOREIGN)
+@pytest.mark.parametrize("kind", ["fsdp", "fsdp-dp2", "fsdp-tp2", "fsdp-sp2"])
+def test_a_foreign_architecture_has_the_gradients_of_peft_and_learns(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    folder = make_tiny(family, tmp_path)
+    rng = np.random.default_rng(7)
+    groups = [random_group(rng, 9, [7, 1, 12, 1]), random_group(rng, 3, [4, 5])]
+    rollouts = [r for group in groups for r in group]
+    engine = make_engine(kind, folder)
+    try:
+        with adapters(engine, a=SPEC):
+            tensors = engine.adapter_state("a").tensors
+            oracle = PeftOracle(folder, torch.float32, SPEC, tensors, attention="eager")
+            expected = grpo_loss(oracle, rollouts)
+            expected.backward()
+            batch = weighted_batch("a", groups)
+            outputs = engine.forward_backward(batch, {"a": GRPO})
+            got = look(engine, "a")["a"]
+            turns = [t for r in rollouts for t in r.turns]
+            logprobs = torch.cat([pair[0] for pair in turn_logprobs(oracle, turns, 1.0)])
+            assert outputs.loss["a"] == pytest.approx(expected.item(), rel=FP32)
+            found = torch.from_numpy(outputs.items.logprobs)
+            assert_close({"": found}, {"": logprobs.detach()}, FP32)
+            reached = {n: p.grad for n, p in oracle.parameters.items() if p.grad is not None}
+            assert got.keys() == reached.keys()
+            assert_close(got, reached, FP32)
+            losses: list[float] = []
+            for _ in range(4):
+                losses.append(engine.forward_backward(batch, {"a": GRPO}).loss["a"])
+                engine.optim_step({"a": replace(HYPER, weight_decay=0.0)})
+            assert losses[-1] < losses[0]
+    finally:
+        engine.close()
+
+
+# --- refused
+
+
+def start(folder: Path, workers: int = 2, **options: int) -> RemoteEngine:
+    spec = FsdpSpec(
+        model=str(folder), dtype="float32", max_tokens_per_mb=64, recompute=False, **options
+    )
+    return RemoteEngine(spec, workers, timeout=60)
+
+
+def test_heads_that_cannot_be_shared_out_are_refused(tmp_path: Path) -> None:
+    folder = make_tiny("llama", tmp_path, num_attention_heads=3, num_key_value_heads=3)
+    with pytest.raises(ValueError, match=r"train.tensor_parallel: 2 does not divide the 3 att"):
+        start(folder, tensor_parallel=2)
+    with pytest.raises(ValueError, match=r"train.sequence_parallel: 2 does not divide the 3 att"):
+        start(folder, sequence_parallel=2)
+
+
+def test_models_whose_layers_mix_packed_sequences_are_refused(tmp_path: Path) -> None:
+    MambaForCausalLM(
+        MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model: MambaForCausalLM has an attention of its own"):
+        start(tmp_path, workers=1)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    make_tiny("llama", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no .safetensors file"):
+        start(tmp_path, workers=1)
+    make_tiny("llama", tmp_path, intermediate_size=64)
+    make_tiny("llama", tmp_path / "other")
+    (tmp_path / "config.json").write_text((tmp_path / "other/config.json").read_text())
+    with pytest.raises(ValueError, match=r"gate_proj.weight' of .* has shape \[64, 64\]"):
+        start(tmp_path, workers=1)
