@@ -200,10 +200,10 @@ def section(found: Mapping[str, Line]) -> str:
     return f"""## Train engines with rollout engines
 
 {STEPS} steps of `lorelei train` on a tiny model, the canary on ({words}). *Staleness* is
-that of the stalest step; where it is 0 the run is synchronous, and *kl_sampler*, the largest of the steps, is 0
-when sampler and trainer compute the same policy. *Sent* is the bytes of a version by http and xccl
-over those of its tensors, an A that layers share counted once. *Whole run* starts and ends the
-processes and the server too.
+that of the stalest step; where it is 0 the run is synchronous, and *kl_sampler*, the largest of the
+steps, is 0 when sampler and trainer compute the same policy. *Sent* is the bytes of a version by
+http and xccl over those of its tensors, an A that layers share counted once. *Whole run* starts and
+ends the processes and the server too.
 
 `make acceptance ARGS=pairs`
 
