@@ -128,6 +128,6 @@ def _matches(names: Sequence[str], target: str, field: str, model_name: str) -> 
 
 def _suggestion(names: Sequence[str], target: str) -> str:
     leaves = sorted({name.rpartition(".")[2] for name in names})
-    choices = names if "." in target else leaves
+    choices = names if "." in target else [*leaves, *FUSED]
     close = difflib.get_close_matches(target, choices, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(leaves)}"

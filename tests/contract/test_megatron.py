@@ -61,6 +61,13 @@ def engine(layout: str, folder: Path) -> Iterator[TrainEngine]:
     made.close()
 
 
+@pytest.fixture(scope="module")
+def sharded(folder: Path) -> Iterator[TrainEngine]:
+    made = make_engine("fsdp", folder)
+    yield made
+    made.close()
+
+
 def some_groups(seed: int) -> list[tuple[Rollout, ...]]:
     rng = np.random.default_rng(seed)
     return [random_group(rng, 9, [7, 1, 12, 1], "a"), random_group(rng, 3, [4, 5], "a")]
@@ -112,7 +119,7 @@ def test_layers_that_share_their_a_keep_it(engine: TrainEngine) -> None:
 
 @pytest.mark.parametrize("spec", [SEPARATE, FUSED], ids=["separate", "fused"])
 def test_an_adapter_that_changes_engines_trains_as_on_one(
-    engine: TrainEngine, folder: Path, spec: AdapterSpec
+    engine: TrainEngine, sharded: TrainEngine, folder: Path, spec: AdapterSpec
 ) -> None:
     archon = ArchonEngine(load_decoder(folder))
 
@@ -121,17 +128,20 @@ def test_an_adapter_that_changes_engines_trains_as_on_one(
             on.forward_backward(some_batch(step, name), {name: GRPO})
             on.optim_step({name: HYPER})
 
-    with adapters(engine, moves=spec), adapters(archon, moves=spec, stays=spec):
+    with (
+        adapters(engine, moves=spec),
+        adapters(sharded, moves=spec),
+        adapters(archon, moves=spec, stays=spec),
+    ):
         archon.restore("stays", archon.snapshot("moves"))
-        engine.restore("moves", archon.snapshot("moves"))
-        train(archon, "stays", range(6))
-        train(engine, "moves", range(2))
-        archon.restore("moves", engine.snapshot("moves"))
-        train(archon, "moves", range(2, 4))
-        engine.restore("moves", archon.snapshot("moves"))
-        train(engine, "moves", range(4, 6))
-        moved, stayed = engine.snapshot("moves"), archon.snapshot("stays")
-    assert moved.step == stayed.step == 6
+        moved = archon.snapshot("moves")
+        train(archon, "stays", range(8))
+        for place, on in enumerate((engine, sharded, archon, engine)):
+            on.restore("moves", moved)
+            train(on, "moves", range(2 * place, 2 * place + 2))
+            moved = on.snapshot("moves")
+        stayed = archon.snapshot("stays")
+    assert moved.step == stayed.step == 8
     assert_close(moved.state.tensors, stayed.state.tensors, FP32)
     # without its moments an adapter would end elsewhere
     for field in ("exp_avg", "exp_avg_sq"):

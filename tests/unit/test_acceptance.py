@@ -80,6 +80,8 @@ def test_idle_is_the_share_of_a_step_that_waits_for_rollouts():
 ENGINES: dict[str, set[str]] = {  # of matrices that do not have all
     "hosts": {"vllm", "sglang"},
     "megatron": set(),
+    "pairs": set(),
+    "rank_memory": set(),
 }
 
 
