@@ -8,7 +8,7 @@ from pathlib import Path
 from acceptance.record import Line, kept
 
 PAGE = Path("docs/acceptance.md")
-MATRICES = ("publishing", "fifty_publishes", "asynchronous")  # in the order of the page
+MATRICES = ("logprobs", "publishing", "fifty_publishes", "asynchronous")  # in the order of the page
 
 
 def page() -> str:

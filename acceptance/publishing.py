@@ -28,7 +28,7 @@ READING = {"embedded": 0.001, "vllm": 0.01, "sglang": 0.01}  # seconds between t
 
 async def measure(case: Case) -> Line:
     """One row."""
-    async with staged(case) as stage:
+    async with staged(case, LIVE) as stage:
         moved, first = await _idle(stage)
         windows: list[Window] = []
         tokens_after: list[float] = []

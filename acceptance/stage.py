@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -21,6 +22,7 @@ from lorelei.model.tokenizer import load_tokenizer
 from lorelei.obs.console import Console
 from lorelei.publish.contract import Publisher
 from lorelei.rollout.contract import RolloutEngine
+from lorelei.rollout.server.engine import ServerEngine
 from lorelei.store.run import RunStore
 from lorelei.train.contract import TrainEngine
 from lorelei.types import AdapterRef
@@ -109,6 +111,14 @@ class Stage:
         snapshot = AdapterSnapshot(state=state, exp_avg=zeros, exp_avg_sq=zeros, step=0)
         self.trainer.restore(NAME, snapshot)
 
+    @property
+    def servers(self) -> tuple[int, ...]:
+        """The processes of the rollout servers; this one where there are none."""
+        if not isinstance(self.rollout, ServerEngine):
+            return (os.getpid(),)
+        processes = [replica.process for replica in self.rollout.replicas]
+        return tuple(pid for process in processes if process for pid in process.pids)
+
     async def publish(self) -> AdapterRef:
         """Publish what the trainer has as the next version."""
         self.version += 1
@@ -116,13 +126,13 @@ class Stage:
 
 
 @asynccontextmanager
-async def staged(case: Case) -> AsyncIterator[Stage]:
-    """Start everything, and stop it at the end."""
+async def staged(case: Case, versions: int) -> AsyncIterator[Stage]:
+    """Start everything, and stop it at the end. versions: that a server has room for."""
     with tempfile.TemporaryDirectory() as place:
         async with AsyncExitStack() as stack:
             root = Path(place)
             model = _model(case, root)
-            config = validate(_config(case, model, root))
+            config = validate(_config(case, model, root, versions))
             parts = await build(config, stack)
             trainer = make_trainer(config, parts, stack)
             folder = root / "runs" / config.name
@@ -149,7 +159,7 @@ def _model(case: Case, root: Path) -> Path:
     return folder
 
 
-def _config(case: Case, model: Path, root: Path) -> dict[str, Any]:
+def _config(case: Case, model: Path, root: Path, versions: int) -> dict[str, Any]:
     (root / "rows.jsonl").write_text(json.dumps({"question": "?", "answer": "1"}) + "\n")
     (root / "reward.py").write_text(REWARD)
     rank = SIZES[case.size].rank
@@ -159,7 +169,12 @@ def _config(case: Case, model: Path, root: Path) -> dict[str, Any]:
         "runs_dir": str(root / "runs"),
         "threads": 1,
         "lora": {"lora_rank": rank, "lora_alpha": 2 * rank},
-        "rollout": {"kind": case.engine, "max_running": 16, "max_context": 512},
+        "rollout": {
+            "kind": case.engine,
+            "max_running": 16,
+            "max_context": 512,
+            "max_head_offpolicyness": versions - 2,  # see launch.servers.versions_in_use
+        },
         "publish": {"kind": case.publisher},
         "task": {"kind": "jsonl", "path": str(root / "rows.jsonl")},
         "reward": {"kind": "python", "path": f"{root / 'reward.py'}:zero", "workers": 1},
