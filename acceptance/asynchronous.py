@@ -33,6 +33,10 @@ class Case:
     engine: str
     publisher: str
 
+    @property
+    def stage(self) -> None:
+        """Runs start servers of their own."""
+
 
 CASES = {
     "embedded": Case(engine="embedded", publisher="memory"),
@@ -41,7 +45,7 @@ CASES = {
 }
 
 
-async def measure(case: Case) -> Line:
+async def measure(case: Case, stage: None) -> Line:
     """One row."""
     sides = {side: summary(_trained(case, staleness)) for side, staleness in SIDES.items()}
     ratio = sides["asynchronous"]["step_s"] / sides["synchronous"]["step_s"]

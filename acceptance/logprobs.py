@@ -15,7 +15,7 @@ import numpy as np
 
 from acceptance.record import Line
 from acceptance.reference import Reference
-from acceptance.stage import PUBLISHERS, SIZES, Case, Stage, staged
+from acceptance.stage import PUBLISHERS, SIZES, Case, Stage
 from acceptance.table import table
 from lorelei.config.run import default_publisher
 from lorelei.types import AdapterRef, Completion, Floats, GenerateRequest, Ints, SamplingParams
@@ -48,26 +48,34 @@ class Answer:
         return np.concatenate([self.prompt, self.completion.tokens])
 
 
-async def measure(case: Case) -> Line:
+async def measure(case: Case, stage: Stage) -> Line:
     """One row."""
-    async with staged(case, VERSIONS + 1) as stage:
-        refs: list[AdapterRef | None] = [None]
-        for _ in range(VERSIONS):
-            stage.change()
-            refs.append(await stage.publish())
-        answers = [a for t in (*TEMPERATURES, 0.0) for a in await _answers(stage, refs, t)]
-        reference = Reference(stage)
-        compared = [_compared(reference, answer) for answer in answers]
-        row: Line = {
-            "answers": len(answers),
-            "tokens": sum(len(answer.completion.tokens) for answer in answers),
-            "tolerance": stage.size.tolerance,
-            "sampled_error": _largest(answers, [c["sampled"] for c in compared]),
-            "scored_error": _largest(answers, [c["scored"] for c in compared]),
-            "nearest_other": min(c["other"] for c in compared),
-            "not_greedy": sum(c["not_greedy"] for c in compared),
-        }
+    published = [await _next(stage) for _ in range(VERSIONS)]
+    refs = [None, *published]
+    answers = [a for t in (*TEMPERATURES, 0.0) for a in await _answers(stage, refs, t)]
+    for ref in published:
+        await stage.publisher.retire(ref)
+    reference = Reference(stage)
+    versions = [answer.version for answer in answers]
+    compared = [
+        _compared(reference, answer, another)
+        for answer, another in zip(answers, [*versions[1:], versions[0]], strict=True)
+    ]
+    row: Line = {
+        "answers": len(answers),
+        "tokens": sum(len(answer.completion.tokens) for answer in answers),
+        "tolerance": stage.size.tolerance,
+        "sampled_error": _largest(answers, [c["sampled"] for c in compared]),
+        "scored_error": _largest(answers, [c["scored"] for c in compared]),
+        "nearest_other": min(c["other"] for c in compared),
+        "not_greedy": sum(c["not_greedy"] for c in compared),
+    }
     return row | {"problems": problems(row)}
+
+
+async def _next(stage: Stage) -> AdapterRef:
+    stage.change()
+    return await stage.publish()
 
 
 async def _answers(
@@ -98,12 +106,12 @@ async def _answers(
     return found
 
 
-def _compared(reference: Reference, answer: Answer) -> Line:
+def _compared(reference: Reference, answer: Answer, another: int) -> Line:
     """Largest differences from its own version, and the sampled tokens' from another one."""
     temperature, tokens, start = answer.temperature or 1.0, answer.tokens, len(answer.prompt) - 1
     sampled = answer.completion.logprobs
     own = reference.logprobs(answer.version, tokens, temperature)
-    other = reference.logprobs((answer.version + 1) % (VERSIONS + 1), tokens, temperature)
+    other = reference.logprobs(another, tokens, temperature)
     likeliest = reference.greedy(answer.version, tokens)[start:-1]
     greedy = answer.temperature == 0
     return {

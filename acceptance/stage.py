@@ -1,11 +1,14 @@
-"""A train engine, a publisher and a rollout engine on one base model, as a run builds them."""
+"""A train engine and a rollout engine on one base model, as a run builds them, and its publishers.
+
+All cases of one engine and size share a stage: a server takes longer to start than most to measure.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,7 @@ from lorelei.types import AdapterRef
 from tests.tiny_models import make_tiny
 
 NAME = "default"  # of the adapter
+ROOM = 11  # versions that a server has room for
 REWARD = "def zero(completion, **row):\n    return 0.0\n"
 PUBLISHERS = {
     "embedded": ("memory",),
@@ -47,7 +51,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(rank=8, spread=0.1, tolerance=1e-5),
+    "tiny": Size(rank=8, spread=0.05, tolerance=1e-5),
     "smollm2": Size(rank=16, spread=0.02, tolerance=3e-4),
 }
 
@@ -63,6 +67,11 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.engine}-{self.publisher}-{self.size}"
+
+    @property
+    def stage(self) -> tuple[str, str]:
+        """The engine and the size: cases that share them share a stage."""
+        return self.engine, self.size
 
 
 def cases(*sizes: str) -> dict[str, Case]:
@@ -80,17 +89,31 @@ def cases(*sizes: str) -> dict[str, Case]:
 class Stage:
     """The engines, and the files they may write."""
 
-    case: Case
+    size: Size
     model: Path
     folder: Path  # of the run
     trainer: TrainEngine
     rollout: RolloutEngine
+    make_publisher: Callable[[str], Publisher]  # by its kind
     publisher: Publisher
     version: int = 0  # the last one published
 
+    @asynccontextmanager
+    async def through(self, publisher: str) -> AsyncIterator[Stage]:
+        """Publish in this way, until the end of the block."""
+        self.publisher = self.make_publisher(publisher)
+        try:
+            yield self
+        finally:
+            await self.publisher.close()
+
     @property
-    def size(self) -> Size:
-        return SIZES[self.case.size]
+    def servers(self) -> tuple[int, ...]:
+        """The processes of the rollout servers; this one where there are none."""
+        if not isinstance(self.rollout, ServerEngine):
+            return (os.getpid(),)
+        processes = [replica.process for replica in self.rollout.replicas]
+        return tuple(pid for process in processes if process for pid in process.pids)
 
     def state(self, version: int) -> AdapterState:
         """The adapter that `change` makes: other tensors for every version."""
@@ -111,14 +134,6 @@ class Stage:
         snapshot = AdapterSnapshot(state=state, exp_avg=zeros, exp_avg_sq=zeros, step=0)
         self.trainer.restore(NAME, snapshot)
 
-    @property
-    def servers(self) -> tuple[int, ...]:
-        """The processes of the rollout servers; this one where there are none."""
-        if not isinstance(self.rollout, ServerEngine):
-            return (os.getpid(),)
-        processes = [replica.process for replica in self.rollout.replicas]
-        return tuple(pid for process in processes if process for pid in process.pids)
-
     async def publish(self) -> AdapterRef:
         """Publish what the trainer has as the next version."""
         self.version += 1
@@ -126,32 +141,38 @@ class Stage:
 
 
 @asynccontextmanager
-async def staged(case: Case, versions: int) -> AsyncIterator[Stage]:
-    """Start everything, and stop it at the end. versions: that a server has room for."""
+async def staged(engine: str, size: str) -> AsyncIterator[Stage]:
+    """Start everything, and stop it at the end."""
     with tempfile.TemporaryDirectory() as place:
         async with AsyncExitStack() as stack:
             root = Path(place)
-            model = _model(case, root)
-            config = validate(_config(case, model, root, versions))
+            model = _model(size, root)
+            plain = _config(engine, size, model, root)
+            config = validate(plain)
             parts = await build(config, stack)
             trainer = make_trainer(config, parts, stack)
             folder = root / "runs" / config.name
             store = RunStore.create(folder, to_plain(config), keep=config.checkpoint.keep)
             stack.callback(store.close)
-            loop = make_loop(config, parts, trainer, store, Console({NAME: 1}))
+
+            def make_publisher(kind: str) -> Publisher:
+                through = validate({**plain, "publish": {"kind": kind}})
+                return make_loop(through, parts, trainer, store, Console({NAME: 1})).publisher
+
             yield Stage(
-                case=case,
+                size=SIZES[size],
                 model=model,
                 folder=folder,
                 trainer=trainer.engine,
                 rollout=parts.rollout,
-                publisher=loop.publisher,
+                make_publisher=make_publisher,
+                publisher=make_publisher(PUBLISHERS[engine][-1]),
             )
 
 
-def _model(case: Case, root: Path) -> Path:
+def _model(size: str, root: Path) -> Path:
     real = resolve_model(MODEL)
-    if case.size == "smollm2":
+    if size == "smollm2":
         return real
     tokenizer = load_tokenizer(real)
     folder = make_tiny("llama", root / "model", vocab_size=len(tokenizer))
@@ -159,10 +180,10 @@ def _model(case: Case, root: Path) -> Path:
     return folder
 
 
-def _config(case: Case, model: Path, root: Path, versions: int) -> dict[str, Any]:
+def _config(engine: str, size: str, model: Path, root: Path) -> dict[str, Any]:
     (root / "rows.jsonl").write_text(json.dumps({"question": "?", "answer": "1"}) + "\n")
     (root / "reward.py").write_text(REWARD)
-    rank = SIZES[case.size].rank
+    rank = SIZES[size].rank
     return {
         "name": "acceptance",
         "model": str(model),
@@ -170,12 +191,11 @@ def _config(case: Case, model: Path, root: Path, versions: int) -> dict[str, Any
         "threads": 1,
         "lora": {"lora_rank": rank, "lora_alpha": 2 * rank},
         "rollout": {
-            "kind": case.engine,
+            "kind": engine,
             "max_running": 16,
             "max_context": 512,
-            "max_head_offpolicyness": versions - 2,  # see launch.servers.versions_in_use
+            "max_head_offpolicyness": ROOM - 2,  # see launch.servers.versions_in_use
         },
-        "publish": {"kind": case.publisher},
         "task": {"kind": "jsonl", "path": str(root / "rows.jsonl")},
         "reward": {"kind": "python", "path": f"{root / 'reward.py'}:zero", "workers": 1},
         "eval": {"every": 0},

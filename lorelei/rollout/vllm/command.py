@@ -17,6 +17,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 LOGPROBS_MODE = "processed_logprobs"
 EXTENSION = "lorelei.rollout.vllm.extension.Extension"
 ROUTES = "lorelei.rollout.vllm.routes.Routes"
+LAUNCHER = "lorelei.rollout.vllm.launcher"
 
 Scalar = str | int | float | bool
 
@@ -43,7 +44,7 @@ def launch(options: VllmOptions, number: int, port: int, token: str) -> Launch:
     """The command and environment of replica `number`. Raises ValueError without `make vllm`."""
     python = interpreter("vllm")
     return Launch(
-        command=(str(python), "-m", "vllm.entrypoints.cli.main", *arguments(options, port)),
+        command=(str(python), "-m", LAUNCHER, *arguments(options, port)),
         environment=_environment(options, number, token),
     )
 
@@ -66,6 +67,7 @@ def arguments(options: VllmOptions, port: int) -> tuple[str, ...]:
         "worker-extension-cls": EXTENSION,
         "middleware": ROUTES,
         "disable-uvicorn-access-log": True,
+        "disable-log-stats": True,  # they keep the names of all adapters that ever ran together
         "generation-config": "vllm",
         "skip-tokenizer-init": not options.has_tokenizer,
         "enable-sleep-mode": options.device != "cpu",
@@ -104,6 +106,7 @@ def _environment(options: VllmOptions, number: int, token: str) -> dict[str, str
             "VLLM_CPU_KVCACHE_SPACE": str(options.cpu_cache_gib),
             "VLLM_CPU_OMP_THREADS_BIND": _binding(options, number),
             "OMP_NUM_THREADS": str(options.threads),
+            "LORELEI_RESTS": "1",  # launcher.RESTS
             "CUDA_VISIBLE_DEVICES": "",
         }
     return found
