@@ -14,9 +14,9 @@ import numpy as np
 
 from acceptance.moved import loopback_bytes, written_bytes
 from acceptance.record import Line
-from acceptance.stage import Case, Stage, cases
+from acceptance.stage import SIZES, Case, Stage, cases
 from acceptance.table import table
-from acceptance.traffic import LANES, NEW_TOKENS, TokenClock, Traffic, Window, gaps, meets, rate
+from acceptance.traffic import LANES, TokenClock, Traffic, Window, gaps, meets, rate
 from lorelei.types import AdapterRef, GenerateRequest, SamplingParams
 
 CASES = cases("tiny", "smollm2")
@@ -33,7 +33,7 @@ async def measure(case: Case, stage: Stage) -> Line:
     tokens_after: list[float] = []
     retiring: list[asyncio.Task[None]] = []
     async with (
-        Traffic(stage.rollout, first) as traffic,
+        Traffic(stage.rollout, first, stage.size.answer) as traffic,
         TokenClock(stage.rollout, READING[case.engine]) as clock,
     ):
         while traffic.finished < LANES:  # what is compiled or cached at first
@@ -163,9 +163,10 @@ def section(found: Mapping[str, Line]) -> str:
     """Its part of docs/acceptance.md."""
     return f"""## Publishing while tokens are sampled
 
-A new adapter version is published {PUBLISHES} times while {LANES} requests of {NEW_TOKENS} tokens
-are in flight at any time. `tiny` has two layers of width 64 and an adapter of rank 8; `smollm2` is
-SmolLM2-135M with rank 16; all linear layers, fp32. *Visible* is the time until `publish` returns,
+A new adapter version is published {PUBLISHES} times while {LANES} requests are in flight at any
+time, of {SIZES["tiny"].answer} tokens each for `tiny` and {SIZES["smollm2"].answer} for `smollm2`.
+`tiny` has two layers of width 64 and an adapter of rank 8; `smollm2` is SmolLM2-135M with rank 16;
+all linear layers, fp32. *Visible* is the time until `publish` returns,
 with the version on every server; *first token* until one token of it was sampled. Bytes are what
 went over the loopback device and into files when nothing else was going on; `memory` copies within
 the process. *Lost* is tokens a second between publications less those during one. A step is the

@@ -48,11 +48,12 @@ class Size:
     rank: int
     spread: float  # standard deviation of B, so that every version answers differently
     tolerance: float  # of log-probabilities in fp32
+    answer: int  # tokens of a request that keeps a server busy
 
 
 SIZES = {
-    "tiny": Size(rank=8, spread=0.05, tolerance=1e-5),
-    "smollm2": Size(rank=16, spread=0.02, tolerance=3e-4),
+    "tiny": Size(rank=8, spread=0.05, tolerance=1e-5, answer=96),
+    "smollm2": Size(rank=16, spread=0.02, tolerance=3e-4, answer=32),
 }
 
 
