@@ -21,7 +21,7 @@ from acceptance.table import table
 from lorelei.obs.records import StepRecord, step_record
 
 RECIPE = "recipes/chain_sum/run.yaml"
-STEPS, STALENESS = 12, 2
+STEPS, STALENESS = 10, 2
 SIDES = {"synchronous": 0, "asynchronous": STALENESS}
 SERVER = ("threads=1", "rollout.max_context=512", "rollout.max_running=16")
 

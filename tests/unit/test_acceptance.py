@@ -95,7 +95,7 @@ def test_what_asynchronous_training_must_not_do():
     sides["synchronous"]["staleness_max"] = 0
     assert asynchronous.problems({"sides": sides}) == []
     for field, value, words in (
-        ("steps", 3, "3 of 12 steps"),
+        ("steps", 3, "3 of 10 steps"),
         ("staleness_max", 3, "tokens of 3 versions ago were trained on"),
         ("canary", [], "the canary saw 0 of the steps"),
     ):
