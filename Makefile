@@ -35,7 +35,7 @@ bench: setup model peers
 page: setup
 	$(BIN)/python -m benchmarks page
 
-# the long matrices over all engines, on a quiet machine; ARGS='publishing vllm-disk-tiny'
+# the long matrices over all engines, on a quiet machine; ARGS='on vllm tiny': one engine's
 acceptance: setup model vllm sglang megatron
 	$(BIN)/python -m acceptance $(ARGS)
 	$(BIN)/python -m acceptance page

@@ -1,9 +1,11 @@
 """One runner for the acceptance matrices. Run it from the repository root.
 
-usage: python -m acceptance                       all of them in turn
+usage: python -m acceptance                       all of them
        python -m acceptance MATRIX [CASE ...]     one
+       python -m acceptance on ENGINE [SIZE]      what concerns one engine
        python -m acceptance page                  write docs/acceptance.md from acceptance/results
 A case whose result says that something does not hold fails the command; it is kept all the same.
+Cases of one engine and size share a process and a server, whichever matrix they belong to.
 """
 
 from __future__ import annotations
@@ -12,61 +14,110 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from importlib import import_module
+from typing import Any
 
 from acceptance.page import MATRICES, PAGE, page
 from acceptance.record import keep
+from acceptance.stage import staged
 from lorelei.interpreters.recipe import KINDS, interpreter
+
+Job = tuple[str, str]  # matrix and case
 
 
 def main(arguments: list[str]) -> None:
     match arguments:
         case ["page"]:
             PAGE.write_text(page())
-        case ["measure", matrix, case]:  # what `_run` starts
-            module = import_module(f"acceptance.{matrix}")
-            result = asyncio.run(module.measure(module.CASES[case]))
-            print(json.dumps(result))  # noqa: T201
+        case ["measure", *names]:  # what `_run` starts
+            asyncio.run(_measure([_job(name) for name in names]))
         case []:
-            _end([failed for matrix in MATRICES for failed in _matrix(matrix, [])])
+            _run_all(_jobs())
+        case ["on", engine]:
+            _run_all([job for job in _jobs() if _case(job).engine == engine])
+        case ["on", engine, size]:
+            _run_all([job for job in _jobs() if _case(job).stage == (engine, size)])
         case [matrix, *cases] if matrix in MATRICES:
-            _end(_matrix(matrix, cases))
+            _run_all([(matrix, case) for case in cases or _cases(matrix)])
         case [other, *_]:
             sys.exit(f"error: there is no matrix {other!r}; use {', '.join(MATRICES)} or page")
 
 
-def _matrix(matrix: str, names: list[str]) -> list[str]:
-    """Measure and keep its cases. Returns those that failed."""
-    known = import_module(f"acceptance.{matrix}").CASES
-    for name in names:
-        if name not in known:
-            sys.exit(f"error: {matrix} has no case {name!r}; use {', '.join(known)}")
-    return [f"{matrix} {name}" for name in names or known if not _run(matrix, name)]
+def _cases(matrix: str) -> dict[str, Any]:
+    return import_module(f"acceptance.{matrix}").CASES
 
 
-def _run(matrix: str, case: str) -> bool:
-    """A process for each: what one leaves in memory is not another's."""
-    kind = case.partition("-")[0]
+def _jobs() -> list[Job]:
+    return [(matrix, case) for matrix in MATRICES for case in _cases(matrix)]
+
+
+def _job(name: str) -> Job:
+    matrix, _, case = name.partition("/")
+    return matrix, case
+
+
+def _case(job: Job) -> Any:
+    matrix, name = job
+    if name not in _cases(matrix):
+        sys.exit(f"error: {matrix} has no case {name!r}; use {', '.join(_cases(matrix))}")
+    return _cases(matrix)[name]
+
+
+def _run_all(jobs: Sequence[Job]) -> None:
+    """Measure and keep; a process for each stage, and for each job that has none."""
+    if not jobs:
+        sys.exit("error: there is no such case")
+    groups: dict[object, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(_case(job).stage or job, []).append(job)
+    held = [job for group in groups.values() for job in _run(group)]
+    if failed := [f"{matrix} {case}" for matrix, case in jobs if (matrix, case) not in held]:
+        sys.exit(f"error: failed: {', '.join(failed)}")
+
+
+def _run(jobs: Sequence[Job]) -> list[Job]:
+    """Those that hold."""
+    kind = _case(jobs[0]).engine
     if kind in KINDS:
         try:
             interpreter(kind)
         except ValueError as error:
             sys.exit(f"error: {error}")
-    _say(f"{matrix} {case}")
-    command = [sys.executable, "-m", "acceptance", "measure", matrix, case]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        return False
-    result = json.loads(done.stdout.splitlines()[-1])
-    keep(matrix, case, result)
-    for problem in result["problems"]:
-        _say(f"  does not hold: {problem}")
-    return not result["problems"]
+    names = [f"{matrix}/{case}" for matrix, case in jobs]
+    _say(" ".join(names))
+    held: list[Job] = []
+    command = [sys.executable, "-m", "acceptance", "measure", *names]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if not line.startswith("{"):
+                continue
+            found = json.loads(line)
+            matrix, case = job = _job(found["job"])
+            keep(matrix, case, found["result"])
+            for problem in found["result"]["problems"]:
+                _say(f"  {found['job']} does not hold: {problem}")
+            if not found["result"]["problems"]:
+                held.append(job)
+    return held
 
 
-def _end(failed: list[str]) -> None:
-    if failed:
-        sys.exit(f"error: failed: {', '.join(failed)}")
+async def _measure(jobs: Sequence[Job]) -> None:
+    """One line of JSON for each."""
+    place = _case(jobs[0]).stage
+    async with AsyncExitStack() as stack:
+        stage = await stack.enter_async_context(staged(*place)) if place else None
+        for matrix, name in jobs:
+            case = _case((matrix, name))
+            module = import_module(f"acceptance.{matrix}")
+            if stage is None:
+                result = await module.measure(case, None)
+            else:
+                async with stage.through(case.publisher):
+                    result = await module.measure(case, stage)
+            print(json.dumps({"job": f"{matrix}/{name}", "result": result}), flush=True)  # noqa: T201
 
 
 def _say(line: str) -> None:

@@ -1,35 +1,41 @@
 """Asynchronous beside synchronous training on the same work.
 
 usage: python -m acceptance asynchronous [CASE ...]
-The two take turns (A B A B), each turn a run of its own.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from acceptance.record import Line
 from acceptance.table import table
-from lorelei.obs.history import read_metrics
-from lorelei.obs.records import StepRecord
+from lorelei.obs.records import StepRecord, step_record
 
 RECIPE = "recipes/chain_sum/run.yaml"
-TURNS, STEPS, STALENESS = 2, 10, 2
+STEPS, STALENESS = 10, 2
+SIDES = {"synchronous": 0, "asynchronous": STALENESS}
+SERVER = ("threads=1", "rollout.max_context=512", "rollout.max_running=16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A rollout engine, with the publisher that needs nothing but itself."""
+    """A rollout engine, with a publisher that reaches it."""
 
     engine: str
     publisher: str
+
+    @property
+    def stage(self) -> None:
+        """Runs start servers of their own."""
 
 
 CASES = {
@@ -39,24 +45,16 @@ CASES = {
 }
 
 
-async def measure(case: Case) -> Line:
+async def measure(case: Case, stage: None) -> Line:
     """One row."""
-    turns: dict[int, list[Line]] = {0: [], STALENESS: []}
-    for _ in range(TURNS):
-        for staleness, results in turns.items():
-            results.append(summary(_trained(case, staleness)))
-    sides = {
-        side: {key: round(mean(turn[key] for turn in turns[staleness]), 3) for key in turns[0][0]}
-        for side, staleness in (("synchronous", 0), ("asynchronous", STALENESS))
-    }
+    sides = {side: summary(_trained(case, staleness)) for side, staleness in SIDES.items()}
     ratio = sides["asynchronous"]["step_s"] / sides["synchronous"]["step_s"]
-    return {"steps": STEPS, "turns": TURNS, "sides": sides, "ratio": round(ratio, 3)} | {
-        "problems": []
-    }
+    row = {"steps": STEPS, "sides": sides, "ratio": round(ratio, 3)}
+    return row | {"problems": problems(row)}
 
 
-def _trained(case: Case, staleness: int) -> list[StepRecord]:
-    """The steps of a run but the first, which warms up."""
+def _trained(case: Case, staleness: int) -> list[Mapping[str, Any]]:
+    """The lines of metrics.jsonl of a run's steps but the first, which warms up."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = (
             f"runs_dir={folder}",
@@ -68,25 +66,54 @@ def _trained(case: Case, staleness: int) -> list[StepRecord]:
             "rollout.n_samples=4",
             "algo.batch_size=4",
             "eval.every=0",
+            *(SERVER if case.engine != "embedded" else ()),
         )
         command = [sys.executable, "-m", "lorelei", "train", RECIPE, *overrides]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         subprocess.run(command, env=environment, stdout=sys.stderr, check=True)
-        (steps,) = read_metrics(Path(folder) / "run" / "metrics.jsonl").steps.values()
-    return list(steps[1:])
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [line for line in map(json.loads, lines) if line["kind"] == "step"]
+    return steps[1:]
 
 
-def summary(steps: list[StepRecord]) -> Line:
-    """Seconds of a step, and the share of it in which the trainer waits for rollouts."""
+def summary(lines: Sequence[Mapping[str, Any]]) -> Line:
+    """Seconds of a step, who waits for whom, how old the tokens are, and what the canary saw."""
+    steps = [step_record(line) for line in lines]
     total = sum(step.step_seconds for step in steps)
     return {
-        "step_s": total / len(steps),
-        "train_s": sum(step.seconds["train"] for step in steps) / len(steps),
-        "idle": sum(step.seconds["rollout"] for step in steps) / total,
-        "staleness": mean(step.staleness_mean for step in steps),
+        "steps": len(steps),
+        "step_s": round(total / len(steps), 3),
+        "train_s": _each(steps, lambda step: step.seconds["train"]),
+        "trainer_idle": _each(steps, lambda step: step.trainer_idle),
+        "rollout_idle": _each(steps, lambda step: step.rollout_idle),
+        "staleness_mean": _each(steps, lambda step: step.staleness_mean),
+        "staleness_max": max(step.staleness_max for step in steps),
+        "dropped_stale": _each(steps, lambda step: step.dropped_stale),
         "kl_sampler": mean(step.kl_sampler for step in steps),
-        "tokens_per_s": sum(step.generated_tokens for step in steps) / total,
+        "tokens_per_s": round(sum(step.generated_tokens for step in steps) / total, 1),
+        "canary": [line["canary_version"] for line in lines if "canary_version" in line],
+        "told_apart": sum(line.get("canary_told_apart", 0) for line in lines),
     }
+
+
+def _each(steps: Sequence[StepRecord], value: Callable[[StepRecord], float]) -> float:
+    return round(mean(map(value, steps)), 3)
+
+
+def problems(row: Line) -> list[str]:
+    """What must hold and does not."""
+    found: list[str] = []
+    for side, values in row["sides"].items():
+        if values["steps"] < STEPS:
+            found.append(f"{side}: {values['steps']} of {STEPS} steps")
+        if values["staleness_max"] > SIDES[side]:
+            found.append(
+                f"{side}: tokens of {values['staleness_max']:g} versions ago were trained on, "
+                f"max_head_offpolicyness is {SIDES[side]}"
+            )
+        if len(values["canary"]) < values["steps"]:
+            found.append(f"{side}: the canary saw {len(values['canary'])} of the steps")
+    return found
 
 
 COLUMNS = (
@@ -96,8 +123,12 @@ COLUMNS = (
     "step, s",
     "against synchronous",
     "trainer idle",
-    "staleness",
+    "sampler idle",
+    "staleness, mean / most",
+    "dropped",
     "tokens/s",
+    "canary, at most",
+    "told apart",
 )
 
 
@@ -108,19 +139,27 @@ def section(found: Mapping[str, Line]) -> str:
             *(CASES[name].engine, CASES[name].publisher, side),
             f"{values['step_s']:.2f}",
             f"{row['ratio']:.2f}" if side == "asynchronous" else "1",
-            f"{values['idle']:.0%}",
-            f"{values['staleness']:.2f}",
+            f"{values['trainer_idle']:.0%}",
+            f"{values['rollout_idle']:.0%}",
+            f"{values['staleness_mean']:.2f} / {values['staleness_max']:g}",
+            f"{values['dropped_stale']:.0%}",
             f"{values['tokens_per_s']:.0f}",
+            f"{max(values['canary']):.1e}",
+            f"{values['told_apart']:g} of {values['steps']}",
         )
         for name, row in found.items()
         for side, values in row["sides"].items()
     ]
     return f"""## Asynchronous beside synchronous
 
-{STEPS} steps of the recipe `chain_sum` (SmolLM2-135M, rank 16) with 4 prompts x 4 samples,
-`max_head_offpolicyness` 0 and {STALENESS}, in {TURNS} turns each. *Idle* is the share of a step in
-which the trainer waits for rollouts. Trainer and sampler share the cores, so that what one gains
-the other pays; on machines of their own the idle share is what asynchronous training gives back.
+{STEPS} steps of the recipe `chain_sum` (SmolLM2-135M, rank 16) with 4 prompts x 4 samples, after
+one that warms up, with `max_head_offpolicyness` 0 and {STALENESS}: one run each. *Idle* is the
+share of a step in which the trainer waits for rollouts, and that without a request in flight;
+*dropped* the share of finished groups that had become too old. The canary compares the server's
+score of fixed tokens with the trainer's after every publication: its largest distance in nats, and
+how many versions it could tell from the one before. Trainer and sampler share the cores, so that
+what one gains the other pays; on machines of their own the idle share is what asynchronous
+training gives back.
 
 `make acceptance ARGS=asynchronous`
 

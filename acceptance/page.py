@@ -9,6 +9,7 @@ from acceptance.record import Line, kept
 
 PAGE = Path("docs/acceptance.md")
 MATRICES = (  # in the order of the page
+    "logprobs",
     "publishing",
     "fifty_publishes",
     "asynchronous",
@@ -41,8 +42,8 @@ def _opening(measured: dict[str, dict[str, Line]]) -> str:
 
 Train engine, publishers and rollout engines as a run uses them, with the real servers. Every
 number comes from a file of [acceptance/results](../acceptance/results); `make acceptance` measures
-all again, `make acceptance ARGS='MATRIX CASE'` one case,
-`make acceptance ARGS=page` writes this page.
+all again, `make acceptance ARGS='MATRIX CASE'` one case, `make acceptance ARGS='on vllm tiny'` what
+one server can answer, `make acceptance ARGS=page` writes this page.
 
 {lines}
 

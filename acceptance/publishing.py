@@ -14,9 +14,9 @@ import numpy as np
 
 from acceptance.moved import loopback_bytes, written_bytes
 from acceptance.record import Line
-from acceptance.stage import Case, Stage, cases, staged
+from acceptance.stage import SIZES, Case, Stage, cases
 from acceptance.table import table
-from acceptance.traffic import LANES, NEW_TOKENS, TokenClock, Traffic, Window, gaps, meets, rate
+from acceptance.traffic import LANES, TokenClock, Traffic, Window, gaps, meets, rate
 from lorelei.types import AdapterRef, GenerateRequest, SamplingParams
 
 CASES = cases("tiny", "smollm2")
@@ -26,35 +26,35 @@ LIVE = 4  # versions at most
 READING = {"embedded": 0.001, "vllm": 0.01, "sglang": 0.01}  # seconds between two
 
 
-async def measure(case: Case) -> Line:
+async def measure(case: Case, stage: Stage) -> Line:
     """One row."""
-    async with staged(case) as stage:
-        moved, first = await _idle(stage)
-        windows: list[Window] = []
-        tokens_after: list[float] = []
-        retiring: list[asyncio.Task[None]] = []
-        async with (
-            Traffic(stage.rollout, first) as traffic,
-            TokenClock(stage.rollout, READING[case.engine]) as clock,
-        ):
-            while traffic.finished < LANES:  # what is compiled or cached at first
-                await asyncio.sleep(0.05)
-                traffic.check()
-            started = time.perf_counter()
-            for _ in range(PUBLISHES):
-                stage.change()
-                await _quiet(windows, retiring)
-                start = time.perf_counter()
-                ref = await stage.publish()
-                windows.append((start, time.perf_counter()))
-                old, traffic.ref = traffic.ref, ref
-                retiring.append(asyncio.create_task(stage.publisher.retire(old)))
-                await stage.rollout.generate(_one_token(ref))
-                tokens_after.append(time.perf_counter() - start)
-                traffic.check()
-            await _quiet(windows, [])
-            ended = time.perf_counter()
-        await asyncio.gather(*retiring)
+    moved, first = await _idle(stage)
+    windows: list[Window] = []
+    tokens_after: list[float] = []
+    retiring: list[asyncio.Task[None]] = []
+    async with (
+        Traffic(stage.rollout, first, stage.size.answer) as traffic,
+        TokenClock(stage.rollout, READING[case.engine]) as clock,
+    ):
+        while traffic.finished < LANES:  # what is compiled or cached at first
+            await asyncio.sleep(0.05)
+            traffic.check()
+        started = time.perf_counter()
+        for _ in range(PUBLISHES):
+            await asyncio.to_thread(stage.change)  # a trainer has a thread of its own
+            await _quiet(windows, retiring)
+            start = time.perf_counter()
+            ref = await stage.publish()
+            windows.append((start, time.perf_counter()))
+            old, traffic.ref = traffic.ref, ref
+            retiring.append(asyncio.create_task(stage.publisher.retire(old)))
+            await stage.rollout.generate(_one_token(ref))
+            tokens_after.append(time.perf_counter() - start)
+            traffic.check()
+        await _quiet(windows, [])
+        ended = time.perf_counter()
+    await asyncio.gather(*retiring)
+    await stage.publisher.retire(traffic.ref)
     row = summary(clock.times, clock.counts, windows, (started, ended))
     row |= {**moved, "first_token_ms": _percentiles(tokens_after), "aborted": traffic.aborted}
     return row | {"problems": problems(row)}
@@ -163,9 +163,10 @@ def section(found: Mapping[str, Line]) -> str:
     """Its part of docs/acceptance.md."""
     return f"""## Publishing while tokens are sampled
 
-A new adapter version is published {PUBLISHES} times while {LANES} requests of {NEW_TOKENS} tokens
-are in flight at any time. `tiny` has two layers of width 64 and an adapter of rank 8; `smollm2` is
-SmolLM2-135M with rank 16; all linear layers, fp32. *Visible* is the time until `publish` returns,
+A new adapter version is published {PUBLISHES} times while {LANES} requests are in flight at any
+time, of {SIZES["tiny"].answer} tokens each for `tiny` and {SIZES["smollm2"].answer} for `smollm2`.
+`tiny` has two layers of width 64 and an adapter of rank 8; `smollm2` is SmolLM2-135M with rank 16;
+all linear layers, fp32. *Visible* is the time until `publish` returns,
 with the version on every server; *first token* until one token of it was sampled. Bytes are what
 went over the loopback device and into files when nothing else was going on; `memory` copies within
 the process. *Lost* is tokens a second between publications less those during one. A step is the

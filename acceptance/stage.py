@@ -1,10 +1,14 @@
-"""A train engine, a publisher and a rollout engine on one base model, as a run builds them."""
+"""A train engine and a rollout engine on one base model, as a run builds them, and its publishers.
+
+All cases of one engine and size share a stage: a server takes longer to start than most to measure.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +25,14 @@ from lorelei.model.tokenizer import load_tokenizer
 from lorelei.obs.console import Console
 from lorelei.publish.contract import Publisher
 from lorelei.rollout.contract import RolloutEngine
+from lorelei.rollout.server.engine import ServerEngine
 from lorelei.store.run import RunStore
 from lorelei.train.contract import TrainEngine
 from lorelei.types import AdapterRef
 from tests.tiny_models import make_tiny
 
 NAME = "default"  # of the adapter
+ROOM = 11  # versions that a server has room for
 REWARD = "def zero(completion, **row):\n    return 0.0\n"
 PUBLISHERS = {
     "embedded": ("memory",),
@@ -42,11 +48,12 @@ class Size:
     rank: int
     spread: float  # standard deviation of B, so that every version answers differently
     tolerance: float  # of log-probabilities in fp32
+    answer: int  # tokens of a request that keeps a server busy
 
 
 SIZES = {
-    "tiny": Size(rank=8, spread=0.1, tolerance=1e-5),
-    "smollm2": Size(rank=16, spread=0.02, tolerance=3e-4),
+    "tiny": Size(rank=8, spread=0.05, tolerance=1e-5, answer=96),
+    "smollm2": Size(rank=16, spread=0.02, tolerance=3e-4, answer=32),
 }
 
 
@@ -61,6 +68,11 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.engine}-{self.publisher}-{self.size}"
+
+    @property
+    def stage(self) -> tuple[str, str]:
+        """The engine and the size: cases that share them share a stage."""
+        return self.engine, self.size
 
 
 def cases(*sizes: str) -> dict[str, Case]:
@@ -78,17 +90,31 @@ def cases(*sizes: str) -> dict[str, Case]:
 class Stage:
     """The engines, and the files they may write."""
 
-    case: Case
+    size: Size
     model: Path
     folder: Path  # of the run
     trainer: TrainEngine
     rollout: RolloutEngine
+    make_publisher: Callable[[str], Publisher]  # by its kind
     publisher: Publisher
     version: int = 0  # the last one published
 
+    @asynccontextmanager
+    async def through(self, publisher: str) -> AsyncIterator[Stage]:
+        """Publish in this way, until the end of the block."""
+        self.publisher = self.make_publisher(publisher)
+        try:
+            yield self
+        finally:
+            await self.publisher.close()
+
     @property
-    def size(self) -> Size:
-        return SIZES[self.case.size]
+    def servers(self) -> tuple[int, ...]:
+        """The processes of the rollout servers; this one where there are none."""
+        if not isinstance(self.rollout, ServerEngine):
+            return (os.getpid(),)
+        processes = [replica.process for replica in self.rollout.replicas]
+        return tuple(pid for process in processes if process for pid in process.pids)
 
     def state(self, version: int) -> AdapterState:
         """The adapter that `change` makes: other tensors for every version."""
@@ -116,32 +142,38 @@ class Stage:
 
 
 @asynccontextmanager
-async def staged(case: Case) -> AsyncIterator[Stage]:
+async def staged(engine: str, size: str) -> AsyncIterator[Stage]:
     """Start everything, and stop it at the end."""
     with tempfile.TemporaryDirectory() as place:
         async with AsyncExitStack() as stack:
             root = Path(place)
-            model = _model(case, root)
-            config = validate(_config(case, model, root))
+            model = _model(size, root)
+            plain = _config(engine, size, model, root)
+            config = validate(plain)
             parts = await build(config, stack)
             trainer = make_trainer(config, parts, stack)
             folder = root / "runs" / config.name
             store = RunStore.create(folder, to_plain(config), keep=config.checkpoint.keep)
             stack.callback(store.close)
-            loop = make_loop(config, parts, trainer, store, Console({NAME: 1}))
+
+            def make_publisher(kind: str) -> Publisher:
+                through = validate({**plain, "publish": {"kind": kind}})
+                return make_loop(through, parts, trainer, store, Console({NAME: 1})).publisher
+
             yield Stage(
-                case=case,
+                size=SIZES[size],
                 model=model,
                 folder=folder,
                 trainer=trainer.engine,
                 rollout=parts.rollout,
-                publisher=loop.publisher,
+                make_publisher=make_publisher,
+                publisher=make_publisher(PUBLISHERS[engine][-1]),
             )
 
 
-def _model(case: Case, root: Path) -> Path:
+def _model(size: str, root: Path) -> Path:
     real = resolve_model(MODEL)
-    if case.size == "smollm2":
+    if size == "smollm2":
         return real
     return tiny_with_tokenizer(root / "model")
 
@@ -154,18 +186,22 @@ def tiny_with_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def _config(case: Case, model: Path, root: Path) -> dict[str, Any]:
+def _config(engine: str, size: str, model: Path, root: Path) -> dict[str, Any]:
     (root / "rows.jsonl").write_text(json.dumps({"question": "?", "answer": "1"}) + "\n")
     (root / "reward.py").write_text(REWARD)
-    rank = SIZES[case.size].rank
+    rank = SIZES[size].rank
     return {
         "name": "acceptance",
         "model": str(model),
         "runs_dir": str(root / "runs"),
         "threads": 1,
         "lora": {"lora_rank": rank, "lora_alpha": 2 * rank},
-        "rollout": {"kind": case.engine, "max_running": 16, "max_context": 512},
-        "publish": {"kind": case.publisher},
+        "rollout": {
+            "kind": engine,
+            "max_running": 16,
+            "max_context": 512,
+            "max_head_offpolicyness": ROOM - 2,  # see launch.servers.versions_in_use
+        },
         "task": {"kind": "jsonl", "path": str(root / "rows.jsonl")},
         "reward": {"kind": "python", "path": f"{root / 'reward.py'}:zero", "workers": 1},
         "eval": {"every": 0},

@@ -13,7 +13,7 @@ import numpy as np
 from lorelei.rollout.contract import RolloutEngine
 from lorelei.types import AdapterRef, GenerateRequest, SamplingParams
 
-LANES, PROMPT_TOKENS, NEW_TOKENS = 8, 24, 96
+LANES, PROMPT_TOKENS = 8, 24
 
 Window = tuple[float, float]  # seconds, of perf_counter
 
@@ -21,8 +21,9 @@ Window = tuple[float, float]  # seconds, of perf_counter
 class Traffic:
     """LANES requests at a time, each of the newest version when it starts."""
 
-    def __init__(self, engine: RolloutEngine, ref: AdapterRef) -> None:
-        self.ref = ref
+    def __init__(self, engine: RolloutEngine, ref: AdapterRef, answer: int) -> None:
+        """answer: tokens of each."""
+        self.ref, self._answer = ref, answer
         self.finished = self.aborted = 0
         self._engine = engine
         self._tasks: list[asyncio.Task[None]] = []
@@ -46,7 +47,7 @@ class Traffic:
 
     async def _lane(self, number: int) -> None:
         random = np.random.default_rng(number)
-        sampling = SamplingParams(max_new_tokens=NEW_TOKENS)
+        sampling = SamplingParams(max_new_tokens=self._answer)
         while True:
             tokens = random.integers(5, 290, PROMPT_TOKENS).astype(np.int32)
             key = f"{number}/{self.finished}"

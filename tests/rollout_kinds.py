@@ -1,14 +1,79 @@
-"""The rollout engines that whole runs are tested on; a new engine is one more entry of ROLLOUTS."""
+"""The rollout engines that whole runs are tested on; a server is started once and attached to."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-# the `rollout` section of the configuration; an engine whose environment is missing skips in
-# `require`, with the command that makes it
-ROLLOUTS: Mapping[str, Mapping[str, Any]] = {"embedded": {"kind": "embedded"}}
+import pytest
+
+from lorelei.rollout.server.client import Client, ServerTrouble
+from lorelei.rollout.server.dialect import Dialect
+from lorelei.rollout.server.process import ServerProcess, free_port
+from lorelei.rollout.sglang.command import SglangOptions
+from lorelei.rollout.sglang.dialect import SglangDialect
+from lorelei.rollout.vllm.command import VllmOptions
+from lorelei.rollout.vllm.dialect import VllmDialect
+from tests.environments import needs
+
+ROLLOUTS = ("embedded", *(pytest.param(kind, marks=needs(kind)) for kind in ("sglang", "vllm")))
+START = 240.0  # seconds
+TOKEN = "of-these-runs"
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_OPTIONS: Mapping[str, Any] = {
+    "dtype": "float32",
+    "max_rank": 8,
+    "versions": 4,
+    "max_running": 32,
+    "tensor_parallel": 1,
+    "device": "cpu",
+    "has_tokenizer": True,
+    "threads": 1,
+    "cpu_cache_gib": 1,
+    "extra_args": {},
+}
 
 
-def require(kind: str) -> None:
-    """Skip a test whose engine is not installed here."""
+@contextmanager
+def rollout_section(kind: str, model: Path, context: int) -> Iterator[Mapping[str, Any]]:
+    """The `rollout` section of runs on a model, as long as their server is up.
+
+    context: most tokens of a sequence.
+    """
+    if kind == "embedded":
+        yield {"kind": kind}
+        return
+    options = {**_OPTIONS, "model": model, "context": context}
+    dialect: Dialect = (
+        VllmDialect(VllmOptions(**options))
+        if kind == "vllm"
+        else SglangDialect(SglangOptions(**options, target_modules=ALL_LINEAR))
+    )
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    process = ServerProcess(dialect.launch(0, port, TOKEN, model.parent), model.parent / "log")
+    try:
+        asyncio.run(_up(dialect, url, process))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LORELEI_SERVER_TOKEN", TOKEN)
+            yield {"kind": kind, "urls": [url]}
+    finally:
+        process.stop_now()
+
+
+async def _up(dialect: Dialect, url: str, process: ServerProcess) -> None:
+    client, deadline = Client(url, TOKEN), time.monotonic() + START
+    try:
+        while True:
+            try:
+                await dialect.facts(client)
+                return
+            except ServerTrouble:
+                assert process.alive and time.monotonic() < deadline, process.last_words()
+            await asyncio.sleep(0.2)
+    finally:
+        await client.close()

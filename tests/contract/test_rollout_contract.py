@@ -249,6 +249,22 @@ def test_samples_of_one_prompt_equal_the_same_requests_alone(
         assert close(together.logprobs, alone.logprobs)
 
 
+def test_prompts_longer_than_a_step_draw_the_same_tokens(
+    make: Make, folders: dict[str, Path]
+) -> None:
+    # together more than the 2048 tokens that vLLM takes in a step: one is computed in pieces
+    prompts = [np.roll(np.resize(PROMPT, CONTEXT - 8), n) for n in range(12)]
+    requests = [ask(prompt, key=f"{n}", max_new_tokens=4) for n, prompt in enumerate(prompts)]
+
+    async def body() -> tuple[list[Completion], list[Completion]]:
+        async with opened(make(folders["llama"], None, 16)) as engine:
+            together = await asyncio.gather(*map(engine.generate, requests))
+            return together, [await engine.generate(request) for request in requests]
+
+    for together, alone in zip(*run(body()), strict=True):
+        assert together.tokens.tolist() == alone.tokens.tolist()
+
+
 def test_finished_rows_leave_and_waiting_rows_enter(make: Make, folders: dict[str, Path]) -> None:
     folder = folders["llama"]
     # 7 prompts of different lengths, answers of 1 to 20 tokens: slots are freed in any order

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from lorelei.obs.console import Console
 from lorelei.rollout.contract import RolloutEngine
 from lorelei.store.run import RunStore
 from lorelei.types import Completion, GenerateRequest, Group, Rollout, StepStats, Turn
-from tests.rollout_kinds import ROLLOUTS, require
+from tests.rollout_kinds import ROLLOUTS, rollout_section
 from tests.tiny_models import make_tiny
 from tests.tiny_runs import make_workplace, records, write_run
 
@@ -102,6 +102,7 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {
         "reward": {"kind": "env"},
     },
 }
+CONTEXT = 4096  # descriptions of tools are long in the tokens of a tiny tokenizer
 TURNS = {"multi_turn": {3}, "tools": {1}, "python": {3}, "agent": {4}}
 
 
@@ -166,30 +167,36 @@ def place(
     tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> Path:
     folder = make_workplace(tmp_path_factory.mktemp("place"), tiny_tokenizer)
-    # descriptions of tools are long in the tokens of a tiny tokenizer
-    make_tiny("llama", folder / "model", max_position_embeddings=4096)
+    make_tiny("llama", folder / "model", max_position_embeddings=CONTEXT)
     (folder / "code.py").write_text(CODE)
     return folder
 
 
-@pytest.fixture(scope="module", params=sorted(ROLLOUTS))
+@pytest.fixture(scope="module", params=ROLLOUTS)
 def play(
     request: pytest.FixtureRequest, place: Path, tiny_tokenizer: PreTrainedTokenizerFast
-) -> Play:
-    """Trains a configuration with the engine of this round, watching its border."""
-    require(request.param)
+) -> Iterator[Play]:
+    """Trains a configuration with the engine of this round, watching its border.
 
-    def play(name: str, said: Said = lambda request: None, /, **sections: Any) -> Played:
-        rollout = {"n_samples": 4, "max_new_tokens": 8, **ROLLOUTS[request.param]}
-        path = write_run(
-            place,
-            f"{name}-{request.param}",
-            runs_dir=str(place / "runs"),
-            **{"steps": 2, "rollout": rollout, **sections},
-        )
-        return asyncio.run(asyncio.wait_for(_play(path, tiny_tokenizer, said), 120))
+    A run is played once: the tests that ask for the same name look at the same run.
+    """
+    kind, played = request.param, dict[str, Played]()
+    with rollout_section(kind, place / "model", CONTEXT) as section:
 
-    return play
+        def play(name: str, said: Said = lambda request: None, /, **sections: Any) -> Played:
+            if name not in played:
+                path = write_run(
+                    place,
+                    f"{name}-{kind}",
+                    runs_dir=str(place / "runs"),
+                    rollout={"n_samples": 4, "max_new_tokens": 8, **section},
+                    **{"steps": 2, **sections},
+                )
+                run = _play(path, tiny_tokenizer, said)
+                played[name] = asyncio.run(asyncio.wait_for(run, 120))
+            return played[name]
+
+        yield play
 
 
 async def _play(path: Path, tokenizer: PreTrainedTokenizerFast, said: Said) -> Played:
@@ -251,7 +258,7 @@ def test_an_environment_trains_on_the_tokens_that_were_sampled(play: Play, name:
 
 @pytest.mark.parametrize("name", ["multi_turn", "python"])
 def test_later_turns_continue_the_tokens_of_earlier_ones(play: Play, name: str) -> None:
-    for rollout in play(f"{name}-tokens", **ENVIRONMENTS[name]).rollouts():
+    for rollout in play(name, **ENVIRONMENTS[name]).rollouts():
         pairs = zip(rollout.turns, rollout.turns[1:], strict=False)
         assert all(goes_on(later, earlier) for earlier, later in pairs)
 
@@ -259,7 +266,7 @@ def test_later_turns_continue_the_tokens_of_earlier_ones(play: Play, name: str) 
 def test_an_agents_conversations_are_each_continued(
     play: Play, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    for rollout in play("agent-tokens", **ENVIRONMENTS["agent"]).rollouts():
+    for rollout in play("agent", **ENVIRONMENTS["agent"]).rollouts():
         talk = [t for t in rollout.turns if "An aside" not in tiny_tokenizer.decode(t.prompt)]
         assert len(talk) == 3 and len(rollout.turns) == 4
         assert goes_on(talk[1], talk[0]) and goes_on(talk[2], talk[1])

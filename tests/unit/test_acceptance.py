@@ -11,7 +11,6 @@ import pytest
 
 from acceptance import asynchronous, fifty_publishes, page, publishing, record
 from acceptance.traffic import gaps, rate
-from lorelei.obs.records import StepRecord
 
 # tokens at 10 a second, but none between 1.0 and 1.5
 TIMES = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.5, 1.6, 1.7, 1.8]
@@ -23,6 +22,7 @@ FIFTY = {
     "largest_error": 2e-6,
     "nearest_other": 0.3,
     "grown_bytes": 100,
+    "grown_later_bytes": 1_200_000,
     "adapter_bytes": 1000,
     "names_left": 0,
     "files_left": 0,
@@ -57,7 +57,7 @@ def test_aborted_requests_are_a_problem():
     [
         ("largest_error", 2e-5, "differ by 2.0e-05"),
         ("nearest_other", 1e-6, "another version is as near"),
-        ("grown_bytes", 2000, "memory grew by 2.0 adapters"),
+        ("grown_bytes", 1_000_000, "memory grew by 1.00 MB or more in 40"),
         ("names_left", 1, "1 names are left"),
         ("files_left", 3, "3 files are left"),
     ],
@@ -68,13 +68,40 @@ def test_what_fifty_publications_must_not_do(field, value, words):
     assert words in problem
 
 
-def test_idle_is_the_share_of_a_step_that_waits_for_rollouts():
-    seconds = {"rollout": 3.0, "train": 0.5, "step": 4.0}
-    step = StepRecord(
-        step=2, adapter="a", staleness_mean=1, kl_sampler=0, generated_tokens=40, seconds=seconds
-    )
-    summary = asynchronous.summary([step, step])
-    assert (summary["idle"], summary["step_s"], summary["tokens_per_s"]) == (0.75, 4, 10)
+STEP = {
+    "step": 2,
+    "adapter": "a",
+    "staleness_mean": 1,
+    "staleness_max": 2,
+    "trainer_idle": 0.75,
+    "rollout_idle": 0.1,
+    "dropped_stale": 0,
+    "kl_sampler": 0,
+    "generated_tokens": 40,
+    "canary_version": 1e-6,
+    "canary_told_apart": 1.0,
+    "seconds": {"rollout": 3.0, "train": 0.5, "step": 4.0},
+}
+
+
+def test_steps_of_a_run_become_one_line():
+    summary = asynchronous.summary([STEP, STEP])
+    assert (summary["trainer_idle"], summary["step_s"], summary["tokens_per_s"]) == (0.75, 4, 10)
+    assert (summary["staleness_max"], summary["canary"]) == (2, [1e-6, 1e-6])
+
+
+def test_what_asynchronous_training_must_not_do():
+    sides = {side: asynchronous.summary([STEP] * asynchronous.STEPS) for side in asynchronous.SIDES}
+    sides["synchronous"]["staleness_max"] = 0
+    assert asynchronous.problems({"sides": sides}) == []
+    for field, value, words in (
+        ("steps", 3, "3 of 10 steps"),
+        ("staleness_max", 3, "tokens of 3 versions ago were trained on"),
+        ("canary", [], "the canary saw 0 of the steps"),
+    ):
+        wrong = {**sides, "asynchronous": {**sides["asynchronous"], field: value}}
+        (problem,) = asynchronous.problems({"sides": wrong})
+        assert problem.startswith("asynchronous: ") and words in problem
 
 
 ENGINES: dict[str, set[str]] = {  # of matrices that do not have all

@@ -14,6 +14,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 LOGPROBS_MODE = "processed_logprobs"
 EXTENSION = "lorelei.rollout.vllm.extension.Extension"
 ROUTES = "lorelei.rollout.vllm.routes.Routes"
+LAUNCHER = "lorelei.rollout.vllm.launcher"
 
 
 def launch(
@@ -22,7 +23,7 @@ def launch(
     """The command and environment of replica `number`. Raises ValueError without `make vllm`."""
     python = interpreter("vllm")
     return Launch(
-        command=(str(python), "-m", "vllm.entrypoints.cli.main", *arguments(options, port, host)),
+        command=(str(python), "-m", LAUNCHER, *arguments(options, port, host)),
         environment=_environment(options, number, token),
     )
 
@@ -45,6 +46,7 @@ def arguments(options: ServerOptions, port: int, host: str = LOOPBACK) -> tuple[
         "worker-extension-cls": EXTENSION,
         "middleware": ROUTES,
         "disable-uvicorn-access-log": True,
+        "disable-log-stats": True,  # they keep the names of all adapters that ever ran together
         "generation-config": "vllm",
         "skip-tokenizer-init": not options.has_tokenizer,
         "enable-sleep-mode": options.device != "cpu",
@@ -73,6 +75,7 @@ def _environment(options: ServerOptions, number: int, token: str) -> dict[str, s
             # unbound, all servers would sit on core 0
             "VLLM_CPU_OMP_THREADS_BIND": binding(options, number),
             "OMP_NUM_THREADS": str(options.threads),
+            "LORELEI_RESTS": "1",  # launcher.RESTS
             "CUDA_VISIBLE_DEVICES": "",
         }
     return found

@@ -1,13 +1,13 @@
 """Runs inside vLLM's workers: adapters from memory, exact scores, and what was installed.
 
-vLLM reads adapters from folders. Here a path 'mem://NAME' means tensors that came by HTTP or
-broadcast, 'peft://FOLDER' a PEFT folder; both go through vLLM's own loading, so that its caches
-may drop and load them again. Written for vLLM 0.32.
+vLLM reads adapters from folders. Here a path 'lorelei://NAME' means one that came by HTTP,
+broadcast or in a folder, and was read and checked in the background; it goes through vLLM's own
+loading, so that its caches may drop it and load it again. Written for vLLM 0.32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,15 @@ from vllm.v1.worker import gpu_model_runner
 from lorelei.lora.state import AdapterState
 from lorelei.rollout.server.arrival import Arrival, Meeting
 from lorelei.rollout.server.payload import unpack
+from lorelei.rollout.vllm.preparation import Missing, Preparation
 from lorelei.store.peft_folder import read_peft_folder
 
-MEMORY, FOLDER = "mem://", "peft://"
+SCHEME = "lorelei://"
 
-_held: dict[str, AdapterState] = {}  # by name; what mem:// paths mean
-_installed: dict[str, str] = {}  # digest of the tensors last handed to vLLM, by path
-_receiving: dict[str, Arrival] = {}  # by name
+_held: dict[str, Preparation] = {}  # by name
+_installed: dict[str, str | None] = {}  # digest of the tensors last handed to vLLM, by name
 _groups: dict[str, Meeting] = {}  # by name
+_coming: dict[str, str] = {}  # the group, by name of an adapter that is broadcast
 
 
 class Extension:
@@ -46,16 +47,26 @@ class Extension:
         return {"device": runner.device.type, "scores": hooked and plain_head}
 
     def lorelei_store(self, name: str, data: bytes) -> dict[str, Any]:
-        """Keep an adapter's bytes as mem://name."""
-        return self._lorelei_keep(name, data)
+        """Start to prepare an adapter's bytes."""
+        return self._lorelei_prepare(name, lambda: unpack(data))
 
-    def lorelei_check_folder(self, folder: str) -> dict[str, Any]:
-        """Whether a PEFT folder could be installed."""
-        try:
-            _check(self.model_runner.lora_manager, read_peft_folder(Path(folder)))  # type: ignore[attr-defined]
-        except ValueError as error:
-            return {"refused": str(error)}
-        return {}
+    def lorelei_read(self, name: str, folder: str) -> dict[str, Any]:
+        """Start to prepare a PEFT folder."""
+        return self._lorelei_prepare(name, lambda: read_peft_folder(Path(folder)), again=True)
+
+    def lorelei_prepared(self, name: str) -> dict[str, Any]:
+        """How it stands: {"waiting": True}, {"missing": why}, {"refused": why}, or ready: {}."""
+        preparation = _held.get(name)
+        if preparation is None:
+            return {"missing": "none is announced"}
+        if preparation.running:
+            return {"waiting": True}
+        if preparation.spec is not None:
+            return {}
+        del _held[name]
+        if preparation.refused is not None:
+            return {"refused": preparation.refused}
+        return {"missing": preparation.missing or "it could not be read, see the server's log"}
 
     def lorelei_join(
         self, name: str, host: str, port: int, size: int, first: int, backend: str, timeout: float
@@ -68,51 +79,46 @@ class Extension:
         return {}
 
     def lorelei_receive(self, name: str, group: str, size: int) -> dict[str, Any]:
-        """Start to receive an adapter of `size` bytes as mem://name; does not wait for it."""
+        """Start to receive an adapter of `size` bytes and to prepare it; does not wait for it."""
         if group not in _groups:
             return {"refused": f"there is no broadcast group {group}"}
-        _receiving[name] = Arrival(_groups[group], size)
-        return {}
+        arrival = Arrival(_groups[group], size)
 
-    def lorelei_arrived(self, name: str) -> dict[str, Any]:
-        """How a broadcast stands: {"waiting": True}, {"missing": True}, or that it is kept."""
-        arrival = _receiving.get(name)
-        if arrival is None:
-            return {} if name in _held else {"missing": True, "why": "none is announced"}
-        if arrival.running:
-            return {"waiting": True}
-        del _receiving[name]
-        if arrival.data is None:
-            return {"missing": True, "why": arrival.error}
-        return self._lorelei_keep(name, arrival.data)
+        def read() -> AdapterState:
+            arrival.wait()
+            if arrival.data is None:
+                raise Missing(arrival.error)
+            return unpack(arrival.data)
+
+        _coming[name] = group
+        return self._lorelei_prepare(name, read)
 
     def lorelei_leave(self, group: str) -> dict[str, Any]:
         """Give up a group; who still waits in it wakes up."""
         meeting = _groups.pop(group, None)
         if meeting is not None:
             meeting.abort()
-            for name in [n for n, a in _receiving.items() if a.meeting is meeting]:
-                del _receiving[name]
+        for name in [name for name, of in _coming.items() if of == group]:
+            del _coming[name]
+            if name in _held and _held[name].spec is None:
+                del _held[name]
         return {}
 
-    def lorelei_digest(self, path: str) -> dict[str, Any]:
-        """The digest of the tensors that vLLM was given for a path."""
-        return {"digest": _installed.get(path)}
+    def lorelei_digest(self, name: str) -> dict[str, Any]:
+        """The digest of the tensors that vLLM was given under a name."""
+        return {"digest": _installed.get(name)}
 
-    def lorelei_forget(self, name: str, path: str) -> dict[str, Any]:
+    def lorelei_forget(self, name: str) -> dict[str, Any]:
         """Drop what is kept of an adapter."""
-        _held.pop(name, None)
-        _receiving.pop(name, None)
-        _installed.pop(path, None)
+        for known in (_held, _installed, _coming):
+            known.pop(name, None)
         return {}
 
-    def _lorelei_keep(self, name: str, data: bytes) -> dict[str, Any]:
-        try:
-            state = unpack(data)
-            _check(self.model_runner.lora_manager, state)  # type: ignore[attr-defined]
-        except ValueError as error:
-            return {"refused": str(error)}
-        _held[name] = state
+    def _lorelei_prepare(
+        self, name: str, read: Callable[[], AdapterState], again: bool = False
+    ) -> dict[str, Any]:
+        manager = self.model_runner.lora_manager  # type: ignore[attr-defined]
+        _held[name] = Preparation(read, lambda state: _check(manager, state), again)
         return {}
 
 
@@ -159,27 +165,25 @@ _load_as_vllm_does = worker_manager.WorkerLoRAManager._load_adapter
 
 def _load_adapter(self: Any, request: Any) -> Any:
     """vLLM's own, and for our paths the same from tensors."""
-    path: str = request.lora_path
-    if path.startswith(MEMORY):
-        state = _held[path.removeprefix(MEMORY)]
-    elif path.startswith(FOLDER):
-        state = read_peft_folder(Path(path.removeprefix(FOLDER)))
-    else:
+    if not request.lora_path.startswith(SCHEME):
         return _load_as_vllm_does(self, request)
+    name = request.lora_path.removeprefix(SCHEME)
+    preparation = _held[name]
+    spec = preparation.spec
+    assert spec is not None, "the routes wait for it"
     helper = PEFTHelper.from_dict(
         {
-            "r": state.spec.rank,
-            "lora_alpha": state.spec.alpha,
-            "use_rslora": state.spec.rslora,
-            "target_modules": list(state.spec.target_modules),
+            "r": spec.rank,
+            "lora_alpha": spec.alpha,
+            "use_rslora": spec.rslora,
+            "target_modules": list(spec.target_modules),
         }
     )
     helper.validate_legal(self.lora_config)
     layers = self._adapter_manager
     model = self._lora_model_cls.from_lora_tensors(
         lora_model_id=request.lora_int_id,
-        # copies: vLLM scales B in place
-        tensors={name: tensor.clone() for name, tensor in state.tensors.items()},
+        tensors=preparation.tensors(),
         peft_helper=helper,
         device="cpu",
         dtype=self.lora_config.lora_dtype,
@@ -189,7 +193,7 @@ def _load_adapter(self: Any, request: Any) -> Any:
     )
     model.is_3d_lora_weight = request.is_3d_lora_weight
     layers._validate_moe_lora_format(model)
-    _installed[path] = state.digest()
+    _installed[name] = preparation.digest
     return model
 
 
@@ -236,3 +240,27 @@ if current_platform.is_cpu():
         return _config_of_experts(*args, **{**options, "is_lora_enabled": False})
 
     fused_moe_layer.FusedMoEConfig = _without_expert_adapters
+
+    # a prompt that is computed in pieces is sampled after each piece, in vain; vLLM then turns the
+    # request's random numbers back by a call that ends the worker where they are a CPU's
+    _sample_as_vllm_does = gpu_model_runner.GPUModelRunner._sample
+    _keep_books_as_vllm_does = gpu_model_runner.GPUModelRunner._bookkeeping_sync
+
+    def _sample(self: Any, *args: Any, **options: Any) -> Any:
+        vain = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0]
+        generators = [self.input_batch.generators.get(int(row)) for row in vain]
+        before = [(each, each.get_state()) for each in generators if each is not None]
+        sampled = _sample_as_vllm_does(self, *args, **options)
+        for generator, state in before:
+            generator.set_state(state)
+        return sampled
+
+    def _keep_books(self: Any, *args: Any, **options: Any) -> Any:
+        generators, self.input_batch.generators = self.input_batch.generators, {}
+        try:
+            return _keep_books_as_vllm_does(self, *args, **options)
+        finally:
+            self.input_batch.generators = generators
+
+    gpu_model_runner.GPUModelRunner._sample = _sample
+    gpu_model_runner.GPUModelRunner._bookkeeping_sync = _keep_books

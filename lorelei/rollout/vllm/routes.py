@@ -124,15 +124,15 @@ class Routes:
         name = query["name"]
         if name not in server.adapters:
             await server.on_workers("lorelei_store", name, body)
-            await server.add(name, f"mem://{name}")
+            await server.add(name)
         return await server.installed(name)
 
     async def _load_folder(self, server: _Server, query: Message, body: bytes) -> Any:
         asked = json.loads(body)
         name, folder = asked["name"], asked["folder"]
         if name not in server.adapters:
-            await server.on_workers("lorelei_check_folder", folder)
-            await server.add(name, f"peft://{folder}")
+            await server.on_workers("lorelei_read", name, folder)
+            await server.add(name)
         return await server.installed(name)
 
     async def _join(self, server: _Server, query: Message, body: bytes) -> Any:
@@ -148,16 +148,8 @@ class Routes:
 
     async def _load_received(self, server: _Server, query: Message, body: bytes) -> Any:
         name = json.loads(body)["name"]
-        while name not in server.adapters:
-            answers = await server.ask_workers("lorelei_arrived", name)
-            if any(answer.get("waiting") for answer in answers):
-                await asyncio.sleep(POLL)
-                continue
-            for answer in answers:
-                if answer.get("missing"):
-                    raise Refused(404, f"{name}: no broadcast has come: {answer.get('why')}")
-            _refuse(answers)
-            await server.add(name, f"mem://{name}")
+        if name not in server.adapters:
+            await server.add(name)
         return await server.installed(name)
 
     async def _leave(self, server: _Server, query: Message, body: bytes) -> Any:
@@ -266,17 +258,25 @@ class _Server:
         _refuse(answers)
         return {}
 
-    async def add(self, name: str, path: str) -> None:
+    async def add(self, name: str) -> None:
+        """Have vLLM load what the workers prepare, once it is ready."""
+        answers = await self.ask_workers("lorelei_prepared", name)
+        while any("waiting" in answer for answer in answers):
+            await asyncio.sleep(POLL)
+            answers = await self.ask_workers("lorelei_prepared", name)
+        for answer in answers:
+            if "missing" in answer:
+                raise Refused(404, f"{name}: nothing has come: {answer['missing']}")
+        _refuse(answers)
         answer = await self._models.load_lora_adapter(
-            LoadLoRAAdapterRequest(lora_name=name, lora_path=path)
+            LoadLoRAAdapterRequest(lora_name=name, lora_path=f"lorelei://{name}")
         )
         if isinstance(answer, ErrorResponse):
             raise Refused(answer.error.code, answer.error.message)
 
     async def installed(self, name: str) -> Message:
         """What all workers hold under a name; a worker that differs is named."""
-        path = self.adapters[name].lora_path
-        digests = [a["digest"] for a in await self.ask_workers("lorelei_digest", path)]
+        digests = [a["digest"] for a in await self.ask_workers("lorelei_digest", name)]
         odd = [digest for digest in digests if digest != digests[0]]
         return {"digest": odd[0] if odd else digests[0], "workers": len(digests)}
 
@@ -285,8 +285,7 @@ class _Server:
         if request is not None:
             await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
             await self.engine.remove_lora(request.lora_int_id)
-        path = request.lora_path if request is not None else ""
-        await self.ask_workers("lorelei_forget", name, path)
+        await self.ask_workers("lorelei_forget", name)
 
 
 def _refuse(answers: list[Message]) -> None:
