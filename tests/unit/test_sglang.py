@@ -10,7 +10,7 @@ import torch
 
 from lorelei.config.errors import FieldError
 from lorelei.config.sglang_options import DERIVED, check_extra_args
-from lorelei.rollout.server.options import ServerOptions
+from lorelei.rollout.server.options import ServerOptions, binding
 from lorelei.rollout.sglang.command import SPARE, arguments, check_model
 from lorelei.rollout.sglang.in_server.sampling import uniforms
 from tests.tiny_models import tiny_config
@@ -80,3 +80,13 @@ def test_uniform_numbers_depend_on_seed_and_position_and_on_nothing_else() -> No
     assert ((counts - 500) ** 2 / 500).sum() < 43.8
     by_seed = drawn.view(100, 100)
     assert torch.corrcoef(by_seed).fill_diagonal_(0).abs().max() < 0.5
+
+
+def test_servers_on_a_cpu_share_its_numa_nodes(tmp_path: Path) -> None:
+    """SGLang gives each device number a NUMA node: a second server, or worker, may have none."""
+    of_cpu = options(tmp_path, "llama", "q_proj")
+    assert "--base-gpu-id" not in arguments(of_cpu, 1, 4000)
+    words = arguments(replace(of_cpu, device="cuda", tensor_parallel=2), 1, 4000)
+    assert words[words.index("--base-gpu-id") + 1] == "2"
+    groups = binding(replace(of_cpu, tensor_parallel=2), 0).split("|")
+    assert len(groups) == 2 and all(group.isdecimal() for group in groups)

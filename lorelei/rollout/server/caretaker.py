@@ -47,7 +47,7 @@ class Caretaker:
             replica.suspect.clear()
             try:
                 await self._bring_up()
-                replica.ready = True
+                replica.ready, replica.doubted = True, False
                 changed()
                 reason = await self._watch(changed)
             except ServerTrouble as trouble:

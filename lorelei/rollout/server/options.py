@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,3 +38,15 @@ def flags(options: Mapping[str, Scalar]) -> list[str]:
         if not isinstance(value, bool):
             words.append(str(value))
     return words
+
+
+def binding(options: ServerOptions, number: int) -> str:
+    """Cores of each worker of replica `number`, as both kinds of server write them: 0,1|2,3."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    workers = range(number * options.tensor_parallel, (number + 1) * options.tensor_parallel)
+    # from the last core down: the trainer starts at the first
+    own = [
+        [cores[-1 - (worker * options.threads + n) % len(cores)] for n in range(options.threads)]
+        for worker in workers
+    ]
+    return "|".join(",".join(map(str, sorted(set(each)))) for each in own)

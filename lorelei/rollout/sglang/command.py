@@ -8,7 +8,7 @@ import sys
 from lorelei.config.errors import FieldError
 from lorelei.interpreters.recipe import import_path, interpreter
 from lorelei.model.config import DecoderConfig
-from lorelei.rollout.server.options import Scalar, ServerOptions, flags
+from lorelei.rollout.server.options import Scalar, ServerOptions, binding, flags
 from lorelei.rollout.server.process import Launch
 
 LAUNCHER = "lorelei.rollout.sglang.in_server.launcher"
@@ -22,7 +22,7 @@ def launch(options: ServerOptions, number: int, port: int, token: str) -> Launch
     return Launch(
         # -P: the folder that we happen to be in holds no modules for the server
         command=(str(python), "-P", "-m", LAUNCHER, *arguments(options, number, port)),
-        environment=_environment(options, token),
+        environment=_environment(options, number, token),
     )
 
 
@@ -49,7 +49,6 @@ def arguments(options: ServerOptions, number: int, port: int) -> tuple[str, ...]
         "context-length": options.context + SPARE,
         "max-running-requests": options.max_running,
         "tp-size": options.tensor_parallel,
-        "base-gpu-id": number * options.tensor_parallel,
         "enable-lora": True,
         "max-lora-rank": options.max_rank,
         "max-loras-per-batch": options.versions + 1,  # the base model takes a place
@@ -60,7 +59,9 @@ def arguments(options: ServerOptions, number: int, port: int) -> tuple[str, ...]
         "sleep-on-idle": True,
         "log-level-http": "warning",
     }
-    if options.device == "cpu":
+    if options.device != "cpu":
+        derived["base-gpu-id"] = number * options.tensor_parallel
+    else:
         derived["attention-backend"] = "torch_native"
         derived["lora-backend"] = "torch_native"
         derived["mem-fraction-static"] = 0.3
@@ -69,7 +70,7 @@ def arguments(options: ServerOptions, number: int, port: int) -> tuple[str, ...]
     return (*words, "--lora-target-modules", *options.target_modules)
 
 
-def _environment(options: ServerOptions, token: str) -> dict[str, str]:
+def _environment(options: ServerOptions, number: int, token: str) -> dict[str, str]:
     found = {
         "LORELEI_SERVER_TOKEN": token,
         "PYTHONPATH": str(import_path()),
@@ -84,6 +85,8 @@ def _environment(options: ServerOptions, token: str) -> dict[str, str]:
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": str(options.threads),
         }
+        if options.tensor_parallel > 1:  # else a worker for each NUMA node
+            found["SGLANG_CPU_OMP_THREADS_BIND"] = binding(options, number)
     return found
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from lorelei.config.vllm_options import rank_at_least
 from lorelei.interpreters.recipe import import_path, interpreter
-from lorelei.rollout.server.options import Scalar, ServerOptions, flags
+from lorelei.rollout.server.options import Scalar, ServerOptions, binding, flags
 from lorelei.rollout.server.process import Launch
 
 # not lm_head: vLLM's scores of prompts fail beside an adapted one
@@ -69,20 +68,9 @@ def _environment(options: ServerOptions, number: int, token: str) -> dict[str, s
     if options.device == "cpu":
         found |= {
             "VLLM_CPU_KVCACHE_SPACE": str(options.cpu_cache_gib),
-            "VLLM_CPU_OMP_THREADS_BIND": _binding(options, number),
+            # unbound, all servers would sit on core 0
+            "VLLM_CPU_OMP_THREADS_BIND": binding(options, number),
             "OMP_NUM_THREADS": str(options.threads),
             "CUDA_VISIBLE_DEVICES": "",
         }
     return found
-
-
-def _binding(options: ServerOptions, number: int) -> str:
-    """Cores of each worker, as vLLM writes them. Unbound, all servers would sit on core 0."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    workers = range(number * options.tensor_parallel, (number + 1) * options.tensor_parallel)
-    # from the last core down: the trainer starts at the first
-    own = [
-        [cores[-1 - (worker * options.threads + n) % len(cores)] for n in range(options.threads)]
-        for worker in workers
-    ]
-    return "|".join(",".join(map(str, sorted(set(each)))) for each in own)
