@@ -64,12 +64,14 @@ class _Resolver:
         return self.value(self._at(target, f"{where}: ${{{reference}}}"), target)
 
     def _at(self, target: tuple[str, ...], where: str) -> object:
-        found: object = self._data
+        found: Any = self._data
         for depth, key in enumerate(target):
             if is_mapping(found) and key in found:
                 found = found[key]
-            elif isinstance(found, list) and key.isdigit() and int(key) < len(found):  # pyright: ignore[reportUnknownArgumentType]
-                found = cast(list[object], found)[int(key)]
+            elif (
+                isinstance(found, list) and key.isdigit() and int(key) < len(cast(list[Any], found))
+            ):
+                found = cast(list[Any], found)[int(key)]
             else:
                 there = nearest(key, map(str, found)) if is_mapping(found) else "it has no keys"
                 raise ConfigError(
