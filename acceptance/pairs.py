@@ -62,7 +62,7 @@ async def measure(case: Case) -> Line:
         command = [sys.executable, "-m", "lorelei", "train", str(config)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         start = time.perf_counter()
-        done = subprocess.run(command, env=environment, stdout=sys.stderr, cwd=folder)
+        done = subprocess.run(command, env=environment, stdout=sys.stderr)
         seconds = time.perf_counter() - start
         metrics = folder / "runs" / "run" / "metrics.jsonl"
         (steps,) = read_metrics(metrics).steps.values() if metrics.exists() else ([],)
@@ -98,6 +98,7 @@ def _config(case: Case, folder: Path) -> dict[str, Any]:
     (folder / "rewards.py").write_text(REWARD)
     return {
         "model": str(model),
+        "runs_dir": str(folder / "runs"),
         "steps": STEPS,
         "threads": 1,
         "lora": {"lora_rank": 4, "lora_alpha": 8},
