@@ -68,7 +68,9 @@ class HostedModel(nn.Module):
         fully_shard(self, mesh=self.mesh.shards, offload_policy=offload)
         for module in (*self._skeleton.blocks, self):
             assert isinstance(module, FSDPModule)
-            module.set_gradient_divide_factor(1.0)  # a loss is a sum, not a mean over processes
+            # a loss is a sum, not a mean over processes; gloo has no other reduction
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
     def trained_copy(self, dtype: torch.dtype) -> HostedModel:
         """Another model from the same checkpoint, every weight of which gets gradients."""
