@@ -194,9 +194,7 @@ def test_models_whose_layers_mix_packed_sequences_are_refused(tmp_path: Path) ->
     MambaForCausalLM(
         MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1)
     ).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="model: layers of mamba of mamba would mix packed sequences"
-    ):
+    with pytest.raises(ValueError, match="layers of mamba of mamba would mix packed"):
         start(tmp_path, workers=1)
 
 
