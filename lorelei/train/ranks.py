@@ -74,7 +74,7 @@ class Ranks:
     def add_up_gradients(self, tensors: Iterable[Tensor]) -> None:
         """Sum the gradients over the ranks in one message; a rank without any counts as zero."""
         held = list(tensors)
-        if self.size == 1:
+        if self.size == 1 or not held:
             return
         flat = torch.cat(
             [(torch.zeros_like(t) if t.grad is None else t.grad).reshape(-1) for t in held]

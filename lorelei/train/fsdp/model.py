@@ -68,7 +68,9 @@ class HostedModel(nn.Module):
         fully_shard(self, mesh=self.mesh.shards, offload_policy=offload)
         for module in (*self._skeleton.blocks, self):
             assert isinstance(module, FSDPModule)
-            module.set_gradient_divide_factor(1.0)  # a loss is a sum, not a mean over processes
+            # a loss is a sum, not a mean over processes; gloo has no other reduction
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
     def trained_copy(self, dtype: torch.dtype) -> HostedModel:
         """Another model from the same checkpoint, every weight of which gets gradients."""
@@ -111,7 +113,7 @@ class HostedModel(nn.Module):
         if not len(source_i):  # every pass goes through the head too: others wait for it
             first = (source_i.new_zeros(1), target_i.new_zeros(1), temperature_i.new_ones(1))
             logprobs, entropy = self.forward(tokens_t, positions_t, route, attend, first)
-            return logprobs[:0], entropy[:0]
+            return logprobs[:0].clone(), entropy[:0].clone()  # FSDP wants no views
         with self._skeleton.binding.use(route):
             hidden_tD = self.lm.base_model(
                 input_ids=tokens_t[None],
