@@ -91,7 +91,7 @@ async def measure(case: Case) -> Line:
         command = [sys.executable, "-m", "lorelei", "train", str(config)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         start = time.perf_counter()
-        done = subprocess.run(command, env=environment, stdout=sys.stderr, cwd=folder)
+        done = subprocess.run(command, env=environment, stdout=sys.stderr)
         seconds = time.perf_counter() - start
         run = folder / "runs" / "run"
         metrics = run / "metrics.jsonl"
@@ -151,6 +151,7 @@ def _config(case: Case, folder: Path) -> dict[str, Any]:
     (folder / "rewards.py").write_text(REWARD)
     return {
         "model": str(model),
+        "runs_dir": str(folder / "runs"),
         "steps": STEPS,
         "threads": 1,
         # of a rank that makes names and shapes small beside the numbers

@@ -109,7 +109,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *lows = ctx.saved_tensors
         x_TD = lifted(x, ctx.lift) if ctx.spans else x
-        dy_TO = grads[0]
+        dy_TO = grads[0].contiguous()
         dx_TD = ctx.layer.weight.transposed_product(dy_TO) if ctx.needs_input_grad[0] else None
         d_weights: list[Tensor] = []
         for span, low_tR in zip(ctx.spans, lows, strict=True):

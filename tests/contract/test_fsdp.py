@@ -28,7 +28,7 @@ from tests.contract.train_engines import (
     randomise,
 )
 from tests.episodes import random_group, weighted_batch
-from tests.tiny_models import FOREIGN, make_tiny
+from tests.tiny_models import make_tiny
 
 FP32 = 1e-5  # two orders of summation in fp32 differ by about 1e-6
 SPEC = AdapterSpec(rank=4, alpha=8)
@@ -126,8 +126,17 @@ def test_fewer_sequences_than_ranks_are_a_batch_too(engines: dict[str, TrainEngi
 # --- any architecture
 
 
-@pytest.mark.parametrize("family", FOREIGN)
-@pytest.mark.parametrize("kind", ["fsdp", "fsdp-dp2", "fsdp-tp2", "fsdp-sp2"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("mistral", "fsdp-dp2"),
+        ("mistral", "fsdp-sp2"),
+        ("gemma2", "fsdp-tp2"),
+        ("gemma2", "fsdp-sp2"),
+        ("phi", "fsdp-dp2"),
+        ("phi", "fsdp-tp2"),
+    ],
+)
 def test_a_foreign_architecture_has_the_gradients_of_peft_and_learns(
     family: str, kind: str, tmp_path: Path
 ) -> None:

@@ -51,7 +51,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return make_tiny(request.param, tmp_path_factory.mktemp("model"), tie_word_embeddings=tied)
 
 
-@pytest.fixture(scope="module", params=ARCHON)
+@pytest.fixture(scope="module", params=(*ARCHON, "fsdp-dp2", "fsdp-sp2"))
 def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[TrainEngine]:
     made = make_engine(request.param, folder)
     yield made

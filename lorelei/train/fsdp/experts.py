@@ -7,6 +7,7 @@ Shapes: T tokens, D hidden, F intermediate, k experts of a token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class HostedExperts(nn.ModuleList):
             )
             for expert in range(experts)
         )
-        self._act: Callable[[Tensor], Tensor] = replaced.act_fn
+        # wrapped: a module would become one of the experts
+        self._act: Callable[[Tensor], Tensor] = partial(replaced.act_fn)
         self._team = team if cut_up else Team(rank=0, size=1, group=None)
         self._binding = binding
 

@@ -111,7 +111,7 @@ class HostedModel(nn.Module):
         if not len(source_i):  # every pass goes through the head too: others wait for it
             first = (source_i.new_zeros(1), target_i.new_zeros(1), temperature_i.new_ones(1))
             logprobs, entropy = self.forward(tokens_t, positions_t, route, attend, first)
-            return logprobs[:0], entropy[:0]
+            return logprobs[:0].clone(), entropy[:0].clone()  # FSDP wants no views
         with self._skeleton.binding.use(route):
             hidden_tD = self.lm.base_model(
                 input_ids=tokens_t[None],

@@ -120,7 +120,7 @@ def _read(file: Any, name: str, place: Place, shard: int, folder: Path) -> Tenso
         return file.get_tensor(name).to(parameter.dtype)
     if region[0].start == region[0].stop:  # fewer rows than shards
         return torch.empty(0, *place.whole[1:], dtype=parameter.dtype)
-    return stored[region].to(parameter.dtype)
+    return stored[region].to(parameter.dtype).contiguous()
 
 
 def _filled(parameter: nn.Parameter, local: Tensor) -> nn.Parameter:
