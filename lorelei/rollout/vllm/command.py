@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,8 @@ from lorelei.interpreters.recipe import import_path, interpreter
 from lorelei.rollout.server.process import LOOPBACK, Launch
 
 # not lm_head: vLLM's scores of prompts fail beside an adapted one
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj", "experts")
 LOGPROBS_MODE = "processed_logprobs"
 EXTENSION = "lorelei.rollout.vllm.extension.Extension"
 ROUTES = "lorelei.rollout.vllm.routes.Routes"
@@ -78,7 +80,16 @@ def arguments(options: VllmOptions, port: int, host: str = LOOPBACK) -> tuple[st
     words = ["serve", str(options.model)]
     for name, value in {**derived, **options.extra_args}.items():
         words += _flag(name, value)
-    return (*words, "--lora-target-modules", *TARGETS)
+    return (*words, "--lora-target-modules", *_targets(options))
+
+
+def _targets(options: VllmOptions) -> tuple[str, ...]:
+    """What may be adapted. On a CPU vLLM ends at its start where experts may be."""
+    path = options.model / "config.json"
+    if options.device != "cpu" or not path.is_file():
+        return TARGETS
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return TARGETS if {"num_experts", "num_local_experts"}.isdisjoint(config) else ATTENTION
 
 
 def _flag(name: str, value: Scalar) -> list[str]:
