@@ -138,7 +138,7 @@ def test_a_problem_stands_before_the_tables(tmp_path, monkeypatch):
 
 def test_an_unknown_matrix_or_case_is_refused_with_those_there_are():
     for arguments, words in (
-        (["speed"], "no matrix 'speed'; use publishing, fifty_publishes"),
+        (["speed"], "no matrix 'speed'; use logprobs, publishing"),
         (["publishing", "vllm"], "no case 'vllm'; use embedded-memory-tiny"),
     ):
         command = [sys.executable, "-m", "acceptance", *arguments]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
+=======
+import json
+import os
+>>>>>>> megatron
 import sys
 
 from lorelei.config.vllm_options import rank_at_least
@@ -10,7 +15,8 @@ from lorelei.rollout.server.options import Scalar, ServerOptions, binding, flags
 from lorelei.rollout.server.process import LOOPBACK, Launch
 
 # not lm_head: vLLM's scores of prompts fail beside an adapted one
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "experts")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj", "experts")
 LOGPROBS_MODE = "processed_logprobs"
 EXTENSION = "lorelei.rollout.vllm.extension.Extension"
 ROUTES = "lorelei.rollout.vllm.routes.Routes"
@@ -54,8 +60,24 @@ def arguments(options: ServerOptions, port: int, host: str = LOOPBACK) -> tuple[
     if options.device == "cpu":
         derived["block-size"] = 32
         derived["enforce-eager"] = True  # compiling takes longer than it saves
+<<<<<<< HEAD
     words = flags({**derived, **options.extra_args})
     return ("serve", str(options.model), *words, "--lora-target-modules", *TARGETS)
+=======
+    words = ["serve", str(options.model)]
+    for name, value in {**derived, **options.extra_args}.items():
+        words += _flag(name, value)
+    return (*words, "--lora-target-modules", *_targets(options))
+
+
+def _targets(options: VllmOptions) -> tuple[str, ...]:
+    """What may be adapted. On a CPU vLLM ends at its start where experts may be."""
+    path = options.model / "config.json"
+    if options.device != "cpu" or not path.is_file():
+        return TARGETS
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return TARGETS if {"num_experts", "num_local_experts"}.isdisjoint(config) else ATTENTION
+>>>>>>> megatron
 
 
 def _environment(options: ServerOptions, number: int, token: str) -> dict[str, str]:
