@@ -189,7 +189,8 @@ def test_tensor_parallel_and_context_divide_what_a_rank_holds(tiny):
         return held(group(planned(tiny, f"train={train}", *more), "fsdp rank"))
 
     one, tensor = rank("{kind: fsdp}"), rank("{kind: fsdp, tensor_parallel: 2}")
-    assert tensor["base model"] == one["base model"] // 2
+    # the embedding and the head stay whole
+    assert one["base model"] // 2 < tensor["base model"] < one["base model"]
     assert "gathered blocks" not in tensor, "nothing is sharded over one rank"
     data = rank("{kind: fsdp, data_parallel: 2}")
     assert data["base model"] == one["base model"] // 2

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-=======
 import json
-import os
->>>>>>> megatron
 import sys
 
 from lorelei.config.vllm_options import rank_at_least
@@ -60,24 +56,17 @@ def arguments(options: ServerOptions, port: int, host: str = LOOPBACK) -> tuple[
     if options.device == "cpu":
         derived["block-size"] = 32
         derived["enforce-eager"] = True  # compiling takes longer than it saves
-<<<<<<< HEAD
     words = flags({**derived, **options.extra_args})
-    return ("serve", str(options.model), *words, "--lora-target-modules", *TARGETS)
-=======
-    words = ["serve", str(options.model)]
-    for name, value in {**derived, **options.extra_args}.items():
-        words += _flag(name, value)
-    return (*words, "--lora-target-modules", *_targets(options))
+    return ("serve", str(options.model), *words, "--lora-target-modules", *_targets(options))
 
 
-def _targets(options: VllmOptions) -> tuple[str, ...]:
+def _targets(options: ServerOptions) -> tuple[str, ...]:
     """What may be adapted. On a CPU vLLM ends at its start where experts may be."""
     path = options.model / "config.json"
     if options.device != "cpu" or not path.is_file():
         return TARGETS
     config = json.loads(path.read_text(encoding="utf-8"))
     return TARGETS if {"num_experts", "num_local_experts"}.isdisjoint(config) else ATTENTION
->>>>>>> megatron
 
 
 def _environment(options: ServerOptions, number: int, token: str) -> dict[str, str]:
