@@ -73,7 +73,11 @@ class _Resolver:
             ):
                 found = cast(list[Any], found)[int(key)]
             else:
-                there = nearest(key, map(str, found)) if is_mapping(found) else "it has no keys"
+                there = (
+                    nearest(key, map(str, cast(Raw, found)))
+                    if is_mapping(cast(object, found))
+                    else "it has no keys"
+                )
                 raise ConfigError(
                     f"{where} names nothing: there is no {'.'.join(target[: depth + 1])}; {there}"
                 )
