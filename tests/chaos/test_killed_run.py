@@ -55,6 +55,7 @@ def test_a_run_outlives_its_server_and_no_process_outlives_the_run(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            start_new_session=True,  # a group of its own
         )
     try:
         wait(run, log.name, lambda: committed(folder) >= 2)

@@ -51,7 +51,9 @@ def arguments(options: ServerOptions, port: int) -> tuple[str, ...]:
         derived["block-size"] = 32
         derived["enforce-eager"] = True  # compiling takes longer than it saves
     words = flags({**derived, **options.extra_args})
-    return ("serve", str(options.model), *words, "--lora-target-modules", *TARGETS)
+    # the CPU build has no kernels for adapted experts, and does not start with them as targets
+    targets = [name for name in TARGETS if options.device != "cpu" or name != "experts"]
+    return ("serve", str(options.model), *words, "--lora-target-modules", *targets)
 
 
 def _environment(options: ServerOptions, number: int, token: str) -> dict[str, str]:
