@@ -62,7 +62,10 @@ async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None
             starts, origin = warm_starts(config), "lora.init_from"
         else:
             starts, origin = {n: store.load(n) for n in store.latest.adapters}, str(folder)
-        parts = await build(config, stack, folder / "logs")
+        try:
+            parts = await build(config, stack, folder / "logs")
+        except (EngineClosed, ServerTrouble) as error:  # of servers that do not start
+            raise Broken(str(error)) from error
         trainer = make_trainer(config, parts, stack)
         _restore(trainer.engine, starts, origin)
         if store is None:  # last: what is refused before leaves nothing behind

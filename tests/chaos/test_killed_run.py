@@ -29,7 +29,7 @@ START = 240.0  # seconds for a server on a busy machine
 def test_a_run_outlives_its_server_and_no_process_outlives_the_run(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """The attention of a mixture of experts over two vLLM workers, published by broadcast."""
+    """The attention of a mixture of experts over vLLM, published by broadcast."""
     place = make_workplace(tmp_path, tiny_tokenizer, "qwen3_moe")
     sections: dict[str, Any] = {
         "steps": 30,
@@ -39,7 +39,6 @@ def test_a_run_outlives_its_server_and_no_process_outlives_the_run(
             "n_samples": 4,
             "max_new_tokens": 8,
             "max_head_offpolicyness": STALENESS,
-            "tensor_parallel_size": 2,
             "cpu_cache_gib": 1,
             "max_running": 8,
         },
@@ -56,6 +55,7 @@ def test_a_run_outlives_its_server_and_no_process_outlives_the_run(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            start_new_session=True,  # a group of its own
         )
     try:
         wait(run, log.name, lambda: committed(folder) >= 2)
@@ -81,8 +81,7 @@ def test_a_run_outlives_its_server_and_no_process_outlives_the_run(
     steps = records(folder, "step")
     assert all(step["staleness_max"] <= STALENESS for step in steps)
     assert all(step["canary_version"] < 1e-5 < step["canary_base"] for step in steps)
-    assert all(step["kl_sampler"] < 1e-3 for step in steps)
-    assert steps[1]["publish_fallbacks"] == 0, "a group of both workers"
+    assert steps[1]["publish_fallbacks"] == 0, "a group with the worker"
     assert steps[-1]["publish_fallbacks"] == steps[-2]["publish_fallbacks"] <= 1, "and a new one"
     output = (folder / "logs/vllm-0.log").read_text()
     assert output.count("$ ") >= 2, "both starts are in the run's folder"
