@@ -13,10 +13,9 @@ import pytest
 
 from lorelei.rollout.server.client import Client, ServerTrouble
 from lorelei.rollout.server.dialect import Dialect
+from lorelei.rollout.server.options import ServerOptions
 from lorelei.rollout.server.process import ServerProcess, free_port
-from lorelei.rollout.sglang.command import SglangOptions
 from lorelei.rollout.sglang.dialect import SglangDialect
-from lorelei.rollout.vllm.command import VllmOptions
 from lorelei.rollout.vllm.dialect import VllmDialect
 from tests.environments import needs
 
@@ -49,9 +48,9 @@ def rollout_section(kind: str, model: Path, context: int) -> Iterator[Mapping[st
         return
     options = {**_OPTIONS, "model": model, "context": context}
     dialect: Dialect = (
-        VllmDialect(VllmOptions(**options))
+        VllmDialect(ServerOptions(**options))
         if kind == "vllm"
-        else SglangDialect(SglangOptions(**options, target_modules=ALL_LINEAR))
+        else SglangDialect(ServerOptions(**options, target_modules=ALL_LINEAR))
     )
     port = free_port()
     url = f"http://127.0.0.1:{port}"
