@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lorelei.config import sglang_options, vllm_options
 from lorelei.config.errors import FieldError
+from lorelei.config.extra_args import check_extra_args
 from lorelei.config.section import Section, tagged
 
 _TRUNCATION = (
@@ -163,7 +164,7 @@ class VllmRollout(ServerRollout):
 
     @model_validator(mode="after")
     def _derived_stay_derived(self) -> VllmRollout:
-        vllm_options.check_extra_args(self.extra_args)
+        check_extra_args(self.extra_args, vllm_options.DERIVED)
         return self
 
 
@@ -174,7 +175,7 @@ class SglangRollout(ServerRollout):
 
     @model_validator(mode="after")
     def _derived_stay_derived(self) -> SglangRollout:
-        sglang_options.check_extra_args(self.extra_args)
+        check_extra_args(self.extra_args, sglang_options.DERIVED)
         return self
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorelei.config.errors import FieldError
-
 # options that follow from the run, and from what
 DERIVED: Mapping[str, str] = {
     "model-path": "model",
@@ -38,13 +36,3 @@ DERIVED: Mapping[str, str] = {
     "enable-memory-saver": "train and rollout on one device",
     "tokenizer-worker-num": "what publishing needs",
 }
-
-
-def check_extra_args(extra_args: Mapping[str, object]) -> None:
-    """Raises FieldError for a name that is derived."""
-    for name in extra_args:
-        plain = name.strip("-").replace("_", "-")
-        if plain in DERIVED:
-            raise FieldError(
-                f"extra_args.{name}", f"follows from {DERIVED[plain]}; remove it and set that"
-            )

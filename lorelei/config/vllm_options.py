@@ -34,16 +34,6 @@ DERIVED: Mapping[str, str] = {
 }
 
 
-def check_extra_args(extra_args: Mapping[str, object]) -> None:
-    """Raises FieldError for a name that is derived."""
-    for name in extra_args:
-        plain = name.strip("-").replace("_", "-")
-        if plain in DERIVED:
-            raise FieldError(
-                f"extra_args.{name}", f"follows from {DERIVED[plain]}; remove it and set that"
-            )
-
-
 def rank_at_least(rank: int) -> int:
     """The smallest maximum that vLLM accepts. Raises FieldError above the largest."""
     for allowed in RANKS:

@@ -20,9 +20,9 @@ from lorelei.lora.fresh import stable_seed
 from lorelei.lora.sharded import is_sharded
 from lorelei.lora.state import AdapterSnapshot, AdapterState, check_tensors
 from lorelei.train.adam import AdapterOptimizer
-from lorelei.train.checks import check_losses, check_snapshot, finite
+from lorelei.train.checks import check_batch, check_losses, check_snapshot, finite
 from lorelei.train.items import Outputs, item_rows, loss_items
-from lorelei.train.layout import Piece, idle, join, micro_batches, pieces, share
+from lorelei.train.layout import Piece, idle, micro_batches, packed, pieces, share
 from lorelei.train.ranks import Ranks
 from lorelei.types import (
     AdamHyper,
@@ -96,7 +96,7 @@ class BankEngine:
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, policy: Policy) -> ItemOutputs:
-        self._check(batch)
+        check_batch(batch, self._bank)
         outputs = Outputs(len(batch.items), self._bank.dtype)
         bank = self._references if policy == "reference" else self._bank
         with self._ranks.together():
@@ -116,7 +116,7 @@ class BankEngine:
             raise
 
     def _forward_backward(self, batch: Batch, losses: Mapping[str, LossSpec]) -> TrainOutputs:
-        self._check(batch)
+        check_batch(batch, self._bank)
         check_losses(batch, losses)
         outputs = Outputs(len(batch.items), self._bank.dtype)
         with self._ranks.together():
@@ -155,9 +155,9 @@ class BankEngine:
         if self._ranks.shares == 1:
             return micro_batches(batch, self._max_tokens)
         shares = share(pieces(batch, self._max_tokens), self._ranks.shares)
-        mine = _packed(shares[self._ranks.share], self._max_tokens)
+        mine = packed(shares[self._ranks.share], self._max_tokens)
         if self._passes.lockstep:
-            most = max(len(_packed(theirs, self._max_tokens)) for theirs in shares)
+            most = max(len(packed(theirs, self._max_tokens)) for theirs in shares)
             mine += [idle(batch)] * (most - len(mine))
         return mine
 
@@ -202,12 +202,6 @@ class BankEngine:
     def close(self) -> None:
         self._optimizers.clear()
 
-    def _check(self, batch: Batch) -> None:
-        for name in batch.adapters:
-            self._bank[name]
-        if not len(batch.items):
-            raise ValueError("batch: it has no items, so there is nothing to compute")
-
 
 def _losses(
     part: Piece, losses: Mapping[str, LossSpec], logprobs_I: Tensor
@@ -219,12 +213,3 @@ def _losses(
             spec = losses[name]
             found[name] = load_loss(spec)(logprobs_I[rows], items, **spec.params)
     return found
-
-
-def _packed(parts: list[Piece], max_tokens: int) -> list[Piece]:
-    """Micro-batches of a rank's share, their items those of the whole batch."""
-    if not parts:
-        return []
-    joined = join(parts)
-    local = micro_batches(joined.batch, max_tokens)
-    return [Piece(batch=p.batch, items=joined.items[p.items]) for p in local]

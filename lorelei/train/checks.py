@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +11,22 @@ from torch import Tensor
 from lorelei.algo.loss import load_loss
 from lorelei.lora.state import AdapterSnapshot
 from lorelei.types import AdapterSpec, Batch, LossSpec
+
+
+class Adapters(Protocol):
+    """The adapters that an engine holds."""
+
+    def __getitem__(self, name: str, /) -> object:
+        """Raises KeyError, naming those there are."""
+        ...
+
+
+def check_batch(batch: Batch, held: Adapters) -> None:
+    """Raises KeyError for an adapter that is not held, ValueError for a batch without items."""
+    for name in batch.adapters:
+        held[name]
+    if not len(batch.items):
+        raise ValueError("batch: it has no items, so there is nothing to compute")
 
 
 def check_losses(batch: Batch, losses: Mapping[str, LossSpec]) -> None:

@@ -74,6 +74,15 @@ def micro_batches(batch: Batch, max_tokens: int) -> list[Piece]:
     return [join(group) for group in packed]
 
 
+def packed(parts: list[Piece], max_tokens: int) -> list[Piece]:
+    """Micro-batches of a rank's share, their items those of the whole batch."""
+    if not parts:
+        return []
+    joined = join(parts)
+    local = micro_batches(joined.batch, max_tokens)
+    return [Piece(batch=p.batch, items=joined.items[p.items]) for p in local]
+
+
 def join(parts: Sequence[Piece]) -> Piece:
     """One piece of several of the same batch."""
     segments: list[Segment] = []

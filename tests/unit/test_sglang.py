@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lorelei.config.errors import FieldError
-from lorelei.config.sglang_options import DERIVED, check_extra_args
+from lorelei.config.extra_args import check_extra_args
+from lorelei.config.sglang_options import DERIVED
 from lorelei.rollout.server.options import ServerOptions, binding
 from lorelei.rollout.sglang.command import SPARE, arguments, check_model
 from lorelei.rollout.sglang.in_server.sampling import uniforms
@@ -54,8 +55,8 @@ def test_the_command_line_follows_from_the_run(tmp_path: Path) -> None:
 def test_options_that_follow_from_the_run_are_refused(name: str) -> None:
     for written in (name, f"--{name}", name.replace("-", "_")):
         with pytest.raises(FieldError, match="follows from"):
-            check_extra_args({written: 1})
-    check_extra_args({"chunked_prefill_size": 512})
+            check_extra_args({written: 1}, DERIVED)
+    check_extra_args({"chunked_prefill_size": 512}, DERIVED)
 
 
 def test_adapted_experts_are_refused_before_a_cpu_server_starts(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.lora.targets import module_shapes
 from lorelei.model.config import DecoderConfig
 from lorelei.model.load import read_config
-from lorelei.train.checks import check_losses, check_snapshot, finite
+from lorelei.train.checks import check_batch, check_losses, check_snapshot, finite
 from lorelei.train.items import Outputs, loss_items
-from lorelei.train.layout import Piece, join, micro_batches, pieces, share
+from lorelei.train.layout import packed, pieces, share
 from lorelei.train.megatron.adapter import Adapter, Shard
 from lorelei.train.megatron.collect import collect
 from lorelei.train.megatron.model import build_model
@@ -88,7 +88,7 @@ class MegatronEngine:
             raise
 
     def logprobs(self, batch: Batch, policy: Policy) -> ItemOutputs:
-        self._check(batch)
+        check_batch(batch, self._slots)
         outputs = Outputs(len(batch.items), torch.float32)
 
         def judge(row: Row, logprobs_I: Tensor, entropy_I: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class MegatronEngine:
             raise
 
     def _forward_backward(self, batch: Batch, losses: Mapping[str, LossSpec]) -> TrainOutputs:
-        self._check(batch)
+        check_batch(batch, self._slots)
         check_losses(batch, losses)
         outputs = Outputs(len(batch.items), torch.float32)
 
@@ -144,7 +144,7 @@ class MegatronEngine:
         data, device = self._layout.data, self._pipeline.device
         parts = pieces(batch, self._max_tokens)
         for name, group in groupby(parts, key=lambda p: p.batch.segments[0].adapter):
-            shares = [_packed(own, self._max_tokens) for own in share(list(group), data.size)]
+            shares = [packed(own, self._max_tokens) for own in share(list(group), data.size)]
             adapter = self._adapter(name, policy)
             steps = self._slots[name].optimizer.step_count
             for piece in shares[data.rank]:
@@ -201,25 +201,10 @@ class MegatronEngine:
         slot.has_gradients = False
 
     def offload(self) -> None:
-        """Nothing to free: on the CPU memory is one, on an accelerator adapters are small."""
+        """Frees nothing yet: on an accelerator the base model stays on the device."""
 
     def onload(self) -> None:
         """Nothing to bring back."""
 
     def close(self) -> None:
         """Nothing to stop: a worker's process ends."""
-
-    def _check(self, batch: Batch) -> None:
-        for name in batch.adapters:
-            self._slots[name]
-        if not len(batch.items):
-            raise ValueError("batch: it has no items, so there is nothing to compute")
-
-
-def _packed(parts: list[Piece], max_tokens: int) -> list[Piece]:
-    """Micro-batches of a rank's share, their items those of the whole batch."""
-    if not parts:
-        return []
-    joined = join(parts)
-    local = micro_batches(joined.batch, max_tokens)
-    return [Piece(batch=p.batch, items=joined.items[p.items]) for p in local]
