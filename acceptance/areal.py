@@ -28,7 +28,7 @@ from tests.tiny_runs import REWARD, write_rows
 
 STEPS = 3
 TIMEOUT = 280.0  # seconds
-KL = 1e-4  # nats a token between trainer and sampler, in fp32
+KL = 1e-4  # nats a token between trainer and sampler of one version, in fp32
 SMALL = (  # in AReaL's words
     "actor.path=./model",
     "actor.dtype=float32",
@@ -148,7 +148,7 @@ def row(case: Case, text: str, steps: list[StepRecord]) -> Line:
     """What is kept of a run, with what does not hold of it."""
     found: Line = {
         "steps": len(steps),
-        "kl_sampler": max(step.kl_sampler for step in steps),
+        "kl_sampler": steps[0].kl_sampler,  # later steps have samples of older versions
         "reward": round(steps[-1].reward, 3),
         "translated": sum("  ->  " in line for line in text.splitlines()),
         "overrides": list(case.overrides),
@@ -196,8 +196,9 @@ def section(found: Mapping[str, Line]) -> str:
 `lorelei train` on AReaL's example files ([tests/areal](../tests/areal)) for {STEPS} steps, the
 canary on, with a tiny random model of the same family in fp32, and as many processes as two cores
 bear. vLLM's CPU build cannot serve adapters on experts: there the mixture has them on attention,
-with the embedded engine on every expert. *KL* is the largest mean difference of a step between the
-log-probabilities of trainer and sampler.
+with the embedded engine on every expert. *KL* is the mean difference of the
+log-probabilities of trainer and sampler in the first step, whose samples are all of the version that
+is trained; later ones may be up to two versions old, and there the canary compares.
 
 `make acceptance ARGS=areal`
 

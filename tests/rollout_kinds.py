@@ -26,6 +26,7 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 _OPTIONS: Mapping[str, Any] = {
     "dtype": "float32",
     "max_rank": 8,
+    "target_modules": ALL_LINEAR,
     "versions": 4,
     "max_running": 32,
     "tensor_parallel": 1,
@@ -46,12 +47,8 @@ def rollout_section(kind: str, model: Path, context: int) -> Iterator[Mapping[st
     if kind == "embedded":
         yield {"kind": kind}
         return
-    options = {**_OPTIONS, "model": model, "context": context}
-    dialect: Dialect = (
-        VllmDialect(ServerOptions(**options))
-        if kind == "vllm"
-        else SglangDialect(ServerOptions(**options, target_modules=ALL_LINEAR))
-    )
+    options = ServerOptions(**_OPTIONS, model=model, context=context)
+    dialect: Dialect = VllmDialect(options) if kind == "vllm" else SglangDialect(options)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     process = ServerProcess(dialect.launch(0, port, TOKEN, model.parent), model.parent / "log")

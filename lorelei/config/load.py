@@ -83,7 +83,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         theirs = [override for override in overrides if is_areal_key(_key(override))]
         overrides = [override for override in overrides if override not in theirs]
         for override in theirs:
-            _override(data, override)
+            _override(data, _from_here(override))
         translation = translate(resolve(data))
         data = translation.config
     config = _absolute(data, path.resolve().parent)
@@ -150,6 +150,14 @@ def _parse(text: str, where: str) -> object:
 
 def _key(override: str) -> str:
     return override.partition("=")[0].strip()
+
+
+def _from_here(override: str) -> str:
+    """An override of a path in AReaL's words, which the file's folder does not move any more."""
+    key, equals, value = override.partition("=")
+    if key.strip().endswith("path") and value.startswith((".", "~")):
+        value = _join(Path.cwd(), value)
+    return f"{key}{equals}{value}"
 
 
 def _override(config: Raw, override: str) -> None:
