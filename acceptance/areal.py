@@ -197,8 +197,8 @@ def section(found: Mapping[str, Line]) -> str:
 canary on, with a tiny random model of the same family in fp32, and as many processes as two cores
 bear. vLLM's CPU build cannot serve adapters on experts: there the mixture has them on attention,
 with the embedded engine on every expert. *KL* is the mean difference of the
-log-probabilities of trainer and sampler in the first step, whose samples are all of the version that
-is trained; later ones may be up to two versions old, and there the canary compares.
+log-probabilities of trainer and sampler in the first step, whose samples are all of the version
+that is trained; later ones may be up to two versions old, and there the canary compares.
 
 `make acceptance ARGS=areal`
 
