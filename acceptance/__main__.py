@@ -21,7 +21,7 @@ from typing import Any
 
 from acceptance.page import MATRICES, PAGE, page
 from acceptance.record import keep
-from acceptance.stage import staged
+from acceptance.stage import Case, staged
 from lorelei.interpreters.recipe import KINDS, interpreter
 
 Job = tuple[str, str]  # matrix and case
@@ -36,9 +36,9 @@ def main(arguments: list[str]) -> None:
         case []:
             _run_all(_jobs())
         case ["on", engine]:
-            _run_all([job for job in _jobs() if _case(job).engine == engine])
+            _run_all([job for job in _jobs() if _engine(_case(job)) == engine])
         case ["on", engine, size]:
-            _run_all([job for job in _jobs() if _case(job).stage == (engine, size)])
+            _run_all([job for job in _jobs() if _stage(_case(job)) == (engine, size)])
         case [matrix, *cases] if matrix in MATRICES:
             _run_all([(matrix, case) for case in cases or _cases(matrix)])
         case [other, *_]:
@@ -65,13 +65,23 @@ def _case(job: Job) -> Any:
     return _cases(matrix)[name]
 
 
+def _stage(case: Any) -> tuple[str, str] | None:
+    """Engine and size: cases that share them share a server. Runs start servers of their own."""
+    return (case.engine, case.size) if isinstance(case, Case) else None
+
+
+def _engine(case: Any) -> str | None:
+    """The rollout engine that a case samples with, or none."""
+    return getattr(case, "engine", None)
+
+
 def _run_all(jobs: Sequence[Job]) -> None:
     """Measure and keep; a process for each stage, and for each job that has none."""
     if not jobs:
         sys.exit("error: there is no such case")
     groups: dict[object, list[Job]] = {}
     for job in jobs:
-        groups.setdefault(_case(job).stage or job, []).append(job)
+        groups.setdefault(_stage(_case(job)) or job, []).append(job)
     held = [job for group in groups.values() for job in _run(group)]
     if failed := [f"{matrix} {case}" for matrix, case in jobs if (matrix, case) not in held]:
         sys.exit(f"error: failed: {', '.join(failed)}")
@@ -79,7 +89,7 @@ def _run_all(jobs: Sequence[Job]) -> None:
 
 def _run(jobs: Sequence[Job]) -> list[Job]:
     """Those that hold."""
-    kind = _case(jobs[0]).engine
+    kind = _engine(_case(jobs[0]))
     if kind in KINDS:
         try:
             interpreter(kind)
@@ -106,14 +116,14 @@ def _run(jobs: Sequence[Job]) -> list[Job]:
 
 async def _measure(jobs: Sequence[Job]) -> None:
     """One line of JSON for each."""
-    place = _case(jobs[0]).stage
+    place = _stage(_case(jobs[0]))
     async with AsyncExitStack() as stack:
         stage = await stack.enter_async_context(staged(*place)) if place else None
         for matrix, name in jobs:
             case = _case((matrix, name))
             module = import_module(f"acceptance.{matrix}")
             if stage is None:
-                result = await module.measure(case, None)
+                result = await module.measure(case)
             else:
                 async with stage.through(case.publisher):
                     result = await module.measure(case, stage)

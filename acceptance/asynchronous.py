@@ -33,10 +33,6 @@ class Case:
     engine: str
     publisher: str
 
-    @property
-    def stage(self) -> None:
-        """Runs start servers of their own."""
-
 
 CASES = {
     "embedded": Case(engine="embedded", publisher="memory"),
@@ -45,7 +41,7 @@ CASES = {
 }
 
 
-async def measure(case: Case, stage: None) -> Line:
+async def measure(case: Case) -> Line:
     """One row."""
     sides = {side: summary(_trained(case, staleness)) for side, staleness in SIDES.items()}
     ratio = sides["asynchronous"]["step_s"] / sides["synchronous"]["step_s"]

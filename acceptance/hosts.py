@@ -47,10 +47,6 @@ class Case:
     cut: Literal["", "trainer", "server"]  # whose link
     train: str = "archon"
 
-    @property
-    def stage(self) -> None:
-        """Runs start servers of their own."""
-
 
 # how the train engine is split over the two hosts
 TRAIN = {
@@ -75,7 +71,7 @@ CASES = {
 }
 
 
-async def measure(case: Case, stage: None = None) -> Line:
+async def measure(case: Case) -> Line:
     """One row."""
     with tempfile.TemporaryDirectory() as folder, Hosts(3) as hosts:
         return _Trial(case, Path(folder), hosts).run()

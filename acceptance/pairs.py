@@ -70,12 +70,12 @@ class Case:
     """A train engine, a rollout engine, and the way between them."""
 
     train: str
-    rollout: str
+    engine: str  # that samples
     publisher: str
 
 
 CASES = {
-    f"{rollout}-{publisher}-{train}": Case(train=train, rollout=rollout, publisher=publisher)
+    f"{rollout}-{publisher}-{train}": Case(train=train, engine=rollout, publisher=publisher)
     for train in TRAIN
     for rollout, publishers in PUBLISHERS.items()
     for publisher in publishers
@@ -123,7 +123,7 @@ def _sent(state: AdapterState) -> float:
 
 def _targets(case: Case) -> Sequence[str]:
     side = TRAIN[case.train]
-    return side.on_servers if side.on_servers and case.rollout != "embedded" else side.targets
+    return side.on_servers if side.on_servers and case.engine != "embedded" else side.targets
 
 
 def problems(row: Line) -> list[str]:
@@ -158,7 +158,7 @@ def _config(case: Case, folder: Path) -> dict[str, Any]:
         "lora": {"lora_rank": 32, "lora_alpha": 64, "target_modules": list(_targets(case))},
         "train": dict(TRAIN[case.train].train),
         "rollout": {
-            "kind": case.rollout,
+            "kind": case.engine,
             "n_samples": 4,
             "max_new_tokens": 16,
             "max_running": 16,
@@ -178,7 +178,7 @@ def section(found: Mapping[str, Line]) -> str:
     rows = [
         (
             CASES[name].train,
-            CASES[name].rollout,
+            CASES[name].engine,
             CASES[name].publisher,
             " ".join(row["targets"]),
             f"{row['steps']} of {STEPS}",

@@ -69,11 +69,6 @@ class Case:
     def name(self) -> str:
         return f"{self.engine}-{self.publisher}-{self.size}"
 
-    @property
-    def stage(self) -> tuple[str, str]:
-        """The engine and the size: cases that share them share a stage."""
-        return self.engine, self.size
-
 
 def cases(*sizes: str) -> dict[str, Case]:
     """Every rollout engine by every publisher that reaches it, for models of these sizes."""
