@@ -107,7 +107,6 @@ def test_what_asynchronous_training_must_not_do():
 ENGINES: dict[str, set[str]] = {  # of matrices that do not have all
     "hosts": {"vllm", "sglang"},
     "megatron": set(),
-    "pairs": set(),
     "rank_memory": set(),
 }
 
