@@ -60,6 +60,11 @@ def build_skeleton(folder: Path, dtype: torch.dtype, tensor: Team) -> Skeleton:
     binding = Binding()
     hosted = _replace(lm, _plan(lm, tensor), tensor, binding)
     head = lm.get_output_embeddings()
+    if all(module is head for module in hosted):
+        raise UnsupportedModel(
+            f"model: {type(lm).__name__} has no torch.nn.Linear in its blocks, which an adapter "
+            "could be on; use a model of another architecture"
+        )
     blocks = tuple(m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer))
     if not isinstance(head, HostedLinear) or not blocks:
         raise UnsupportedModel(
@@ -77,6 +82,11 @@ def _config(folder: Path) -> Any:
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedModel(f"model: transformers cannot read {folder}: {reason}") from error
+    if config.get_text_config() is not config:
+        raise UnsupportedModel(
+            f"model: {config.model_type} is not of text alone, as train.kind fsdp needs it; use a "
+            "checkpoint of its language model"
+        )
     if getattr(config, "quantization_config", None):
         raise UnsupportedModel(
             f"model: {folder} has quantised weights; train.kind fsdp wants the unquantised ones"
