@@ -79,9 +79,10 @@ def _check_model(
             f"model: SGLang on a CPU leaves out the attn_logit_softcapping {model.softcap:g} of "
             f"{name}; use rollout.kind: vllm"
         )
-    for module in modules:
-        if (leaf := module.rpartition(".")[2]) not in (*PROJECTIONS, "lm_head"):
-            raise ConfigError(
-                f"lora.target_modules: {leaf} of {name} cannot be adapted with rollout.kind "
-                f"sglang, only {', '.join(PROJECTIONS)}; target these, or use rollout.kind: vllm"
-            )
+    leaves = {module.rpartition(".")[2] for module in modules} - {*PROJECTIONS, "lm_head"}
+    if leaves:
+        raise ConfigError(
+            f"lora.target_modules: {', '.join(sorted(leaves))} of {name} cannot be adapted with "
+            f"rollout.kind sglang, only {', '.join(PROJECTIONS)}; target these, or use "
+            "rollout.kind: vllm"
+        )

@@ -50,10 +50,17 @@ class Skeleton:
 def build_skeleton(folder: Path, dtype: torch.dtype, tensor: Team) -> Skeleton:
     """Raises UnsupportedModel or CheckpointError with one clear line."""
     config = _config(folder)
-    with torch.device("meta"):
-        lm: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=NAME, experts_implementation="eager"
-        )
+    try:
+        with torch.device("meta"):
+            lm: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=NAME, experts_implementation="eager"
+            )
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModel(
+            f"model: transformers cannot build the model of {folder / 'config.json'}: {reason}; is "
+            "it complete?"
+        ) from error
     lm.eval().requires_grad_(False)
     if tensor.size > 1:
         _check_heads(config, tensor.size)
