@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lorelei.lora.targets import HEAD
 from lorelei.model.config import ModelSizes, MoeConfig
 from lorelei.model.outline import Outline
 from lorelei.train.fsdp.mesh import Team
@@ -32,15 +34,14 @@ def hosted_outline(folder: Path, tensor_parallel: int = 1) -> Outline:
     )
 
 
-def _sizes(skeleton: Skeleton, linears: dict[str, tuple[int, int]]) -> ModelSizes:
+def _sizes(skeleton: Skeleton, linears: Mapping[str, tuple[int, int]]) -> ModelSizes:
     lm, config = skeleton.lm, skeleton.lm.config
     heads, hidden = config.num_attention_heads, config.hidden_size
-    inner = [out for name, (out, _) in linears.items() if name != skeleton.head.layer.parts[0].name]
     return ModelSizes(
         architecture=(config.architectures or [type(lm).__name__])[0],
         vocab=config.vocab_size,
         hidden=hidden,
-        intermediate=getattr(config, "intermediate_size", None) or max(inner),
+        intermediate=_width(config, linears),
         layers=config.num_hidden_layers,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -54,24 +55,33 @@ def _sizes(skeleton: Skeleton, linears: dict[str, tuple[int, int]]) -> ModelSize
     )
 
 
-def _experts(config: Any, linears: dict[str, tuple[int, int]]) -> MoeConfig | None:
-    of_layers: dict[int, set[str]] = {}  # the experts
-    width = 0
+def _width(config: Any, linears: Mapping[str, tuple[int, int]]) -> int:
+    """Features of an MLP; of the widest layer where the configuration has another name for them."""
+    widest = max(out for name, (out, _) in linears.items() if name != HEAD)
+    return getattr(config, "intermediate_size", None) or widest
+
+
+def _experts(config: Any, linears: Mapping[str, tuple[int, int]]) -> MoeConfig | None:
+    """Those that can be adapted; else those that config.json speaks of."""
+    count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
+    width = getattr(config, "moe_intermediate_size", None) or _width(config, linears)
+    of_layers: dict[int, set[str]] = {}
     for name, (_, wide) in linears.items():
         before, found, after = name.partition(".experts.")
         if found:
             number = next(int(part) for part in before.split(".") if part.isdigit())
             of_layers.setdefault(number, set()).add(after.partition(".")[0])
             width = wide  # the last one is down_proj
-    if not of_layers:
+    if not of_layers and not count:
         return None
+    sparse = of_layers or range(config.num_hidden_layers)
     return MoeConfig(
-        experts=max(map(len, of_layers.values())),
-        experts_per_token=config.num_experts_per_tok,
+        experts=max(map(len, of_layers.values()), default=count),
+        experts_per_token=getattr(config, "num_experts_per_tok", None) or 1,
         intermediate=width,
         normalise_topk=bool(getattr(config, "norm_topk_prob", True)),
         sparse_step=1,
-        dense_layers=frozenset(set(range(config.num_hidden_layers)) - of_layers.keys()),
+        dense_layers=frozenset(set(range(config.num_hidden_layers)).difference(sparse)),
     )
 
 

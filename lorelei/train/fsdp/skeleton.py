@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -86,7 +87,7 @@ def _config(folder: Path) -> Any:
         raise CheckpointError(f"model: {folder} has no config.json, as train.kind fsdp needs it")
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedModel(f"model: transformers cannot read {folder}: {reason}") from error
     if config.get_text_config() is not config:
