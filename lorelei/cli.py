@@ -94,7 +94,11 @@ def convert(
 @app.command()
 def train(run: ConfigFile, overrides: Overrides = None) -> None:
     """Train the adapters of a run."""
-    config, planned = _planned(run, overrides)
+    from lorelei.launch.plan import plan as make_plan
+
+    config = _loaded(run, overrides)
+    _set_threads(config)  # some models are planned with torch
+    planned = make_plan(config)
     folder = Path(config.runs_dir) / config.name
     if (folder / "run.json").exists():
         raise ValueError(
@@ -103,7 +107,6 @@ def train(run: ConfigFile, overrides: Overrides = None) -> None:
         )
     for warning in planned.warnings:
         typer.echo(f"warning: {warning}", err=True)
-    _set_threads(config)
     from lorelei.launch import local
 
     _until_stopped(lambda: local.train(config))

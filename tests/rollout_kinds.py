@@ -18,6 +18,7 @@ from lorelei.rollout.server.process import ServerProcess, free_port
 from lorelei.rollout.sglang.dialect import SglangDialect
 from lorelei.rollout.vllm.dialect import VllmDialect
 from tests.environments import needs
+from tests.tiny_models import sizes_of
 
 ROLLOUTS = ("embedded", *(pytest.param(kind, marks=needs(kind)) for kind in ("sglang", "vllm")))
 START = 240.0  # seconds
@@ -47,7 +48,7 @@ def rollout_section(kind: str, model: Path, context: int) -> Iterator[Mapping[st
     if kind == "embedded":
         yield {"kind": kind}
         return
-    options = ServerOptions(**_OPTIONS, model=model, context=context)
+    options = ServerOptions(**_OPTIONS, model=model, sizes=sizes_of(model), context=context)
     dialect: Dialect = VllmDialect(options) if kind == "vllm" else SglangDialect(options)
     port = free_port()
     url = f"http://127.0.0.1:{port}"

@@ -19,6 +19,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from lorelei.model.config import DecoderConfig
+from lorelei.model.load import read_config
+
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 # what our own decoder does not build, each with something none of those has: windows; softcaps,
 # norms behind blocks; biases everywhere, partly rotated heads, attention and MLP side by side
@@ -83,6 +86,11 @@ def make_tiny(family: str, folder: Path, **overrides: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     return folder
+
+
+def sizes_of(folder: Path) -> DecoderConfig:
+    """Of a model of one of the FAMILIES."""
+    return DecoderConfig.from_hf(read_config(folder))
 
 
 def _randomise(name: str, tensor: Tensor, generator: torch.Generator) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from lorelei.lora.targets import HEAD, Shape
-from lorelei.model.config import DecoderConfig
+from lorelei.model.config import ModelSizes
 
 # projections of one input are one layer, see model.linear
 _FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv"}
@@ -26,14 +26,14 @@ class AdapterSize:
     turned: int  # of the largest matrix that a backward pass turns, see model.backend
 
 
-def full_size(model: DecoderConfig, base: int) -> AdapterSize:
+def full_size(model: ModelSizes, base: int) -> AdapterSize:
     """Of full weights: nothing is merged, and gradients go through the trained copy."""
     serving = base + tied_head(model)
     return AdapterSize(trained=base, published=0, serving=serving, merged=0, lifted=0, turned=0)
 
 
 def lora_size(
-    model: DecoderConfig,
+    model: ModelSizes,
     shapes: Mapping[str, Shape],
     modules: Sequence[str],
     rank: int,
@@ -75,7 +75,7 @@ def trained_size(
     return rank * (sum(read.values()) + sum(shapes[name][0] for name in modules))
 
 
-def tied_head(model: DecoderConfig) -> int:
+def tied_head(model: ModelSizes) -> int:
     """Parameters of the embedding where lm_head multiplies with it, else none."""
     return model.vocab * model.hidden if model.tied_embeddings else 0
 
@@ -85,7 +85,7 @@ def _layer(module: str) -> str:
     return f"{parent}.{_FUSED.get(leaf, leaf)}"
 
 
-def _share(model: DecoderConfig, module: str) -> Fraction:
+def _share(model: ModelSizes, module: str) -> Fraction:
     """Of the tokens that go through a module."""
     if model.moe is not None and ".experts." in module:
         return Fraction(model.moe.experts_per_token, model.moe.experts)

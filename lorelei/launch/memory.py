@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lorelei.config.experiment import Experiment
 from lorelei.config.run import RunConfig
 from lorelei.launch.adapter_size import AdapterSize, tied_head
-from lorelei.model.config import DecoderConfig
+from lorelei.model.config import ModelSizes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FP32 = 4
@@ -45,7 +45,7 @@ class Footprint:
     """What the estimate is made of."""
 
     config: RunConfig
-    model: DecoderConfig
+    model: ModelSizes
     base: int  # parameters of the base model
     stored: str  # the checkpoint's dtype
     adapters: tuple[AdapterSize, ...]
@@ -267,7 +267,7 @@ def _new_tokens(run: Footprint) -> int:
     return max(max(e.rollout.max_new_tokens, e.eval.max_new_tokens or 0) for e in experiments)
 
 
-def intermediate(model: DecoderConfig) -> int:
+def intermediate(model: ModelSizes) -> int:
     """Features of the MLPs that a token goes through."""
     moe = model.moe
     return model.intermediate if moe is None else moe.intermediate * moe.experts_per_token

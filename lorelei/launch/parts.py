@@ -24,13 +24,15 @@ from lorelei.env.contract import Endpoint, Env
 from lorelei.env.environment import make_env
 from lorelei.env.outcome import NoReward
 from lorelei.interpreters.recipe import interpreter
+from lorelei.launch.outline import outline
 from lorelei.launch.train_engine import make_train_engine, trains_here
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.backend import DTYPES, default_device
-from lorelei.model.config import DecoderConfig
+from lorelei.model.config import ModelSizes
 from lorelei.model.decoder import Decoder
 from lorelei.model.load import load_decoder, read_config
+from lorelei.model.outline import Outline
 from lorelei.model.tokenizer import load_tokenizer, stop_token_ids
 from lorelei.obs.console import Console
 from lorelei.publish.canary import Canary, Watched, fixed_tokens
@@ -88,7 +90,8 @@ async def build(
     if isinstance(config.train, MegatronTrain):
         interpreter("megatron")  # or what is missing is said before anything is loaded
     folder = resolve_model(config.model)
-    model = DecoderConfig.from_hf(read_config(folder))
+    known = outline(config, folder, read_config(folder))
+    model = known.sizes
     tokenizer = load_tokenizer(folder)
     sources = {
         e.name: make_source(e.task, tokenizer, e.seed, eval_size=e.eval_size) for e in experiments
@@ -112,7 +115,7 @@ async def build(
     if config.rollout.kind == "embedded" or (training and trains_here(config)):
         decoder = load_decoder(folder, DTYPES[config.dtype], device)
     logs = logs or Path(config.runs_dir) / config.name / "logs"
-    rollout = _rollout_engine(config, folder, model, decoder, tokenizer, cluster, logs)
+    rollout = _rollout_engine(config, folder, known, decoder, tokenizer, cluster, logs)
     stack.push_async_callback(rollout.close)
     if isinstance(rollout, ServerEngine):
         await rollout.start()
@@ -220,7 +223,7 @@ def make_loop(
 def _rollout_engine(
     config: RunConfig,
     folder: Path,
-    model: DecoderConfig,
+    model: Outline,
     decoder: Decoder | None,
     tokenizer: PreTrainedTokenizerBase,
     cluster: Cluster | None,
@@ -346,7 +349,7 @@ def _lane(e: Experiment, parts: Parts, store: RunStore, spool: Spool) -> Lane:
     )
 
 
-def _check_prompts(prompts: Sequence[Prompt], model: DecoderConfig, asked: int | None) -> None:
+def _check_prompts(prompts: Sequence[Prompt], model: ModelSizes, asked: int | None) -> None:
     """A sample of the prompts; a longer one that comes later fails its own rollouts."""
     context = min(asked or model.max_positions, model.max_positions)
     for prompt in prompts:

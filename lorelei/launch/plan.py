@@ -1,4 +1,4 @@
-"""The plan: what a run would train and need, known before any weight is read. No torch."""
+"""The plan: what a run would train and need, known before any weight is read."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from lorelei.config.train import ArchonTrain
 from lorelei.launch.adapter_size import AdapterSize, full_size, lora_size, trained_size
 from lorelei.launch.hardware import Hardware, this_machine
 from lorelei.launch.memory import BYTES, Footprint, estimate_memory
+from lorelei.launch.outline import outline
 from lorelei.launch.part import ProcessGroup
 from lorelei.launch.processes import process_groups
 from lorelei.launch.server_limits import check_servers
 from lorelei.launch.train_limits import check_training
-from lorelei.lora.targets import HEAD, Shape, match_targets, module_shapes, tied_names
-from lorelei.model.config import DecoderConfig
+from lorelei.lora.targets import Shape, match_targets, tied_names
+from lorelei.model.config import ModelSizes
+from lorelei.model.outline import Outline
 from lorelei.model.shapes import find_shape
 
 
@@ -91,19 +93,16 @@ def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
     folder = find_shape(config.model)
     hf_config = _read_config(folder / "config.json")
     try:
-        model, shapes = DecoderConfig.from_hf(hf_config), module_shapes(hf_config)
+        known = outline(config, folder, hf_config)
     except KeyError as error:
         raise ConfigError(
             f"model: {folder / 'config.json'} has no {error}; get it again"
         ) from error
+    model, shapes, parameters = known.sizes, known.linears, known.parameters
     _check_context(config, model)
     _check_files(config)
     check_training(config, model, hf_config)
-    parameters = count_parameters(model, shapes, hf_config)
-    adapters = tuple(
-        _adapter_plan(e, config, shapes, model, sum(parameters.values()))
-        for e in config.experiments()
-    )
+    adapters = tuple(_adapter_plan(e, config, known) for e in config.experiments())
     on_cpu, modules = hardware.on_cpu, {name for a in adapters for name in a.modules}
     check_servers(config, model, modules, on_cpu)
     run = Footprint(
@@ -134,46 +133,12 @@ def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
     )
 
 
-def count_parameters(
-    model: DecoderConfig, shapes: Mapping[str, Shape], hf_config: Mapping[str, Any]
-) -> dict[str, int]:
-    """Parameters of the base model by part; a tied lm_head has none of its own."""
-    attention_bias, mlp_bias = _biases(model, hf_config)
-    counts = {"embeddings": model.vocab * model.hidden, "attention": 0, "mlp": 0}
-    for name, (out, wide) in shapes.items():
-        if name == HEAD:
-            continue
-        in_attention = ".self_attn." in name
-        biased = name.endswith(attention_bias) if in_attention else mlp_bias
-        counts["attention" if in_attention else "mlp"] += out * wide + (out if biased else 0)
-    if model.moe is not None:
-        sparse = sum(model.moe.is_sparse(layer) for layer in range(model.layers))
-        counts["routers"] = sparse * model.moe.experts * model.hidden
-    norms = 2 * model.hidden + (2 * model.head_dim if model.qk_norm else 0)
-    counts["norms"] = model.layers * norms + model.hidden
-    counts["lm_head"] = 0 if model.tied_embeddings else model.vocab * model.hidden
-    return counts
-
-
-def _biases(model: DecoderConfig, hf_config: Mapping[str, Any]) -> tuple[tuple[str, ...], bool]:
-    """(which projections of the attention have a bias, whether the MLP's do)."""
-    if model.architecture == "Qwen2ForCausalLM":  # fixed, not in its config.json
-        return ("q_proj", "k_proj", "v_proj"), False
-    biased = ("q_proj", "k_proj", "v_proj", "o_proj") if hf_config.get("attention_bias") else ()
-    return biased, bool(hf_config.get("mlp_bias"))
-
-
-def _adapter_plan(
-    experiment: Experiment,
-    config: RunConfig,
-    shapes: Mapping[str, Shape],
-    model: DecoderConfig,
-    base: int,
-) -> AdapterPlan:
-    """base: parameters of the base model."""
-    spec = experiment.lora.spec()
+def _adapter_plan(experiment: Experiment, config: RunConfig, model: Outline) -> AdapterPlan:
+    spec, shapes = experiment.lora.spec(), model.linears
     try:
-        modules = list(shapes) if spec.full else match_targets(shapes, spec, model.architecture)
+        modules = (
+            list(shapes) if spec.full else match_targets(shapes, spec, model.sizes.architecture)
+        )
     except ValueError as error:
         where = f"adapters.{experiment.name}." if config.adapters else ""
         raise ConfigError(f"{where}{error}") from error
@@ -188,11 +153,13 @@ def _adapter_plan(
         rank=spec.rank,
         modules=tuple(modules),
         tied=tied,
-        parameters=base if spec.full else trained_size(shapes, modules, spec.rank, tied),
+        parameters=sum(model.parameters.values())
+        if spec.full
+        else trained_size(shapes, modules, spec.rank, tied),
     )
 
 
-def _size(adapter: AdapterPlan, model: DecoderConfig, shapes: Mapping[str, Shape]) -> AdapterSize:
+def _size(adapter: AdapterPlan, model: ModelSizes, shapes: Mapping[str, Shape]) -> AdapterSize:
     if adapter.rank == 0:
         return full_size(model, adapter.parameters)
     return lora_size(model, shapes, adapter.modules, adapter.rank, adapter.tied)
@@ -211,7 +178,7 @@ def _task_name(experiment: Experiment) -> str:
     return task.name or " + ".join(item.name for item in task.mixture or ())
 
 
-def _check_context(config: RunConfig, model: DecoderConfig) -> None:
+def _check_context(config: RunConfig, model: ModelSizes) -> None:
     limit, asked = model.max_positions, config.rollout.max_context
     if asked is not None and asked > limit:
         raise ConfigError(

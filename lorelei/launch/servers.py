@@ -12,9 +12,10 @@ from lorelei.config.paths import resolve_model
 from lorelei.config.rollout import SglangRollout, VllmRollout
 from lorelei.config.run import RunConfig
 from lorelei.launch.device import has_accelerator
-from lorelei.lora.targets import match_targets, module_shapes
-from lorelei.model.config import DecoderConfig
+from lorelei.launch.outline import outline
+from lorelei.lora.targets import match_targets
 from lorelei.model.load import read_config
+from lorelei.model.outline import Outline
 from lorelei.rollout.limits import Limits
 from lorelei.rollout.server.dialect import Dialect
 from lorelei.rollout.server.engine import ServerEngine
@@ -33,7 +34,7 @@ def make_server_engine(
     config: RunConfig,
     rollout: VllmRollout | SglangRollout,
     folder: Path,
-    model: DecoderConfig,
+    model: Outline,
     tokenizer: PreTrainedTokenizerBase,
     logs: Path,
     place: Place = HERE,
@@ -43,10 +44,11 @@ def make_server_engine(
 
     place: where they are started. device: of that place; none: this machine's.
     """
-    context = min(rollout.max_context or model.max_positions, model.max_positions)
+    sizes = model.sizes
+    context = min(rollout.max_context or sizes.max_positions, sizes.max_positions)
     return ServerEngine(
         _dialect(config, rollout, folder, model, device or device_here()),
-        Limits(vocab=model.vocab, context=context, decodes_text=True),
+        Limits(vocab=sizes.vocab, context=context, decodes_text=True),
         logs,
         tokenizer=tokenizer,  # type: ignore[arg-type]  # its decode takes more
         replicas=rollout.replicas,
@@ -69,7 +71,7 @@ def serve(config: RunConfig, host: str, port: int) -> NoReturn:
             "server could replace its adapters. Set the same secret here and at the trainer"
         )
     folder = resolve_model(config.model)
-    model = DecoderConfig.from_hf(read_config(folder))
+    model = outline(config, folder, read_config(folder))
     rollout = rollout.model_copy(update={"urls": ()})
     dialect = _dialect(config, rollout, folder, model, device_here())
     launch = dialect.launch(0, port, token, Path.cwd(), host)
@@ -94,7 +96,7 @@ def _dialect(
     config: RunConfig,
     rollout: VllmRollout | SglangRollout,
     folder: Path,
-    model: DecoderConfig,
+    model: Outline,
     device: Device,
 ) -> Dialect:
     options = None if rollout.urls else _options(config, rollout, folder, model, device)
@@ -113,16 +115,18 @@ def _options(
     config: RunConfig,
     rollout: VllmRollout | SglangRollout,
     folder: Path,
-    model: DecoderConfig,
+    model: Outline,
     device: Device,
 ) -> ServerOptions:
-    context = min(rollout.max_context or model.max_positions, model.max_positions)
+    sizes = model.sizes
+    context = min(rollout.max_context or sizes.max_positions, sizes.max_positions)
     return ServerOptions(
         model=folder,
+        sizes=sizes,
         dtype=config.dtype,
         context=context,
         max_rank=max_rank(config, rollout),
-        target_modules=projections(config, folder),
+        target_modules=projections(config, model),
         versions=versions_in_use(config),
         max_running=rollout.max_running,
         tensor_parallel=rollout.tensor_parallel_size,
@@ -134,9 +138,9 @@ def _options(
     )
 
 
-def projections(config: RunConfig, folder: Path) -> tuple[str, ...]:
+def projections(config: RunConfig, model: Outline) -> tuple[str, ...]:
     """The last names of the linear layers that any adapter has, such as q_proj."""
-    names = module_shapes(read_config(folder))
+    names = model.linears
     targets = {
         name
         for e in config.experiments()

@@ -8,10 +8,10 @@ from typing import Any
 from lorelei.config.errors import ConfigError
 from lorelei.config.run import RunConfig
 from lorelei.config.train import FsdpTrain, MegatronTrain
-from lorelei.model.config import DecoderConfig
+from lorelei.model.config import ModelSizes
 
 
-def check_training(config: RunConfig, model: DecoderConfig, hf_config: Mapping[str, Any]) -> None:
+def check_training(config: RunConfig, model: ModelSizes, hf_config: Mapping[str, Any]) -> None:
     """Raises ConfigError with the reason."""
     match config.train:
         case MegatronTrain() as train:
@@ -23,7 +23,7 @@ def check_training(config: RunConfig, model: DecoderConfig, hf_config: Mapping[s
             pass
 
 
-def _check_fsdp(train: FsdpTrain, model: DecoderConfig) -> None:
+def _check_fsdp(train: FsdpTrain, model: ModelSizes) -> None:
     for what, count in (("key/value heads", model.kv_heads), ("attention heads", model.heads)):
         _divides("tensor_parallel", train.tensor_parallel, what, count)
     _divides("sequence_parallel", train.sequence_parallel, "attention heads", model.heads)
@@ -39,7 +39,7 @@ def _check_bridge(hf_config: Mapping[str, Any]) -> None:
             )
 
 
-def _check_megatron(train: MegatronTrain, model: DecoderConfig) -> None:
+def _check_megatron(train: MegatronTrain, model: ModelSizes) -> None:
     _divides("tensor_parallel", train.tensor_parallel, "key/value heads", model.kv_heads)
     _divides("tensor_parallel", train.tensor_parallel, "attention heads", model.heads)
     heads = train.tensor_parallel * train.context_parallel

@@ -16,6 +16,7 @@ from lorelei.config.run import RunConfig
 from lorelei.launch.parts import build, decoder_of, evaluators
 from lorelei.lora.state import AdapterState
 from lorelei.model.backend import DTYPES, default_device
+from lorelei.model.config import ForeignModel
 from lorelei.model.load import load_decoder, read_config
 from lorelei.model.tokenizer import load_tokenizer, stop_token_ids
 from lorelei.rollout.embedded.engine import EmbeddedEngine
@@ -125,7 +126,7 @@ class Chat:
         self, folder: Path, name: str | None, base: bool, sampling: SamplingParams
     ) -> None:
         run = TrainedRun.read(folder)
-        self._model = resolve_model(run.config.model)
+        self._folder, self._model = folder, resolve_model(run.config.model)
         self._tokenizer = load_tokenizer(self._model)
         self._dtype = DTYPES[run.config.dtype]
         self._name = run.adapter(name)
@@ -141,7 +142,13 @@ class Chat:
 
     def answers(self, questions: Iterator[str]) -> Iterator[str]:
         """One answer for each question; the model sees the whole conversation."""
-        decoder = load_decoder(self._model, self._dtype, default_device())
+        try:
+            decoder = load_decoder(self._model, self._dtype, default_device())
+        except ForeignModel as error:
+            raise ValueError(
+                f"{self._folder}: its model is none that `lorelei chat` builds; use `lorelei "
+                f"export {self._folder}` and talk to the adapter through vLLM, SGLang or peft"
+            ) from error
         with asyncio.Runner() as runner:
             engine = EmbeddedEngine(decoder, tokenizer=self._tokenizer)
             try:

@@ -1,4 +1,4 @@
-"""What the decoder needs to know of a checkpoint's config.json."""
+"""What the decoder needs to know of a checkpoint's config.json, and a run of any model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,18 @@ ROPE_TYPES = {  # and the fields that each needs
 
 
 class UnsupportedModel(ValueError):
-    """The checkpoint is of an architecture or variant that the decoder does not build."""
+    """The checkpoint is of an architecture or variant that an engine does not build."""
+
+
+class ForeignModel(UnsupportedModel):
+    """Our decoder does not build it; transformers and the servers may."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"model: {what} is not supported by train.kind archon and megatron, nor by "
+            f"rollout.kind embedded, which build {', '.join(FAMILIES)}; use train.kind: fsdp with "
+            "rollout.kind: vllm or sglang"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +52,8 @@ class MoeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecoderConfig:
-    """A decoder of the Llama, Qwen2, Qwen3 or Qwen3-MoE family."""
+class ModelSizes:
+    """What a run must know of its model, whoever builds it."""
 
     architecture: str
     vocab: int
@@ -52,17 +63,25 @@ class DecoderConfig:
     heads: int
     kv_heads: int
     head_dim: int
-    norm_eps: float
     tied_embeddings: bool
     qk_norm: bool
     max_positions: int
+    moe: MoeConfig | None
+    window: int | None = None  # tokens that some layers see, the last included; none: all see all
+    softcap: float | None = None  # of the attention's scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig(ModelSizes):
+    """A decoder of the Llama, Qwen2, Qwen3 or Qwen3-MoE family."""
+
+    norm_eps: float
     rope: Mapping[str, Any]  # rope_type, rope_theta and the parameters of its type
     eos_token_ids: tuple[int, ...]
-    moe: MoeConfig | None
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        """From a parsed config.json. Raises UnsupportedModel by name."""
+        """From a parsed config.json. Raises UnsupportedModel by name: ForeignModel, or another."""
         architecture = _architecture(hf)
         _refuse_variants(hf, architecture)
         try:
@@ -102,27 +121,20 @@ def _architecture(hf: Mapping[str, Any]) -> str:
         by_type = {family: name for name, family in FAMILIES.items()}
         names = [by_type.get(str(hf.get("model_type")), str(hf.get("model_type")))]
     if names[0] not in FAMILIES:
-        raise UnsupportedModel(
-            f"model: architecture {names[0]!r} is not supported by the torch-native decoder; "
-            f"supported: {', '.join(FAMILIES)}"
-        )
+        raise ForeignModel(f"architecture {names[0]!r}")
     return names[0]
 
 
 def _refuse_variants(hf: Mapping[str, Any], architecture: str) -> None:
     if hf.get("hidden_act", "silu") != "silu":
-        raise UnsupportedModel(
-            f"model: hidden_act {hf['hidden_act']!r} of {architecture} is not supported; only silu"
-        )
+        raise ForeignModel(f"hidden_act {hf['hidden_act']!r} of {architecture}")
     if hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or []):
-        raise UnsupportedModel(
-            f"model: {architecture} with use_sliding_window is not supported; full attention only"
-        )
+        raise ForeignModel(f"{architecture} with use_sliding_window")
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedModel(
-            f"model: weights quantised with {method} are not supported by the torch-native "
-            "decoder; use the unquantised checkpoint"
+            f"model: weights quantised with {method} are not supported by train engines; use the "
+            "unquantised checkpoint"
         )
 
 
@@ -134,14 +146,12 @@ def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     rope.setdefault("original_max_position_embeddings", hf.get("max_position_embeddings"))
     kind = rope["rope_type"]
     if kind not in ROPE_TYPES:
-        raise UnsupportedModel(
-            f"model: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
-        )
+        raise ForeignModel(f"rope_type {kind!r}")
     if missing := [name for name in ROPE_TYPES[kind] if name not in rope]:
         raise UnsupportedModel(f"model: rope_type {kind!r} needs {missing[0]!r} in config.json")
     partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
-        raise UnsupportedModel(f"model: partial_rotary_factor {partial} is not supported; only 1")
+        raise ForeignModel(f"partial_rotary_factor {partial}")
     return rope
 
 

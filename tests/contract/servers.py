@@ -15,6 +15,7 @@ from lorelei.rollout.server.process import ServerProcess, free_port
 from lorelei.rollout.sglang import command
 from lorelei.rollout.sglang.dialect import SglangDialect
 from tests.contract.vllm_server import CONTEXT
+from tests.tiny_models import sizes_of
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 INNER = ("gate_proj", "up_proj", "down_proj")
@@ -72,6 +73,7 @@ def sglang_options(folder: Path, **changed: Any) -> ServerOptions:
     """Of a server on a tiny model."""
     given: dict[str, Any] = {
         "model": folder,
+        "sizes": sizes_of(folder),
         "dtype": "float32",
         "context": CONTEXT,
         "max_rank": 8,

@@ -16,6 +16,7 @@ from lorelei.rollout.server.options import ServerOptions
 from lorelei.rollout.server.process import ServerProcess, free_port
 from lorelei.rollout.vllm.command import launch
 from lorelei.rollout.vllm.dialect import VllmDialect
+from tests.tiny_models import sizes_of
 
 FAMILIES = ("llama", "qwen3", "qwen3_moe")
 CONTEXT = 256
@@ -49,6 +50,7 @@ def options(model: Path, context: int, **changed: Any) -> ServerOptions:
     """Of a server on a tiny model."""
     given: dict[str, Any] = {
         "model": model,
+        "sizes": sizes_of(model),
         "dtype": "float32",
         "context": context,
         "max_rank": 8,

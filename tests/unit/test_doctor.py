@@ -11,6 +11,7 @@ import pytest
 from pydantic import Field
 from rich.console import Console
 
+from lorelei import cli
 from lorelei.config.rollout import RolloutConfig
 from lorelei.config.section import Section
 from lorelei.config.train import TrainConfig
@@ -82,6 +83,7 @@ def test_the_table_fits_the_terminal(width):
     assert max(map(len, text.splitlines())) <= width
 
 
-def test_the_command_prints_a_table_or_json_and_ends_well(tmp_path):
+def test_the_command_prints_a_table_or_json_and_ends_well(tmp_path, capsys):
     assert "runs here" in lorelei(tmp_path, "doctor")
-    assert {"parts", "combinations"} == json.loads(lorelei(tmp_path, "doctor", "--json")).keys()
+    cli.doctor(as_json=True)
+    assert {"parts", "combinations"} == json.loads(capsys.readouterr().out).keys()

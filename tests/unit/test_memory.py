@@ -18,7 +18,7 @@ from lorelei.launch import memory
 from lorelei.launch.adapter_size import AdapterSize, full_size, lora_size
 from lorelei.launch.device import has_accelerator
 from lorelei.launch.memory import Footprint, estimate_memory
-from lorelei.launch.plan import count_parameters
+from lorelei.launch.outline import count_parameters
 from lorelei.lora.bank import AdapterBank
 from lorelei.lora.full import serving_copy
 from lorelei.lora.state import AdapterState

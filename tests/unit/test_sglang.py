@@ -14,13 +14,14 @@ from lorelei.config.sglang_options import DERIVED
 from lorelei.rollout.server.options import ServerOptions, binding
 from lorelei.rollout.sglang.command import SPARE, arguments, check_model
 from lorelei.rollout.sglang.in_server.sampling import uniforms
-from tests.tiny_models import tiny_config
+from tests.tiny_models import sizes_of, tiny_config
 
 
 def options(folder: Path, family: str, *target_modules: str) -> ServerOptions:
     tiny_config(family).save_pretrained(folder)
     return ServerOptions(
         model=folder,
+        sizes=sizes_of(folder),
         dtype="float32",
         context=256,
         max_rank=16,

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorelei.model.config import ModelSizes
+
 Scalar = str | int | float | bool
 
 
@@ -15,6 +17,7 @@ class ServerOptions:
     """Follows from a run; `extra_args` are the server's own options, by its own names."""
 
     model: Path
+    sizes: ModelSizes
     dtype: str
     context: int  # most tokens of a sequence
     max_rank: int  # of the adapters to come

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 from lorelei.config.errors import FieldError
 from lorelei.interpreters.recipe import import_path, interpreter
-from lorelei.model.config import DecoderConfig
 from lorelei.rollout.server.options import Scalar, ServerOptions, binding, flags
 from lorelei.rollout.server.process import LOOPBACK, Launch
 
@@ -31,7 +29,7 @@ def launch(
 def check_model(options: ServerOptions) -> None:
     """Raises FieldError for adapters that would end the server."""
     inner = {"gate_proj", "up_proj", "down_proj"} & set(options.target_modules)
-    if options.device == "cpu" and inner and _model(options).moe is not None:
+    if options.device == "cpu" and inner and options.sizes.moe is not None:
         raise FieldError(
             "lora.target_modules",
             f"{', '.join(sorted(inner))} of a mixture of experts end SGLang's CPU server at its "
@@ -96,14 +94,10 @@ def _environment(options: ServerOptions, number: int, token: str) -> dict[str, s
 
 def _cache_tokens(options: ServerOptions) -> int:
     """Tokens of a CPU's KV cache: those of all running sequences, within cpu_cache_gib."""
-    model = _model(options)
+    model = options.sizes
     width = 4 if options.dtype == "float32" else 2
     of_token = 2 * width * model.kv_heads * model.head_dim * model.layers
     longest = options.context + SPARE
     return max(
         min(options.max_running * longest, (options.cpu_cache_gib << 30) // of_token), longest
     )
-
-
-def _model(options: ServerOptions) -> DecoderConfig:
-    return DecoderConfig.from_hf(json.loads((options.model / "config.json").read_text()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 from lorelei.config.vllm_options import rank_at_least
@@ -62,11 +61,8 @@ def arguments(options: ServerOptions, port: int, host: str = LOOPBACK) -> tuple[
 
 def _targets(options: ServerOptions) -> tuple[str, ...]:
     """What may be adapted. On a CPU vLLM ends at its start where experts may be."""
-    path = options.model / "config.json"
-    if options.device != "cpu" or not path.is_file():
-        return TARGETS
-    config = json.loads(path.read_text(encoding="utf-8"))
-    return TARGETS if {"num_experts", "num_local_experts"}.isdisjoint(config) else ATTENTION
+    usual = ATTENTION if options.device == "cpu" and options.sizes.moe is not None else TARGETS
+    return (*usual, *(name for name in options.target_modules if name not in TARGETS))
 
 
 def _environment(options: ServerOptions, number: int, token: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -50,16 +51,28 @@ class Skeleton:
 def build_skeleton(folder: Path, dtype: torch.dtype, tensor: Team) -> Skeleton:
     """Raises UnsupportedModel or CheckpointError with one clear line."""
     config = _config(folder)
-    with torch.device("meta"):
-        lm: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=NAME, experts_implementation="eager"
-        )
+    try:
+        with torch.device("meta"):
+            lm: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=NAME, experts_implementation="eager"
+            )
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModel(
+            f"model: transformers cannot build the model of {folder / 'config.json'}: {reason}; is "
+            "it complete?"
+        ) from error
     lm.eval().requires_grad_(False)
     if tensor.size > 1:
         _check_heads(config, tensor.size)
     binding = Binding()
     hosted = _replace(lm, _plan(lm, tensor), tensor, binding)
     head = lm.get_output_embeddings()
+    if all(module is head for module in hosted):
+        raise UnsupportedModel(
+            f"model: {type(lm).__name__} has no torch.nn.Linear in its blocks, which an adapter "
+            "could be on; use a model of another architecture"
+        )
     blocks = tuple(m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer))
     if not isinstance(head, HostedLinear) or not blocks:
         raise UnsupportedModel(
@@ -74,9 +87,14 @@ def _config(folder: Path) -> Any:
         raise CheckpointError(f"model: {folder} has no config.json, as train.kind fsdp needs it")
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedModel(f"model: transformers cannot read {folder}: {reason}") from error
+    if config.get_text_config() is not config:
+        raise UnsupportedModel(
+            f"model: {config.model_type} is not of text alone, as train.kind fsdp needs it; use a "
+            "checkpoint of its language model"
+        )
     if getattr(config, "quantization_config", None):
         raise UnsupportedModel(
             f"model: {folder} has quantised weights; train.kind fsdp wants the unquantised ones"
