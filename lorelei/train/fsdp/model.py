@@ -22,6 +22,7 @@ from lorelei.train.fsdp.head import HeadRoute, is_plain
 from lorelei.train.fsdp.mesh import Mesh
 from lorelei.train.fsdp.skeleton import build_skeleton
 from lorelei.train.fsdp.weights import load_weights, places
+from lorelei.train.moving import HOST, move
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,7 @@ class Source:
     @property
     def home(self) -> torch.device:
         """Where parameters are between passes."""
-        return torch.device("cpu") if self.cpu_offload else self.device
+        return HOST if self.cpu_offload else self.device
 
 
 class HostedModel(nn.Module):
@@ -136,14 +137,14 @@ class HostedModel(nn.Module):
             self.reshard()
 
     def offload(self) -> None:
-        """Move the frozen base to the CPU's memory."""
-        if self._source.device.type != "cpu":
-            self.to("cpu")
+        """Move the frozen base to the host's memory."""
+        if not self._source.cpu_offload:
+            move(self, HOST)
 
     def onload(self) -> None:
         """Undo `offload`."""
-        if self._source.device.type != "cpu":
-            self.to(self._source.device)
+        if not self._source.cpu_offload:
+            move(self, self._source.device)
 
 
 def _policy(source: Source) -> OffloadPolicy:
