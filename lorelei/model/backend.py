@@ -104,6 +104,30 @@ class Weight:
         return self.forward
 
 
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A product a [D, R] @ b [R, O] that is multiplied often and never written."""
+
+    a_DR: Tensor
+    b: Tensor  # [R, O], or the panels of its transpose where there are kernels
+
+    @classmethod
+    def of(cls, a_DR: Tensor, b_RO: Tensor) -> LowRank:
+        """A rank that kernels do not take is filled up with zeros."""
+        if not fused.fuses(a_DR):
+            return cls(a_DR, b_RO)
+        spare = -a_DR.shape[1] % fused.lanes()
+        b_OR = F.pad(b_RO.T, (0, spare))
+        return cls(F.pad(a_DR, (0, spare)).contiguous(), fused.pack(b_OR))
+
+    def add_to(self, y_TO: Tensor, x_TD: Tensor) -> None:
+        """y [T, O] += x [T, D] @ a @ b."""
+        if _is_packed(self.b):
+            fused.add_low_rank(y_TO, x_TD, self.a_DR, self.b)
+        else:
+            y_TO.addmm_(x_TD @ self.a_DR, self.b)
+
+
 def _is_packed(weight: Tensor) -> bool:
     return weight.dim() == 3
 

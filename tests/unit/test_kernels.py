@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorelei.model.backend import LowRank
 from lorelei.model.kernels import fused
 from lorelei.model.kernels.build import library
 from lorelei.model.mlp import SWIGLU
@@ -64,6 +65,17 @@ def test_target_logprobs_entropy_and_gradient_are_those_of_fp64(
 def test_turned_panels_are_those_of_the_transposed_matrix(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape)
     assert torch.equal(fused.turned(fused.pack(weight), shape[0]), fused.pack(weight.T))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40, 130])
+@pytest.mark.parametrize("rank", [3, 16, 48])
+@pytest.mark.parametrize("outputs", [31, 64, 960])
+def test_a_low_rank_product_is_added_as_in_fp64(tokens: int, rank: int, outputs: int) -> None:
+    x, y = torch.randn(tokens, 100)[:, 7:40], torch.randn(tokens, outputs)
+    a, b = torch.randn(33, rank), torch.randn(rank, outputs)
+    exact = y.double() + x.double() @ a.double() @ b.double()
+    LowRank.of(a, b).add_to(y, x)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
 
 
 def test_values_that_are_not_numbers_stay_visible() -> None:

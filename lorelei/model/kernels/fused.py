@@ -27,6 +27,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(_POINTER, _LONG, _LONG) * 3,
         *(_LONG, _LONG, _LONG, _FLOAT, ctypes.c_int),
     ),
+    "add_low_rank": (_POINTER, _LONG, *(_POINTER,) * 4, *(_LONG,) * 5),
     "rms_norm": (_POINTER, _POINTER, _FLOAT, _POINTER, _LONG, _LONG),
     "rms_norm_backward": (_POINTER, _POINTER, _FLOAT, _POINTER, _POINTER, _LONG, _LONG),
     "swiglu": (_POINTER, _POINTER, _LONG, _LONG),
@@ -129,6 +130,17 @@ def add_product(y_TO: Tensor, x_TD: Tensor, p_DO: Tensor, scale: float, add: boo
         *(x_TD.data_ptr(), *x_TD.stride(), p_DO.data_ptr(), p_DO.stride(0), width),
         *(y_TO.data_ptr(), y_TO.stride(0), width),
         *(*x_TD.shape, p_DO.shape[1], scale, add),
+    )
+
+
+def add_low_rank(y_TO: Tensor, x_TD: Tensor, a_DR: Tensor, panels: Tensor) -> None:
+    """y += x @ a @ b for the panels of b.T. Rows of y are contiguous, R a multiple of `lanes`."""
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    (tokens, inputs), rank = x_TD.shape, a_DR.shape[1]
+    low_TR = torch.empty(tokens, rank)
+    _kernel("add_low_rank")(
+        *(x_TD.data_ptr(), x_TD.stride(0), a_DR.data_ptr(), panels.data_ptr(), low_TR.data_ptr()),
+        *(y_TO.data_ptr(), y_TO.stride(0), tokens, inputs, rank, y_TO.shape[1]),
     )
 
 

@@ -405,6 +405,24 @@ static void rows_by_panel(long rows, matrix x, matrix p, matrix y, long D, long 
     }
 }
 
+/* A share of y [T, O] = scale * x [T, D] times p [D, O], or added to y, for each thread of a team */
+static void shares(matrix x, matrix p, long p_panel, matrix y, long y_panel, long T, long D, long O,
+                   float scale, int add) {
+    int packed = p.row == PANEL && p_panel == D * PANEL;
+    long blocks = T <= BLOCK + BLOCK / 2 ? 1 : (T + BLOCK - 1) / BLOCK;
+    long block = blocks == 1 ? T : BLOCK, panels = (O + PANEL - 1) / PANEL;
+#pragma omp for schedule(static) collapse(2)
+    for (long b = 0; b < blocks; b++) {
+        for (long n = 0; n < panels; n++) {
+            matrix from = {x.data + b * block * x.row, x.row, x.column};
+            matrix by = {p.data + n * p_panel, p.row, 0};
+            matrix to = {y.data + b * block * y.row + n * y_panel, y.row, 0};
+            rows_by_panel(least(block, T - b * block), from, by, to, D,
+                          least(PANEL, O - n * PANEL), scale, add, packed, n + 1 < panels);
+        }
+    }
+}
+
 /* y [T, O] = scale * x [T, D] times p [D, O], or added to y where `add`.
  *
  * p: panels (packed), or a matrix whose rows are contiguous and O a multiple of `lanes()`. The
@@ -412,16 +430,20 @@ static void rows_by_panel(long rows, matrix x, matrix p, matrix y, long D, long 
  */
 void product(float *x, long x_row, long x_column, float *p, long p_row, long p_panel, float *y,
              long y_row, long y_panel, long T, long D, long O, float scale, int add) {
-    int packed = p_row == PANEL && p_panel == D * PANEL;
-    long blocks = T <= BLOCK + BLOCK / 2 ? 1 : (T + BLOCK - 1) / BLOCK;
-    long block = blocks == 1 ? T : BLOCK, panels = (O + PANEL - 1) / PANEL;
-#pragma omp parallel for schedule(static) collapse(2) if (T * D * O >= 8 * PARALLEL_FROM)
-    for (long b = 0; b < blocks; b++) {
-        for (long n = 0; n < panels; n++) {
-            matrix from = {x + b * block * x_row, x_row, x_column}, by = {p + n * p_panel, p_row, 0};
-            matrix to = {y + b * block * y_row + n * y_panel, y_row, 0};
-            rows_by_panel(least(block, T - b * block), from, by, to, D,
-                          least(PANEL, O - n * PANEL), scale, add, packed, n + 1 < panels);
-        }
+    matrix left = {x, x_row, x_column}, right = {p, p_row, 0}, out = {y, y_row, 0};
+#pragma omp parallel if (T * D * O >= 8 * PARALLEL_FROM)
+    shares(left, right, p_panel, out, y_panel, T, D, O, scale, add);
+}
+
+/* y [T, O] += x [T, D] times a [D, R] times b [R, O], whose panels are given. low [T, R]: scratch;
+ * R is a multiple of `lanes()`. */
+void add_low_rank(float *x, long x_row, float *a, float *b, float *low, float *y, long y_row,
+                  long T, long D, long R, long O) {
+    matrix left = {x, x_row, 1}, narrow = {a, R, 0}, middle = {low, R, 1}, wide = {b, PANEL, 0};
+    matrix out = {y, y_row, 0};
+#pragma omp parallel if (T * R * (D + O) >= 2 * PARALLEL_FROM)
+    {
+        shares(left, narrow, PANEL, middle, PANEL, T, D, R, 1.0f, 0);
+        shares(middle, wide, R * PANEL, out, PANEL, T, R, O, 1.0f, 1);
     }
 }

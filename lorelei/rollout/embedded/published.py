@@ -10,10 +10,11 @@ import torch
 from lorelei.lora.bank import AdapterBank, MergedRoute
 from lorelei.lora.full import serving_copy
 from lorelei.lora.state import AdapterState
+from lorelei.model.backend import LowRank
 from lorelei.model.decoder import Decoder
 from lorelei.model.linear import FrozenLinear, Route
 from lorelei.model.weights import named_tensors
-from lorelei.rollout.embedded.route import LowRank, PublishedRoute, RoutedSpan, low_rank
+from lorelei.rollout.embedded.route import PublishedRoute, RoutedSpan, low_rank
 
 # merging a version costs about as much as this many decoding steps save
 MERGE_STEPS = 24

@@ -14,23 +14,19 @@ from torch import Tensor
 
 from lorelei.lora.bank import Adapter
 from lorelei.lora.linear import side_by_side
+from lorelei.model.backend import LowRank
 from lorelei.model.linear import FrozenLinear, Lift, lifted
 
 
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """What an adapter adds to a layer: x @ a @ b."""
-
-    a_DR: Tensor
-    b_RO: Tensor  # scaled; one block on the diagonal for each part of the layer
-
-
 def low_rank(adapter: Adapter, dtype: torch.dtype) -> dict[FrozenLinear, LowRank]:
-    """Two matrices for each layer that the adapter acts on."""
+    """What the adapter adds to each layer that it acts on: x @ a @ b.
+
+    b is scaled, and has one block on the diagonal for each part of the layer.
+    """
     found: dict[FrozenLinear, LowRank] = {}
     for layer, parts in adapter.layers.items():
         a_DR, b_RO = side_by_side(layer, parts, adapter.spec.scale)
-        found[layer] = LowRank(a_DR.to(dtype), b_RO.to(dtype))
+        found[layer] = LowRank.of(a_DR.to(dtype), b_RO.to(dtype))
     return found
 
 
@@ -55,7 +51,7 @@ class PublishedRoute:
         for span in self._spans:
             if (delta := span.layers.get(layer)) is not None:
                 rows = slice(span.start, span.stop)
-                y_TO[rows].addmm_(x_TD[rows] @ delta.a_DR, delta.b_RO)
+                delta.add_to(y_TO[rows], x_TD[rows])
         return y_TO
 
     def take(self, index: Tensor) -> PublishedRoute:
