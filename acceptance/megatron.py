@@ -32,9 +32,10 @@ SPARSE = (
     *("megatron", "megatron-ep2", "megatron-tp2-sp-ep2", "megatron-ep2-pp2"),
     *("megatron-etp2", "megatron-ep2-sharded", "megatron-cp2-ep2"),
 )
+FUSED = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 TARGETS = {  # what the adapters of the table's columns act on
     "separate": ("all-linear",),
-    "fused": ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
+    "fused": FUSED,
     "attention": ("q_proj", "v_proj", "o_proj"),
 }
 

@@ -16,6 +16,7 @@ MATRICES = (  # in the order of the page
     "hosts",
     "areal",
     "megatron",
+    "killed",
     "pairs",
     "rank_memory",
 )

@@ -61,7 +61,8 @@ def _fsdp(run: Footprint, counts: Counts, train: FsdpTrain) -> Iterator[Part]:
     held = f"{run.base:,} parameters"
     if tensor > 1:  # which leaves embedding and head whole
         held = f"({run.base - ends:,} parameters{split} + {ends:,} of embedding and head)"
-    if train.cpu_offload and shards > 1:
+    offloaded = train.cpu_offload and not run.on_cpu
+    if offloaded:
         yield Part(name="base model", bytes=0, how="kept in the CPU's memory: train.cpu_offload")
     else:
         yield Part(
@@ -69,7 +70,7 @@ def _fsdp(run: Footprint, counts: Counts, train: FsdpTrain) -> Iterator[Part]:
             bytes=((run.base - ends) // tensor + ends) * each // shards,
             how=f"{held} x {each} bytes / {shards} shards",
         )
-    if shards > 1:
+    if shards > 1 or offloaded:
         yield Part(
             name="gathered blocks",
             bytes=_GATHERED * block * each // tensor,

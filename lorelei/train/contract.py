@@ -81,7 +81,10 @@ class TrainEngine(Protocol):
         ...
 
     def offload(self) -> None:
-        """Free device memory until `onload`; a no-op on CPU."""
+        """Move the frozen base to the host's memory, until `onload`; the CPU gains nothing by it.
+
+        Adapters and their optimizers stay, and can be read.
+        """
         ...
 
     def onload(self) -> None:

@@ -165,6 +165,15 @@ def test_two_adapters_on_one_model_train_as_each_alone(engine: TrainEngine) -> N
         assert_close(train(name)[name].tensors, both[name].tensors, FP32)
 
 
+def test_a_base_that_was_in_the_hosts_memory_computes_the_same_bits(engine: TrainEngine) -> None:
+    with adapters(engine, a=SEPARATE):
+        expected = gradients(engine, some_batch(1), {"a": GRPO})["a"]
+        engine.offload()
+        assert engine.adapter_state("a").digest(), "adapters stay, and can be read"
+        engine.onload()
+        assert_equal(gradients(engine, some_batch(1), {"a": GRPO})["a"], expected)
+
+
 def test_a_loss_that_fails_on_one_rank_leaves_all_of_them_at_work(engine: TrainEngine) -> None:
     refuses = LossSpec(path="tests.contract.losses:refuses", params={})
     with adapters(engine, a=SEPARATE):

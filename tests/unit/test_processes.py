@@ -197,8 +197,11 @@ def test_tensor_parallel_and_context_divide_what_a_rank_holds(tiny):
     assert data["gathered blocks"] > 0
     sequence = rank("{kind: fsdp, sequence_parallel: 2}")
     assert sequence["activations"] == pytest.approx(one["activations"] / 2, rel=0.01)
-    offloaded = rank("{kind: fsdp, data_parallel: 2, cpu_offload: true}")
-    assert offloaded["base model"] == 0
+    for layout in ("", "data_parallel: 2, "):
+        offloaded = rank(f"{{kind: fsdp, {layout}cpu_offload: true}}")
+        assert offloaded["base model"] == 0 < offloaded["gathered blocks"]
+    on_cpu = planned(tiny, "train={kind: fsdp, data_parallel: 2, cpu_offload: true}")
+    assert held(group(on_cpu, "fsdp rank"))["base model"] > 0, "it is in the CPU's memory"
 
 
 def test_a_run_over_servers_counts_no_sampling_in_the_trainer(tiny):

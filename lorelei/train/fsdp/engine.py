@@ -37,7 +37,9 @@ class FsdpEngine(BankEngine):
 
     def __init__(self, spec: FsdpSpec, device: torch.device, world: Ranks) -> None:
         """Raises UnsupportedModel or CheckpointError with one clear line."""
-        mesh = Mesh.joined(device, spec.sequence_parallel, spec.tensor_parallel)
+        mesh = Mesh.joined(
+            device, spec.sequence_parallel, spec.tensor_parallel, offloaded=spec.cpu_offload
+        )
         ranks = replace(world, team=spec.sequence_parallel * spec.tensor_parallel)
         super().__init__(_HostedPasses(spec, device, mesh, ranks), spec.max_tokens_per_mb, ranks)
 

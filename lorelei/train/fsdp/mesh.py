@@ -38,8 +38,13 @@ class Mesh:
     tensor: Team
 
     @classmethod
-    def joined(cls, device: torch.device, sequence: int, tensor: int) -> Mesh:
-        """Of all processes of the default group; every one calls it."""
+    def joined(
+        cls, device: torch.device, sequence: int, tensor: int, offloaded: bool = False
+    ) -> Mesh:
+        """Of all processes of the default group; every one calls it.
+
+        offloaded: the base is sharded even where one process holds all of it, for FSDP to fetch it.
+        """
         rank, world = dist.get_rank(), dist.get_world_size()
         shards = world // tensor
         everyone = torch.arange(world)
@@ -47,7 +52,7 @@ class Mesh:
             device.type, everyone.view(shards, tensor), mesh_dim_names=("shards", "tensor")
         )
         return cls(
-            shards=mesh["shards"] if shards > 1 else None,
+            shards=mesh["shards"] if shards > 1 or offloaded else None,
             shard=rank // tensor,
             sequence=_team(rank, everyone.view(-1, sequence, tensor).mT.flatten(0, 1).tolist()),
             tensor=_team(rank, everyone.view(-1, tensor).tolist()),

@@ -22,6 +22,7 @@ from lorelei.train.fsdp.head import HeadRoute, is_plain
 from lorelei.train.fsdp.mesh import Mesh
 from lorelei.train.fsdp.skeleton import build_skeleton
 from lorelei.train.fsdp.weights import load_weights, places
+from lorelei.train.moving import HOST, move
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,11 @@ class Source:
     device: torch.device
     recompute: bool
     cpu_offload: bool
+
+    @property
+    def home(self) -> torch.device:
+        """Where parameters are between passes."""
+        return HOST if self.cpu_offload else self.device
 
 
 class HostedModel(nn.Module):
@@ -51,11 +57,9 @@ class HostedModel(nn.Module):
         if source.recompute:
             for block in skeleton.blocks:
                 recomputed(block, skeleton.binding)
-        offloads = source.cpu_offload and source.device.type != "cpu" and mesh.shards is not None
         if mesh.shards is not None:
-            self._shard(CPUOffloadPolicy() if offloads else OffloadPolicy())
-        home = torch.device("cpu") if offloads else source.device
-        load_weights(self.lm, held, source.folder, home, mesh.shard)
+            self._shard(_policy(source))
+        load_weights(self.lm, held, source.folder, source.home, source.device, mesh.shard)
         # FSDP puts other tensors into the modules while they are gathered
         self._named = {place.names[0]: place.parameter for place in held}
         self.lm.get_input_embeddings().register_forward_hook(_differentiable)
@@ -133,14 +137,21 @@ class HostedModel(nn.Module):
             self.reshard()
 
     def offload(self) -> None:
-        """Move the frozen base to the CPU's memory."""
-        if self._source.device.type != "cpu":
-            self.to("cpu")
+        """Move the frozen base to the host's memory."""
+        if not self._source.cpu_offload:
+            move(self, HOST)
 
     def onload(self) -> None:
         """Undo `offload`."""
-        if self._source.device.type != "cpu":
-            self.to(self._source.device)
+        if not self._source.cpu_offload:
+            move(self, self._source.device)
+
+
+def _policy(source: Source) -> OffloadPolicy:
+    if not source.cpu_offload:
+        return OffloadPolicy()
+    # pinned memory is for copies to an accelerator, and there is none without one
+    return CPUOffloadPolicy(pin_memory=source.device.type != "cpu")
 
 
 def _differentiable(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -58,16 +58,20 @@ def load_weights(
     lm: PreTrainedModel,
     held: list[Place],
     folder: Path,
+    home: torch.device,
     device: torch.device,
     shard: int,
 ) -> None:
-    """Fill a model on the meta device. Raises CheckpointError for a tensor that does not fit."""
+    """Fill a model on the meta device: parameters at home, buffers on the device.
+
+    Raises CheckpointError for a tensor that does not fit.
+    """
     with ExitStack() as files:
         checkpoint = _open(folder, files)
         for place in held:
             file, name = _find(checkpoint, place, lm.base_model_prefix, folder)
             tensor = _read(file, name, place, shard, folder)
-            place.set(_filled(place.parameter, tensor.to(device)))
+            place.set(_filled(place.parameter, tensor.to(home)))
         _load_buffers(lm, checkpoint, device)
 
 

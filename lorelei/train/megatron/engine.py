@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from lorelei.algo.loss import load_loss
@@ -29,6 +30,7 @@ from lorelei.train.megatron.model import build_model
 from lorelei.train.megatron.pipeline import Pipeline
 from lorelei.train.megatron.row import Row, company_row, make_row
 from lorelei.train.megatron.slots import Slots
+from lorelei.train.moving import HOST, move
 from lorelei.train.ranks import Ranks
 from lorelei.train.spec import MegatronSpec
 from lorelei.types import (
@@ -50,10 +52,10 @@ class MegatronEngine:
         """Build this rank's part of the model. Raises ValueError for one that cannot be."""
         hf_config = read_config(Path(spec.model))
         config = DecoderConfig.from_hf(hf_config)
-        model, self._layout = build_model(spec, config)
+        self._model, self._layout = build_model(spec, config)
         self._ranks = ranks
         self._max_tokens = spec.max_tokens_per_mb
-        self._pipeline = Pipeline(model, config, self._layout, spec.recompute)
+        self._pipeline = Pipeline(self._model, config, self._layout, spec.recompute)
         self._slots, self._references = (
             Slots(
                 self._pipeline.sites,
@@ -201,10 +203,11 @@ class MegatronEngine:
         slot.has_gradients = False
 
     def offload(self) -> None:
-        """Frees nothing yet: on an accelerator the base model stays on the device."""
+        parallel_state.get_global_memory_buffer().buffer.clear()  # the core's, of activations
+        move(self._model, HOST)
 
     def onload(self) -> None:
-        """Nothing to bring back."""
+        move(self._model, self._pipeline.device)
 
     def close(self) -> None:
         """Nothing to stop: a worker's process ends."""
