@@ -18,7 +18,7 @@ from lorelei.rollout.vllm.command import launch
 from lorelei.rollout.vllm.dialect import VllmDialect
 
 FAMILIES = ("llama", "qwen3", "qwen3_moe")
-CONTEXT = 256
+CONTEXT = 2048  # an answer of that length takes seconds, more than whoever aborts it is late
 TOKEN = "a-token-of-the-tests"
 
 
