@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.contract.servers import Servers
-from tests.contract.vllm_server import FAMILIES
+from tests.contract.vllm_server import CONTEXT, FAMILIES
 from tests.tiny_models import make_tiny
 
 CHATML = (
@@ -56,7 +56,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny model of every family that servers are tested with."""
     root = tmp_path_factory.mktemp("models")
-    return {family: make_tiny(family, root / family) for family in FAMILIES}
+    return {
+        family: make_tiny(family, root / family, max_position_embeddings=CONTEXT)
+        for family in FAMILIES
+    }
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ from tests.environments import needs
 # fp32 sums in another order: logits of this size (up to 8) agree to a few 1e-6
 LOGPROB_TOLERANCE = 1e-5
 PROMPT = np.arange(5, 22, dtype=np.int32)
+ENDLESS = CONTEXT - len(PROMPT)  # tokens of an answer that nobody waits for
 
 T = TypeVar("T")
 Make = Callable[..., RolloutEngine]
@@ -144,6 +145,15 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     raise AssertionError("it never happened")
 
 
+async def sampled(engine: RolloutEngine, count: int) -> None:
+    """Until the engine has sampled as many tokens since its start."""
+
+    async def there() -> bool:
+        return (await engine.health()).tokens_generated >= count
+
+    await until(there)
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_equal_transformers_generate(
@@ -253,7 +263,7 @@ def test_prompts_longer_than_a_step_draw_the_same_tokens(
     make: Make, folders: dict[str, Path]
 ) -> None:
     # together more than the 2048 tokens that vLLM takes in a step: one is computed in pieces
-    prompts = [np.roll(np.resize(PROMPT, CONTEXT - 8), n) for n in range(12)]
+    prompts = [np.roll(np.resize(PROMPT, 248), n) for n in range(12)]
     requests = [ask(prompt, key=f"{n}", max_new_tokens=4) for n, prompt in enumerate(prompts)]
 
     async def body() -> tuple[list[Completion], list[Completion]]:
@@ -382,26 +392,25 @@ def test_abort_ends_all_requests_with_the_tokens_they_have(
     async def body() -> tuple[list[Completion], Completion, Completion]:
         async with opened(make(folders["llama"], None, 2)) as engine:
             tasks = [
-                asyncio.create_task(engine.generate(ask(key=str(i), max_new_tokens=200)))
+                asyncio.create_task(engine.generate(ask(key=str(i), max_new_tokens=ENDLESS)))
                 for i in range(5)
             ]
-
-            async def started() -> bool:
-                return (await engine.health()).tokens_generated >= 6
-
-            await until(started)
+            await sampled(engine, 6)
             await engine.abort()
             aborted = await asyncio.gather(*tasks)
-            again = await engine.generate(ask(key="0", max_new_tokens=200))
+            # either of the two that ran may have been ahead
+            longest = max(range(2), key=lambda i: len(aborted[i].tokens))
+            count = len(aborted[longest].tokens)
+            again = await engine.generate(ask(key=str(longest), max_new_tokens=count))
+            assert again.tokens.tolist() == aborted[longest].tokens.tolist()
             return aborted, again, await engine.generate(ask(max_new_tokens=3))
 
     aborted, again, later = run(body())
     assert {answer.finish_reason for answer in aborted} == {"abort"}
-    assert 2 < len(aborted[0].tokens) < 200
-    assert len(aborted[4].tokens) == len(aborted[4].logprobs) == 0
-    assert aborted[4].versions == ()
-    count = len(aborted[0].tokens)
-    assert aborted[0].tokens.tolist() == again.tokens[:count].tolist()
+    assert 3 <= len(again.tokens) < ENDLESS
+    for waiting in aborted[2:]:
+        assert len(waiting.tokens) == len(waiting.logprobs) == 0
+        assert waiting.versions == ()
     assert later.finish_reason == "length"
 
 
@@ -415,23 +424,23 @@ def test_abort_of_one_version_leaves_the_requests_of_others(
         async with opened(make(folders["llama"], None, 4)) as engine:
             for ref in (old, new):
                 await engine.load(ref, state)
-            tasks = [
-                asyncio.create_task(engine.generate(ask(adapter=ref, key="k", max_new_tokens=60)))
-                for ref in (old, new, None)
-            ]
 
-            async def started() -> bool:
-                return (await engine.health()).tokens_generated >= 6
+            def begin(ref: AdapterRef | None, count: int) -> asyncio.Task[Completion]:
+                request = ask(adapter=ref, key="k", max_new_tokens=count)
+                return asyncio.create_task(engine.generate(request))
 
-            await until(started)
+            ended = begin(old, ENDLESS)
+            await sampled(engine, 3)  # all of them its own
+            others = [begin(new, 60), begin(None, 60)]
+            await sampled(engine, 6)
             await engine.abort(old)
-            return await asyncio.gather(*tasks)
+            return await asyncio.gather(ended, *others)
 
     answers = run(body())
     assert [answer.finish_reason for answer in answers] == ["abort", "length", "length"]
     count = len(answers[0].tokens)
-    assert 0 < count < 60
-    assert answers[0].tokens.tolist() == answers[1].tokens[:count].tolist()
+    assert 0 < count < ENDLESS
+    assert answers[0].tokens[:60].tolist() == answers[1].tokens[:count].tolist()
 
 
 def test_cancelling_a_call_aborts_its_request_and_no_other(
@@ -439,18 +448,13 @@ def test_cancelling_a_call_aborts_its_request_and_no_other(
 ) -> None:
     async def body() -> tuple[Completion, Completion]:
         async with opened(make(folders["llama"], None, 2)) as engine:
-            cancelled = [
-                asyncio.create_task(engine.generate(ask(key=key, max_new_tokens=200)))
-                for key in ("running", "waiting")
-            ]
-            kept = asyncio.create_task(engine.generate(ask(key="kept", max_new_tokens=30)))
-
-            async def started() -> bool:
-                return (await engine.health()).tokens_generated >= 4
-
-            await until(started)
-            for task in cancelled:
-                task.cancel()
+            running, kept, waiting = (
+                asyncio.create_task(engine.generate(ask(key=key, max_new_tokens=count)))
+                for key, count in (("running", ENDLESS), ("kept", 30), ("waiting", ENDLESS))
+            )
+            await sampled(engine, 4)
+            running.cancel()
+            waiting.cancel()
             answer = await kept
 
             async def empty() -> bool:
@@ -458,8 +462,13 @@ def test_cancelling_a_call_aborts_its_request_and_no_other(
                 return (health.running, health.waiting) == (0, 0)
 
             await until(empty)
-            assert all(task.cancelled() for task in cancelled)
-            return answer, await engine.generate(ask(key="kept", max_new_tokens=30))
+            assert running.cancelled()
+            assert waiting.cancelled()
+            before = (await engine.health()).tokens_generated
+            alone = await engine.generate(ask(key="kept", max_new_tokens=30))
+            # the cancelled requests take no steps beside it
+            assert (await engine.health()).tokens_generated - before < 60
+            return answer, alone
 
     kept, alone = run(body())
     assert kept.tokens.tolist() == alone.tokens.tolist()
@@ -471,27 +480,26 @@ def test_pause_holds_requests_and_resume_loses_nothing(
 ) -> None:
     async def body() -> tuple[Completion, Completion]:
         async with opened(make(folders["llama"], None, 4)) as engine:
-            undisturbed = await engine.generate(ask(max_new_tokens=150))
-            task = asyncio.create_task(engine.generate(ask(max_new_tokens=150)))
-            base = (await engine.health()).tokens_generated
-
-            async def started() -> bool:
-                return (await engine.health()).tokens_generated > base + 2
-
-            await until(started)
+            task = asyncio.create_task(engine.generate(ask(max_new_tokens=ENDLESS)))
+            await sampled(engine, 3)
             await engine.pause()
             await asyncio.sleep(0)  # an engine may end its running step first
             before = (await engine.health()).tokens_generated
-            late = asyncio.create_task(engine.generate(ask(max_new_tokens=2)))
+            late = asyncio.create_task(engine.generate(ask(key="late", max_new_tokens=2)))
             await asyncio.sleep(0.05)
             assert (await engine.health()).tokens_generated == before
             assert not task.done()
             assert not late.done()
             await engine.resume()
             await late
-            return undisturbed, await task
+            await sampled(engine, before + 10)
+            await engine.abort()
+            disturbed = await task
+            assert len(disturbed.tokens) > before
+            count = len(disturbed.tokens)
+            return disturbed, await engine.generate(ask(max_new_tokens=count))
 
-    undisturbed, disturbed = run(body())
+    disturbed, undisturbed = run(body())
     assert disturbed.tokens.tolist() == undisturbed.tokens.tolist()
 
 

@@ -19,7 +19,7 @@ from lorelei.rollout.vllm.dialect import VllmDialect
 from tests.tiny_models import sizes_of
 
 FAMILIES = ("llama", "qwen3", "qwen3_moe")
-CONTEXT = 256
+CONTEXT = 2048  # an answer of that length takes seconds, more than whoever aborts it is late
 TOKEN = "a-token-of-the-tests"
 
 

@@ -125,8 +125,8 @@ def test_adapter_counts_what_is_trained_published_and_merged(folder, spec):
     adapter = bank.add("a", spec)
     tensors = nbytes(adapter.tensors().values())
     assert 4 * size.trained == 4 * size.published == tensors
-    serving = low_rank(bank.lora("a"), decoder.dtype).values()
-    assert 4 * size.serving == nbytes(t for layer in serving for t in (layer.a_DR, layer.b_RO))
+    serving = low_rank(bank.lora("a"), torch.float64).values()  # kernels fill up odd ranks
+    assert size.serving == sum(layer.a_DR.numel() + layer.b.numel() for layer in serving)
     merged = bank.merged("a")._weights.values()
     assert size.merged == sum(prod(weight.shape) for weight in merged)
 

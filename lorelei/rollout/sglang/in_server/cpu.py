@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 
+from lorelei.rollout.server.heap import give_large_blocks_back
+
 
 def install_shims() -> None:
     """Let SGLang be imported and run on a CPU. Does nothing where there is an accelerator."""
     if torch.accelerator.is_available():
         return
+    give_large_blocks_back()
     _declare_torchvision_operators()
     _stand_in_for_sgl_kernel()
     _ignore_pinned_memory()
