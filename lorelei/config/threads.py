@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from pathlib import Path
 
-_M_ARENA_MAX = -8  # of glibc's mallopt
+from lorelei.config.heap import share_heap
+
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
@@ -24,14 +24,4 @@ def physical_cores() -> int:
 def set_threads(threads: int | None) -> None:
     """Set OMP_NUM_THREADS unless the user's environment already does, and share one heap."""
     os.environ.setdefault("OMP_NUM_THREADS", str(threads or physical_cores()))
-    _share_heap()
-
-
-def _share_heap() -> None:
-    """One malloc arena: what the decode thread frees, the training thread can use.
-
-    With an arena for each thread, each keeps the largest amount that it ever freed.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
-    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
-        mallopt(_M_ARENA_MAX, 1)
+    share_heap()

@@ -1,4 +1,4 @@
-"""What a server's process on a CPU keeps of large blocks that it has freed."""
+"""What a process on a CPU keeps of large blocks that it has freed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLOCK = 6 << 20  # bytes: the logits of 32 tokens with a vocabulary of 49152
 PROGRAM = f"""
 import ctypes
 from pathlib import Path
-from lorelei.rollout.server.heap import give_large_blocks_back
+from lorelei.config.heap import give_large_blocks_back
 
 give_large_blocks_back()
 libc = ctypes.CDLL(None)

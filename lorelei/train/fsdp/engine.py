@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorelei.config.heap import give_large_blocks_back
 from lorelei.lora.bank import AdapterBank
 from lorelei.model.backend import DTYPES
 from lorelei.model.config import UnsupportedModel
@@ -55,6 +56,8 @@ class _HostedPasses:
             recompute=spec.recompute,
             cpu_offload=spec.cpu_offload,
         )
+        if mesh.shards is not None and device.type == "cpu":
+            give_large_blocks_back()  # weights are gathered and dropped all the time
         self._model = HostedModel(source, mesh)
         self._sequence = mesh.sequence
         self.lockstep = ranks.size > 1

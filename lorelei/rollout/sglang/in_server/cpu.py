@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lorelei.rollout.server.heap import give_large_blocks_back
+from lorelei.config.heap import give_large_blocks_back
 
 
 def install_shims() -> None:
