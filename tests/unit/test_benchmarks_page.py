@@ -21,8 +21,10 @@ GRPO_STEP = {"cases": {"2x8": {"times_faster": 2.4}}}
 
 
 @pytest.fixture
-def a_goal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(goals, "GOALS", [g for g in GOALS if g.benchmark == "grpo_step"])
+def a_goal(monkeypatch: pytest.MonkeyPatch) -> Goal:
+    speed, memory = (g for g in GOALS if g.benchmark == "grpo_step")
+    monkeypatch.setattr(goals, "GOALS", [speed, memory])
+    return speed
 
 
 def curves(*scores: float) -> list[dict[str, float]]:
@@ -59,12 +61,14 @@ def test_goal_that_is_missed_is_said_to_fall_short(a_goal):
     assert text.startswith("Not reached: GRPO step")
     assert "goal at least 3, measured 2.4" in text
     assert "2.4: **falls short** |" in text
+    assert text.endswith(f"*{a_goal.what}*: {a_goal.between}")
 
 
 def test_goal_that_is_met_is_said_to_be_reached(a_goal):
     text = goals_table({"grpo_step": {"cases": {"2x8": {"times_faster": 3.0}}}})
     assert text.startswith("No measured goal falls short.")
     assert "| at least 3 | 3: reached |" in text
+    assert a_goal.between not in text
 
 
 @pytest.mark.parametrize("records", [{}, {"grpo_step": {"cases": {}}}])
