@@ -122,9 +122,9 @@ GOALS = (
         between="A step reads the whole model for one token, as every peer's does, at the speed of "
         "memory. A new version costs its installation and then either merging (all weights are "
         "read and written once, most of it page faults of the new copy) or a few per cent of every "
-        "step. Tried: never merging, with two torch products a layer (slower) and "
-        "with one kernel call a layer (about as fast as merging at 64 tokens); adding in the same pass "
-        "that copies, and huge pages (no gain).",
+        "step. Tried: never merging, with two torch products a layer (slower) and with one kernel "
+        "call a layer (about as fast as merging at 64 tokens); adding in the same pass that "
+        "copies, and huge pages (no gain).",
     ),
     Goal(
         benchmark="forward_backward",
