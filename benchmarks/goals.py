@@ -83,12 +83,13 @@ GOALS = (
         what="GRPO step, 2 prompts x 8 samples: times faster than TRL",
         measured=_times_faster_than_trl,
         at_least=3,
-        between="Training is two thirds of the step and runs at the speed of the bare matrix "
-        "products (see forward and backward below), each prompt once; sampling reads every weight "
-        "once for each of its 64 tokens. Kept: merged and packed weights, one kernel for the "
-        "softmax, its log-probability and its gradient, matrices turned for the backward pass when "
-        "they are needed. What is left in fp32 is sampling several tokens for each reading of the "
-        "weights (speculation), which the ratios of on-policy training would have to bear.",
+        between="Training is three fifths of the step and runs at the speed of the bare matrix "
+        "products (see forward and backward below), each prompt once; sampling multiplies every "
+        "weight with 16 rows for each of 64 tokens, which is bound by the same products. Kept: "
+        "merged and packed weights, one kernel for the softmax, its log-probability and its "
+        "gradient, matrices turned for the backward pass when they are needed. TRL pays for "
+        "prompts again in every sample, so that the ratio grows with them: see prompt512. What is "
+        "left is fewer products: narrower weights for sampling, which fp32 rules out.",
     ),
     Goal(
         benchmark="grpo_step",
