@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from acceptance.megatron import CASES as LAYOUTS
-from acceptance.megatron import FUSED, Case
+from acceptance.megatron import Case
 from acceptance.record import Line
 from acceptance.table import table
 from benchmarks.cases import MODEL
 from lorelei.config.paths import resolve_model
 from lorelei.launch.trained import TrainedRun
+from lorelei.lora.targets import FUSED
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.obs.history import read_metrics
 from lorelei.rollout.server.keeper import descendants
@@ -87,8 +88,8 @@ def _kill(run: subprocess.Popen[str], folder: Path) -> float:
             assert run.poll() is None and time.monotonic() < deadline, _output(run)
             if (done := _committed(folder)) >= 0:
                 workers = workers or _train_workers(run.pid)
-                now = used.setdefault(done, sum(map(_cpu_seconds, workers)))
                 now = sum(map(_cpu_seconds, workers))
+                used.setdefault(done, now)
                 if done >= KILLED_AFTER:
                     step = used[KILLED_AFTER] - used[KILLED_AFTER - 1]
                     if now - used[KILLED_AFTER] >= WITHIN * step:

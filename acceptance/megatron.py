@@ -16,6 +16,7 @@ from torch import Tensor
 
 from acceptance.record import Line
 from acceptance.table import table
+from lorelei.lora.targets import FUSED
 from lorelei.train.contract import TrainEngine
 from lorelei.types import AdamHyper, AdapterSpec, Batch, Rollout
 from tests.contract.oracle import Oracle, grpo_loss, make_oracle, turn_logprobs
@@ -32,10 +33,9 @@ SPARSE = (
     *("megatron", "megatron-ep2", "megatron-tp2-sp-ep2", "megatron-ep2-pp2"),
     *("megatron-etp2", "megatron-ep2-sharded", "megatron-cp2-ep2"),
 )
-FUSED = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 TARGETS = {  # what the adapters of the table's columns act on
     "separate": ("all-linear",),
-    "fused": FUSED,
+    "fused": tuple(FUSED),
     "attention": ("q_proj", "v_proj", "o_proj"),
 }
 

@@ -29,6 +29,7 @@ from benchmarks.cases import MODEL
 from lorelei.config.paths import resolve_model
 from lorelei.launch.trained import TrainedRun
 from lorelei.lora.state import AdapterState
+from lorelei.lora.targets import FUSED
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.obs.history import read_metrics
 from lorelei.rollout.server.payload import pack
@@ -37,7 +38,6 @@ from tests.tiny_runs import REWARD
 
 STEPS, STALENESS = 5, 2
 ATTENTION = ("linear_qkv", "linear_proj")
-FUSED = (*ATTENTION, "linear_fc1", "linear_fc2")
 SHARDED = {"kind": "fsdp", "data_parallel": 2, "gradient_checkpointing": True}
 
 
@@ -57,12 +57,12 @@ class Side:
 TRAIN: dict[str, Side] = {  # another one is another entry
     "fsdp": Side(train=SHARDED),
     "megatron": Side(
-        train={"kind": "megatron", "tensor_parallel": 2}, targets=FUSED, staleness=STALENESS
+        train={"kind": "megatron", "tensor_parallel": 2}, targets=tuple(FUSED), staleness=STALENESS
     ),
     "megatron_experts": Side(
         train={"kind": "megatron", "data_parallel": 2, "expert_parallel": 2},
         family="qwen3_moe",
-        targets=FUSED,
+        targets=tuple(FUSED),
         on_servers=ATTENTION,
         staleness=STALENESS,
     ),

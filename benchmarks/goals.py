@@ -85,7 +85,7 @@ GOALS = (
         at_least=3,
         between="Training is three fifths of the step and runs at the speed of the bare matrix "
         "products (see forward and backward below), each prompt once; sampling multiplies every "
-        "weight with 16 rows for each of 64 tokens, which is bound by the same products. Kept: "
+        "weight with 16 rows for each of 64 tokens. Kept: "
         "merged and packed weights, one kernel for the softmax, its log-probability and its "
         "gradient, matrices turned for the backward pass when they are needed. TRL pays for "
         "prompts again in every sample, so that the ratio grows with them: see prompt512. What is "
