@@ -83,13 +83,15 @@ class Decoder:
         route: Route,
         attend: Attend,
         recompute: bool = False,
+        longest: int | None = None,
     ) -> Tensor:
         """Hidden states [T, D] after the last norm; logits are `route(self.head, hidden)`.
 
-        recompute: keep only each block's input for the backward pass.
+        recompute: keep only each block's input for the backward pass. longest: more than any
+        position, which spares the device a look at them.
         """
         x_TD = F.embedding(tokens_T, self.embedding)
-        angles = self.rotary.at(positions_T)
+        angles = self.rotary.at(positions_T, longest)
         for number, layer in enumerate(self.layers):
             if recompute and torch.is_grad_enabled():
                 # dropout masks come from seeds of their own: no RNG state to keep

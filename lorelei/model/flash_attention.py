@@ -122,6 +122,28 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, level: Level) -> tuple[Tensor, Ten
     return out, lse
 
 
+def flash_spans(
+    q_THd: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_ends: Tensor,
+    k_starts: Tensor,
+    k_lengths: Tensor,
+    longest_q: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention -> [T, H, d] and its log-sum-exp [H, T] in fp32; bf16 or fp16. For inference.
+
+    Queries q_ends[b] to q_ends[b + 1] look at keys and values [A, K, d] from k_starts[b] on,
+    k_lengths[b] of them. All int32; q_ends and k_starts have one more value than k_lengths.
+    """
+    # a longest of 1 would be laid out in another way
+    sizes = (q_ends, k_starts, max(longest_q, 2), len(k))
+    out, lse, *_ = _aten._flash_attention_forward(
+        q_THd, k, v, *sizes, 0.0, False, False, seqused_k=k_lengths
+    )
+    return out, lse
+
+
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, level: Level
 ) -> tuple[Tensor, Tensor, Tensor]:

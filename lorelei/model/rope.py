@@ -81,12 +81,18 @@ class RotaryTable:
         empty = torch.empty(0, config.head_dim // 2)
         self._cos_sin = (empty, empty)
 
-    def at(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin [T, 1, d / 2] of the positions."""
-        needed = int(positions_T.max()) + 1 if len(positions_T) else 0
+    @property
+    def table(self) -> tuple[Tensor, Tensor]:
+        """cos and sin, read-only; a longer sequence brings new ones."""
+        return self._cos_sin
+
+    def at(self, positions_T: Tensor, longest: int | None = None) -> tuple[Tensor, Tensor]:
+        """cos, sin [T, 1, d / 2] of the positions; longest: more than any of them, if known."""
+        if longest is None:
+            longest = int(positions_T.max()) + 1 if len(positions_T) else 0
         cos, sin = self._cos_sin
-        if needed > len(cos):
-            length = 1 << (needed - 1).bit_length()
+        if longest > len(cos):
+            length = 1 << (longest - 1).bit_length()
             # fp32 angles whatever the model's dtype: position * frequency needs the mantissa
             angles = torch.arange(length, dtype=torch.float32)[:, None] * self._inverse
             cos = (angles.cos() * self._scale).to(self._device, self._dtype)

@@ -23,6 +23,7 @@ from lorelei.rollout.embedded.attention import (
     StepAttention,
     prompt_table,
 )
+from lorelei.rollout.embedded.flash_step import FlashSteps
 from lorelei.rollout.embedded.kv_cache import PromptCache, RowCache
 from lorelei.rollout.embedded.published import PublishedAdapters
 from lorelei.rollout.embedded.sampler import RowParams, sample
@@ -41,7 +42,7 @@ class _Plan:
     slots: torch.Tensor | None  # [B], none: row = slot
     groups: tuple[PromptRows, ...]
     prompts: torch.Tensor | None  # where there are kernels: `prompt_table` of the groups
-    route: Route
+    route: Route  # of the rows, and of places without one (see flash_step)
     params: RowParams
 
 
@@ -53,7 +54,9 @@ class Decoding:
     ) -> None:
         self._decoder, self._scheduler, self._published = decoder, scheduler, published
         self._cache = RowCache(decoder)
+        self._flash = FlashSteps(decoder, self._cache) if FlashSteps.fit(decoder) else None
         self._plan: _Plan | None = None
+        self._adapters: set[str | None] = set()  # of the rows at the last settling
         self.tokens_generated = 0
         self.prompts_prefilled = 0
 
@@ -79,16 +82,23 @@ class Decoding:
         self._plan = None
         if last == 0:
             self._cache.release()
+            if self._flash is not None:
+                self._flash.release()
             self._published.drop_merged()
             rest()
 
     def release(self) -> None:
         """Forget private weight copies; rows that still run keep their keys and values."""
         self._plan = None
+        if self._flash is not None:
+            self._flash.forget()
         self._published.drop_merged()
 
     def _settle(self) -> None:
         adapters = {row.prompt.adapter for row in self._scheduler.running}
+        if self._flash is not None and adapters != self._adapters:
+            self._flash.forget()  # first: they keep a merged copy alive
+        self._adapters = adapters
         self._published.settle(adapters, max(map(self._scheduler.pending_steps, adapters)))
 
     def _prefill(self, rows: Sequence[Row]) -> None:
@@ -133,12 +143,16 @@ class Decoding:
         plan = self._plan = self._plan or self._make_plan()
         device = self._decoder.device
         held = [len(row.tokens) - 1 for row in plan.rows]
+        tokens = [row.tokens[-1] for row in plan.rows]
+        decoder = self._published.decoder(plan.rows[0].prompt.adapter)
+        if self._flash is not None:
+            logits_BV = self._flash.logits(tokens, held, decoder, plan.route)
+            return self._sample(plan.rows, logits_BV, plan.params)
         longest = max(held)
         self._cache.reserve(len(held), longest + 1)
         lengths_B = torch.tensor(held, device=device)
-        decoder = self._published.decoder(plan.rows[0].prompt.adapter)
         hidden_BD = decoder(
-            torch.tensor([row.tokens[-1] for row in plan.rows], device=device),
+            torch.tensor(tokens, device=device),
             lengths_B + torch.tensor(plan.lengths, device=device),
             plan.route,
             self._attention(plan, lengths_B, longest),
@@ -163,13 +177,16 @@ class Decoding:
             groups.append(PromptRows(start, stop, prompt.cache))
             start = stop
         device = self._decoder.device
+        adapters = [prompt.adapter for prompt in prompts]
+        if self._flash is not None:
+            adapters = self._flash.plan(order, groups, adapters)
         return _Plan(
             rows,
             tuple(len(prompt.tokens) for prompt in prompts),
             None if order == sorted(order) else torch.tensor(order, device=device),
             tuple(groups),
             prompt_table(groups) if fuses(self._decoder.embedding) else None,
-            self._published.route([prompt.adapter for prompt in prompts]),
+            self._published.route(adapters),
             RowParams.of([row.request.sampling for row in rows], device),
         )
 

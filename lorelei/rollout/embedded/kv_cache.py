@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorelei.model.backend import flashes
 from lorelei.model.decoder import Decoder
 
-_FIRST_CAPACITY = 32
+# where steps are recorded (see flash_step), growing costs more than memory
+_FIRST_CAPACITY = {False: 32, True: 128}
 
 
 class PromptCache:
@@ -30,11 +32,13 @@ class PromptCache:
 class RowCache:
     """Keys and values of sampled tokens, [L, S, K, C, d]: the row in slot s owns [:, s].
 
-    The rows in use are slots 0 to B - 1. Slots and capacity grow by doubling.
+    The rows in use are slots 0 to B - 1. Slots and capacity grow by doubling. Where CUDA's kernels
+    read whole tokens, a token's heads are neighbours in memory.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
+        self._whole_tokens = flashes(decoder.embedding.new_empty(0, decoder.config.head_dim))
         self.release()
 
     def release(self) -> None:
@@ -42,10 +46,12 @@ class RowCache:
         self._keys = self._values = self._allocate(0, 0)
 
     def _allocate(self, slots: int, capacity: int) -> Tensor:
-        config = self._decoder.config
-        shape = (config.layers, slots, config.kv_heads, capacity, config.head_dim)
+        config, decoder = self._decoder.config, self._decoder
+        heads, d = config.kv_heads, config.head_dim
+        inner = (capacity, heads, d) if self._whole_tokens else (heads, capacity, d)
         # zeros: what is masked has weight 0, and 0 * NaN of uninitialised memory would be NaN
-        return torch.zeros(shape, dtype=self._decoder.dtype, device=self._decoder.device)
+        found = decoder.embedding.new_zeros(config.layers, slots, *inner)
+        return found.transpose(2, 3) if self._whole_tokens else found
 
     def reserve(self, slots: int, capacity: int) -> None:
         """Make room for that many rows of that many tokens."""
@@ -53,7 +59,7 @@ class RowCache:
         if slots <= had_slots and capacity <= had_capacity:
             return
         new_slots = max(slots, 2 * had_slots) if slots > had_slots else had_slots
-        new_capacity = max(had_capacity, _FIRST_CAPACITY)
+        new_capacity = max(had_capacity, _FIRST_CAPACITY[self._whole_tokens])
         while new_capacity < capacity:
             new_capacity *= 2
         for name in ("_keys", "_values"):
@@ -71,6 +77,19 @@ class RowCache:
     def read(self, layer: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
         """Views [B, K, length, d] of the first `rows` slots."""
         return self._keys[layer, :rows, :, :length], self._values[layer, :rows, :, :length]
+
+    @property
+    def capacity(self) -> int:
+        return self._keys.shape[3]
+
+    @property
+    def address(self) -> int:
+        return self._keys.data_ptr()
+
+    def flat(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Views [S * C, K, d] of all slots, where the device's kernels read whole tokens."""
+        keys, values = (x[layer].transpose(1, 2).flatten(0, 1) for x in (self._keys, self._values))
+        return keys, values
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Views [S, K, C, d] of all slots."""
