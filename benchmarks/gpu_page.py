@@ -19,10 +19,10 @@ def section(record: Line) -> str:
         "## GPU",
         f"{at['gpu'] or 'No GPU'}, driver {at['driver']}, {software}. Random weights of real "
         f"shapes in bf16, with adapters in fp32 (rank {RANK}, alpha {ALPHA}, all linear layers). "
-        "The sides have the same weights, tokens and lengths and take turns in fresh processes; "
-        "times are medians of rounds after the first. No side uses torch.compile. transformers "
-        "runs with peft under autocast; it generates with the adapter merged, and in a GRPO step "
-        "with the adapter apart, as TRL does.",
+        "The sides have the same weights, tokens and lengths and run one after another, each in a "
+        "fresh process; times are medians of rounds after the first. No side uses torch.compile. "
+        "transformers runs with peft under autocast; it generates with the adapter merged, and in "
+        "a GRPO step with the adapter apart, as TRL does.",
         "`python -m benchmarks.gpu`",
     ]
     if "contract" in record:

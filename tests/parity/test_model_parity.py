@@ -16,7 +16,7 @@ from lorelei.model.attention import PackedAttention, masked_attention, tree_bloc
 from lorelei.model.decoder import Decoder
 from lorelei.model.linear import BaseRoute
 from tests.decoders import load_decoder
-from tests.parity.oracle import TOLERANCE, hf_logits, hf_model, relative, smollm2_folder
+from tests.parity.oracle import TOLERANCE, hf_logits, hf_model, relative, smollm2_folder, tolerance
 from tests.tiny_models import make_tiny
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -92,7 +92,7 @@ def assert_parity(folder: Path, oracle: Path, dtype: torch.dtype, masked: bool =
     got = packed_logits(load_decoder(folder, dtype), rows, masked).split(LENGTHS)
     model = hf_model(oracle, dtype)
     for row, logits in zip(rows, got, strict=True):
-        assert relative(logits, hf_logits(model, row)) < TOLERANCE[dtype]
+        assert relative(logits, hf_logits(model, row)) < tolerance(dtype, model.config.model_type)
 
 
 def edit_config(folder: Path, **fields: Any) -> None:
