@@ -31,7 +31,7 @@ class SwiGlu:
         gate, up = x.chunk(2, dim=-1)
         dx = torch.empty_like(x)
         d_gate, d_up = dx.chunk(2, dim=-1)
-        d_gate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
+        torch.ops.aten.silu_backward(dy * up, gate, grad_input=d_gate)
         torch.mul(dy, F.silu(gate), out=d_up)
         return dx
 

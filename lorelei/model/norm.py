@@ -12,6 +12,8 @@ from torch import Tensor
 from lorelei.model.backend import fuses_rms_norm
 from lorelei.model.kernels import fused
 
+_aten = torch.ops.aten
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RmsNorm:
@@ -31,6 +33,11 @@ class RmsNorm:
     def backward(self, x: Tensor, dy: Tensor) -> Tensor:
         if fused.fuses(x):
             return fused.rms_norm_backward(x, self.weight, self.eps, dy)
+        if fuses_rms_norm(x):
+            shape, x = list(self.weight.shape), x.contiguous()
+            _, rstd = _aten._fused_rms_norm(x, shape, self.weight, self.eps)
+            given = (dy.contiguous(), x, shape, rstd, self.weight, [True, False])
+            return _aten._fused_rms_norm_backward(*given)[0]
         wide, rstd = self._statistics(x)
         normed = wide * rstd
         grad = (dy * self.weight).to(rstd.dtype)
