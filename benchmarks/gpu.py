@@ -3,8 +3,8 @@
 usage: python -m benchmarks.gpu [contract] [0.6b] [8b]    about 5 minutes on an H200
        python -m benchmarks.gpu --tiny                     on any device, prints and keeps nothing
 Needs a checkout, torch, transformers and peft; nothing is downloaded. Each side runs in a fresh
-process. Writes benchmarks/results/gpu.json after each case; cases that were measured on
-the same device before stay in it.
+process. Writes benchmarks/results/gpu.json after each side; cases that were measured on the same
+device before stay in it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,7 @@ SUITES = ("tests/contract", "tests/parity", KERNELS, "tests/unit/test_flash_step
 OURS = "not fsdp and not megatron and not vllm and not sglang"  # archon and embedded
 NEEDS_A_MODEL = "tests/parity/test_sampler_trainer.py"
 TEST_SECONDS = 60
+Report = Callable[[Line], None]
 TRL_CASES = ("0.6b", "tiny")
 PACKAGES = ("transformers", "peft", "trl")
 
@@ -119,10 +121,11 @@ def sides(case: GpuCase) -> dict[str, list[str]]:
     return found
 
 
-def measure(case: GpuCase) -> Line:
-    """Every side's kinds of work; a side that ended with an error has only that."""
+def measure(case: GpuCase, report: Report) -> Line:
+    """Every side's kinds of work, reported after each side; failed: how a side ended instead."""
     lines: dict[str, dict[str, Line]] = {}
     failed: dict[str, str] = {}
+    record: Line = {"model": case.model, "failed": failed, "works": {}}
     for side, command in sides(case).items():
         try:
             found = run(command)
@@ -131,8 +134,9 @@ def measure(case: GpuCase) -> Line:
             continue
         for line in found:
             lines.setdefault(line["work"], {})[side] = line
-    works = {work: _work(case, work, found) for work, found in lines.items()}
-    return {"model": case.model, "failed": failed, "works": works}
+        record["works"] = {work: _work(case, work, held) for work, held in lines.items()}
+        report(record)
+    return record
 
 
 def _work(case: GpuCase, work: str, lines: Mapping[str, Line]) -> Line:
@@ -184,7 +188,7 @@ def main(arguments: Sequence[str]) -> None:
         record = {
             "device": device(),
             CONTRACT: contract([KERNELS]),
-            "cases": {TINY.name: measure(TINY)},
+            "cases": {TINY.name: measure(TINY, lambda _: None)},
         }
         sys.stdout.write(json.dumps(record, indent=2) + "\n")
         return
@@ -200,8 +204,14 @@ def main(arguments: Sequence[str]) -> None:
         if name == CONTRACT:
             record[CONTRACT] = contract(SUITES)
         else:
-            record["cases"][name] = measure(CASES[name])
+            record["cases"][name] = measure(CASES[name], partial(_keep_case, record, name))
         keep("gpu", record)
+
+
+def _keep_case(record: Line, name: str, case: Line) -> None:
+    """A machine that is lent by the minute may end in the middle."""
+    record["cases"][name] = case
+    keep("gpu", record)
 
 
 if __name__ == "__main__":

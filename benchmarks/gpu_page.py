@@ -25,6 +25,7 @@ def section(record: Line) -> str:
         "a GRPO step with the adapter apart, as TRL does.",
         "`python -m benchmarks.gpu`",
     ]
+    parts += [record["remark"]] if "remark" in record else []
     if "contract" in record:
         parts.append(_contract_words(record["contract"]))
     for case in record["cases"].values():

@@ -1,8 +1,8 @@
 """Starts vLLM's command line under vLLM's interpreter: `python -m lorelei.rollout.vllm.launcher`.
 
 On a CPU, vLLM's engine and worker processes wait for each other in busy loops, and take the cores
-that the API server and the trainer need. Here they sleep until they are notified, and give freed
-memory back (see config.heap). vLLM spawns its processes, and each imports this module again.
+that the API server and the trainer need. Here they sleep until they are notified. vLLM spawns its
+processes, and each of them imports this module again.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
-
-from lorelei.config.heap import give_large_blocks_back
 
 RESTS = "LORELEI_RESTS"  # environment variable: sleep instead of spinning
 LOOK = 50  # milliseconds, should a notification be lost
@@ -26,7 +24,6 @@ def _rest(self: SpinCondition, timeout_ms: int | None = None) -> None:
 
 if os.environ.get(RESTS):
     SpinCondition.wait = _rest
-    give_large_blocks_back()
 
 
 def main() -> None:
