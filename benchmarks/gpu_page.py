@@ -14,10 +14,11 @@ def section(record: Line) -> str:
     """Its part of docs/benchmarks.md."""
     at = record["device"]
     peers = [f"{name} {at[name]}" for name in ("transformers", "peft", "trl") if at[name]]
-    software = ", ".join([f"torch {at['torch']}", f"CUDA {at['cuda']}", *peers])
+    driver = [f"driver {at['driver']}"] if at["driver"] else []
+    software = ", ".join([*driver, f"torch {at['torch']}", f"CUDA {at['cuda']}", *peers])
     parts = [
         "## GPU",
-        f"{at['gpu'] or 'No GPU'}, driver {at['driver']}, {software}. Random weights of real "
+        f"{at['gpu'] or 'No GPU'}, {software}. Random weights of real "
         f"shapes in bf16, with adapters in fp32 (rank {RANK}, alpha {ALPHA}, all linear layers). "
         "The sides have the same weights, tokens and lengths and run one after another, each in a "
         "fresh process; times are medians of rounds after the first. No side uses torch.compile. "
