@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from typing import Any, cast
 import yaml
 from pydantic import ValidationError
 
-from lorelei.config.areal.file import is_areal, is_areal_key
+from lorelei.config.areal.file import became, is_areal, is_areal_key, leaves
 from lorelei.config.areal.interpolation import resolve
 from lorelei.config.areal.translate import Translation, translate
 from lorelei.config.errors import ConfigError, describe, shown
@@ -78,17 +79,22 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         data = Raw()
     if not is_mapping(data):
         raise ConfigError(f"{path}: {shown(data)} is not a configuration; write key: value lines")
-    translation = None
+    translation, theirs = None, set[str]()
     if is_areal(data):
-        theirs = [override for override in overrides if is_areal_key(_key(override))]
-        overrides = [override for override in overrides if override not in theirs]
-        for override in theirs:
-            _override(data, _from_here(override))
+        theirs = {override for override in overrides if is_areal_key(_key(override))}
+        for override in overrides:
+            if override in theirs:
+                _override(data, _from_here(override))
         translation = translate(resolve(data))
         data = translation.config
     config = _absolute(data, path.resolve().parent)
+    translated = dict(leaves(deepcopy(config)))
     for override in overrides:
-        _override(config, override)
+        if override in theirs:  # one of ours before it may have set what it became
+            for key in became(_key(override), translated):
+                _set(config, key, translated[key])
+        else:
+            _override(config, override)
     if translation is not None:
         for key, reason in translation.missing.items():
             if key not in config:
@@ -163,10 +169,14 @@ def _from_here(override: str) -> str:
 def _override(config: Raw, override: str) -> None:
     """Set one dotted key of `config`, in place."""
     dotted, equals, text = override.partition("=")
-    keys = dotted.strip().split(".")
-    if not equals or not all(keys):
+    if not equals or not all(dotted.strip().split(".")):
         raise ConfigError(f"override {override!r}: write key=value, such as algo.lr=1e-4")
-    value = _parse(text, f"override {override!r}")
+    _set(config, dotted.strip(), _parse(text, f"override {override!r}"))
+
+
+def _set(config: Raw, dotted: str, value: object) -> None:
+    """Set one dotted key of `config`, in place. Raises ConfigError below a plain value."""
+    keys = dotted.split(".")
     section = config
     for depth, key in enumerate(keys[:-1], start=1):
         if section.get(key) is None:  # absent, or `key:` with nothing behind it

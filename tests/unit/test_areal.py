@@ -228,6 +228,19 @@ def test_overrides_in_our_words_are_set_in_the_translation():
     assert (config.steps, config.rollout.kind) == (3, "embedded")
 
 
+def test_of_overrides_in_both_words_the_last_counts():
+    def staleness(*overrides: str) -> int:
+        config = changed("gsm8k_grpo_lora", "publish.kind=memory", *overrides)
+        return config.rollout.max_head_offpolicyness
+
+    section, key = "rollout={kind: embedded, max_head_offpolicyness: 3}", "max_head_offpolicyness"
+    assert staleness(section) == 3
+    assert staleness(section, f"rollout.{key}=0") == 0
+    assert staleness(f"rollout.{key}=0", section) == 3
+    config = changed("gsm8k_grpo_lora", "train={kind: fsdp}", "actor.backend=archon:d1")
+    assert config.train.kind == "archon"
+
+
 ELSEWHERE = ["train_dataset.path=org/data", "valid_dataset.path=org/data"]
 COPIED = [rule for rule in RULES if rule.how == "copied"]
 OTHERS = {  # values that differ from the example's and are allowed

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
 from typing import Any
 
 from lorelei.config.areal.rule import Rule
@@ -40,12 +41,19 @@ def rule_of(key: str) -> Rule | None:
     return next((rule for rule in found if rule is not None), None)
 
 
+def became(key: str, ours: Iterable[str]) -> list[str]:
+    """Those of our dotted keys that a dotted key of AReaL's has become, or a part of."""
+    rule = rule_of(key)
+    targets = rule.ours if rule is not None else ()
+    return [o for o in ours if any(fnmatch(o, t) or fnmatch(o, t + BELOW) for t in targets)]
+
+
 class ArealFile:
     """A file without interpolations, by dotted key."""
 
     def __init__(self, data: Raw) -> None:
         """Raises ConfigError for a key without a rule."""
-        self.values = dict(_leaves(data, ""))
+        self.values = dict(leaves(data))
         for key, value in self.values.items():
             if rule_of(key) is None and not (value is None and _is_section(key)):
                 raise ConfigError(f"{key}: unknown key; {_fix(key)}")
@@ -76,11 +84,12 @@ class ArealFile:
         return {k[len(prefix) :]: v for k, v in self.values.items() if k.startswith(prefix)}
 
 
-def _leaves(data: Raw, prefix: str) -> Iterator[tuple[str, Any]]:
+def leaves(data: Raw, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of nested mappings, and their values."""
     for key, value in data.items():
         name = f"{prefix}{key}"
         if is_mapping(value) and value:
-            yield from _leaves(value, f"{name}.")
+            yield from leaves(value, f"{name}.")
         else:
             yield name, value
 

@@ -24,7 +24,8 @@ A file is known as AReaL's by its sections, whatever its name. Its interpolation
 became, which of AReaL's defaults count where the file says nothing, and what is not used and why.
 A key that is none of AReaL's is an error that names the nearest one; so is a value that cannot be
 done here. An override whose key is AReaL's is set in the file before it is translated, so that what
-refers to it follows; any other is set in the translation.
+refers to it follows; any other is set in the translation. Where two of them set the same, the last
+one counts.
 
 Refused, with the field, the value and the fix: actor and rollout that disagree on `use_lora`;
 servers with a largest rank below the adapter's, or with too few places for its versions; another
