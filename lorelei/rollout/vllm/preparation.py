@@ -30,7 +30,7 @@ class Preparation:
         check: Callable[[AdapterState], None],
         again: bool,
     ) -> None:
-        """read: raises Missing; again: it can be called again, so that no copy is kept.
+        """read: raises Missing; again: it can be called again, and what it gave is not kept.
 
         check: raises ValueError for what the server cannot serve.
         """
@@ -39,7 +39,6 @@ class Preparation:
         self.missing: str | None = None
         self.refused: str | None = None
         self._read, self._check, self._again = read, check, again
-        self._kept: AdapterState | None = None
         self._fresh: dict[str, Tensor] | None = None
         self._thread = threading.Thread(target=self._prepare, daemon=True)
         self._thread.start()
@@ -52,7 +51,7 @@ class Preparation:
         """For vLLM to own: it scales B in place. Later calls copy, or read, again."""
         fresh, self._fresh = self._fresh, None
         if fresh is None:
-            state = self._kept or self._read()
+            state = self._read()
             self.digest, fresh = state.digest(), self._own(state)
         return fresh
 
@@ -65,7 +64,8 @@ class Preparation:
             state = self._read()
             self._check(state)
             self.digest, self._fresh = state.digest(), self._own(state)
-            self._kept = None if self._again else state
+            if not self._again:
+                self._read = lambda: state  # and what it came in can go
             self.spec = state.spec
         except Missing as error:
             self.missing = str(error)
