@@ -149,13 +149,13 @@ def section(found: Mapping[str, Line]) -> str:
     return f"""## {PUBLISHES} versions in a row
 
 {LATER + READINGS - 1} versions with other tensors each are published one after another, at most
-{CAPACITY} of them kept; after each one the newest and an older one score {len(PROMPT)} tokens. *Error* is the
-largest difference of a log-probability from transformers and peft with that version's tensors, and
-*next nearest* the smallest such difference from another version or the base model. Memory is what
-the server's processes (for `embedded`, this process) have for themselves, the least of
-{READINGS} readings from publication {SETTLED}, {PUBLISHES} and {LATER} on: buffers come and go. The
-first column has to stay under two adapters, or {GRAIN / 1e6:g} MB where these are smaller. Files
-and names are counted when all versions are retired.
+{CAPACITY} of them kept; after each one the newest and an older one score {len(PROMPT)} tokens.
+*Error* is the largest difference of a log-probability from transformers and peft with that
+version's tensors, and *next nearest* the smallest such difference from another version or the base
+model. Memory is what the server's processes (for `embedded`, this process) have for themselves, the
+least of {READINGS} readings from publication {SETTLED}, {PUBLISHES} and {LATER} on: buffers come
+and go. The first column has to stay under two adapters, or {GRAIN / 1e6:g} MB where these are
+smaller. Files and names are counted when all versions are retired.
 
 `make acceptance ARGS=fifty_publishes`
 
