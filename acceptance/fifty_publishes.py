@@ -22,7 +22,7 @@ from acceptance.stage import Case, Stage, cases
 from acceptance.table import table
 from lorelei.types import AdapterRef
 
-CASES = cases("tiny", "smollm2")
+CASES = cases("tiny", "smollm2", "tiny-tp2")
 CAPACITY = 8
 SETTLED, PUBLISHES, LATER = 10, 50, 90  # memory is compared between them
 READINGS = 10  # from each of them on, the least counts: a server's buffers come and go

@@ -49,10 +49,13 @@ class Size:
     spread: float  # standard deviation of B, so that every version answers differently
     tolerance: float  # of log-probabilities in fp32
     answer: int  # tokens of a request that keeps a server busy
+    tensor_parallel: int = 1  # processes that a server splits the model over
 
 
 SIZES = {
     "tiny": Size(rank=8, spread=0.05, tolerance=1e-5, answer=96),
+    # sums of two halves are rounded once more
+    "tiny-tp2": Size(rank=8, spread=0.05, tolerance=2e-5, answer=96, tensor_parallel=2),
     "smollm2": Size(rank=16, spread=0.02, tolerance=3e-4, answer=32),
 }
 
@@ -70,12 +73,18 @@ class Case:
         return f"{self.engine}-{self.publisher}-{self.size}"
 
 
+def holds(engine: str, size: str) -> bool:
+    """Whether there is such a stage: only servers split a model."""
+    return engine != "embedded" or SIZES[size].tensor_parallel == 1
+
+
 def cases(*sizes: str) -> dict[str, Case]:
     """Every rollout engine by every publisher that reaches it, for models of these sizes."""
     found = [
         Case(engine=engine, publisher=publisher, size=size)
         for engine, publishers in PUBLISHERS.items()
         for size in sizes
+        if holds(engine, size)
         for publisher in publishers
     ]
     return {case.name: case for case in found}
@@ -170,13 +179,15 @@ def _model(size: str, root: Path) -> Path:
     real = resolve_model(MODEL)
     if size == "smollm2":
         return real
-    return tiny_with_tokenizer(root / "model")
+    # see launch.server_limits.SGLANG_PADDING
+    wide = {"intermediate_size": 128} if SIZES[size].tensor_parallel > 1 else {}
+    return tiny_with_tokenizer(root / "model", **wide)
 
 
-def tiny_with_tokenizer(folder: Path) -> Path:
+def tiny_with_tokenizer(folder: Path, **overrides: Any) -> Path:
     """A tiny model in this folder, with the real one's tokenizer."""
     tokenizer = load_tokenizer(resolve_model(MODEL))
-    make_tiny("llama", folder, vocab_size=len(tokenizer))
+    make_tiny("llama", folder, vocab_size=len(tokenizer), **overrides)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -184,7 +195,7 @@ def tiny_with_tokenizer(folder: Path) -> Path:
 def _config(engine: str, size: str, model: Path, root: Path) -> dict[str, Any]:
     (root / "rows.jsonl").write_text(json.dumps({"question": "?", "answer": "1"}) + "\n")
     (root / "reward.py").write_text(REWARD)
-    rank = SIZES[size].rank
+    rank, parallel = SIZES[size].rank, SIZES[size].tensor_parallel
     return {
         "name": "acceptance",
         "model": str(model),
@@ -196,6 +207,7 @@ def _config(engine: str, size: str, model: Path, root: Path) -> dict[str, Any]:
             "max_running": 16,
             "max_context": 512,
             "max_head_offpolicyness": ROOM - 2,  # see launch.servers.versions_in_use
+            **({"tensor_parallel_size": parallel} if parallel > 1 else {}),
         },
         "task": {"kind": "jsonl", "path": str(root / "rows.jsonl")},
         "reward": {"kind": "python", "path": f"{root / 'reward.py'}:zero", "workers": 1},

@@ -12,6 +12,8 @@ from lorelei.config.vllm_options import WITHOUT_ADAPTERS, rank_at_least
 from lorelei.model.config import ModelSizes
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's attention
+SGLANG_PADDING = 32  # on a CPU, of each process's share of an MLP
+INNER = ("gate_proj", "up_proj", "down_proj")
 
 
 def check_servers(
@@ -40,6 +42,8 @@ def check_servers(
             f"rollout.tensor_parallel_size: {rollout.tensor_parallel_size} processes cannot share "
             f"{model.heads} attention heads; use a divisor"
         )
+    if rollout.kind == "sglang" and on_cpu:
+        _check_padding(model, modules, rollout.tensor_parallel_size)
     if rollout.kind == "vllm":
         if on_cpu and model.head_dim not in CPU_HEAD_SIZES:
             raise ConfigError(
@@ -85,4 +89,23 @@ def _check_model(
             f"lora.target_modules: {', '.join(sorted(leaves))} of {name} cannot be adapted with "
             f"rollout.kind sglang, only {', '.join(PROJECTIONS)}; target these, or use "
             "rollout.kind: vllm"
+        )
+
+
+def _check_padding(model: ModelSizes, modules: Iterable[str], processes: int) -> None:
+    """SGLang on a CPU fills up layers that do not divide, and adapters no longer fit them."""
+    if processes == 1:
+        return
+    if model.kv_heads % processes:
+        raise ConfigError(
+            f"rollout.tensor_parallel_size: {processes} processes cannot share "
+            f"{model.kv_heads} key and value heads in SGLang on a CPU; use a divisor"
+        )
+    multiple = processes * SGLANG_PADDING
+    adapts_mlps = any(module.endswith(INNER) for module in modules)
+    if adapts_mlps and model.intermediate % multiple:
+        raise ConfigError(
+            f"rollout.tensor_parallel_size: in SGLang on a CPU {processes} processes can share "
+            f"adapted MLPs of a multiple of {multiple} features, not "
+            f"{model.intermediate}; use 1, or target q_proj, k_proj, v_proj and o_proj only"
         )

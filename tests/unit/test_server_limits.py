@@ -45,6 +45,19 @@ def test_workers_that_cannot_share_the_heads_are_refused(tmp_path: Path, kind: s
     check(tmp_path, "llama", "q_proj", on_cpu=True, kind=kind, tensor_parallel_size=2)
 
 
+def test_layers_that_sglang_would_fill_up_are_refused_on_a_cpu(tmp_path: Path) -> None:
+    """2 key and value heads, and 96 features of the MLP: filled up, no adapter fits them."""
+    split = {"kind": "sglang", "tensor_parallel_size": 2}
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size: .* 2 processes .* 64 .* not 96"):
+        check(tmp_path, "llama", ".mlp.down_proj", on_cpu=True, **split)
+    check(tmp_path, "llama", ".self_attn.", on_cpu=True, **split)
+    check(tmp_path, "llama", ".mlp.down_proj", on_cpu=False, **split)
+    check(tmp_path, "llama", ".mlp.down_proj", on_cpu=True, **{**split, "kind": "vllm"})
+    check(tmp_path, "llama", ".mlp.down_proj", on_cpu=True, kind="sglang")
+    with pytest.raises(ConfigError, match="4 processes cannot share 2 key and value heads"):
+        check(tmp_path, "llama", "q_proj", on_cpu=True, kind="sglang", tensor_parallel_size=4)
+
+
 def test_a_head_size_that_vllm_has_no_kernel_for_is_refused(tmp_path: Path) -> None:
     model = make_tiny("llama", tmp_path / "odd", head_dim=24)
     config = load_config(write_run(tmp_path, "run", rollout={"kind": "vllm"}))
