@@ -299,7 +299,11 @@ class MergedRoute:
         self._weights = weights
 
     def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: Lift | None = None) -> Tensor:
-        return self._weights.get(layer, layer.weight).product(lifted(x_TD, lift), layer.bias)
+        return self.weight(layer).product(lifted(x_TD, lift), layer.bias)
+
+    def weight(self, layer: FrozenLinear) -> Weight:
+        """What a layer multiplies with."""
+        return self._weights.get(layer, layer.weight)
 
     def take(self, index: Tensor) -> MergedRoute:
         return self

@@ -43,6 +43,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         _POINTER,
         *(_LONG,) * 5,
     ),
+    "decode_step": (*(_POINTER,) * 6, _FLOAT, *(_POINTER,) * 7),
 }
 
 
@@ -223,6 +224,60 @@ def step_attention(
         *(rows, heads, kv_heads, capacity, d),
     )
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The addresses of what `decode_step` reads in each layer, whose tensors must outlive it.
+
+    L layers, S spans of rows with an adapter; of a layer the products of q, k and v, of the
+    attention's output, of gate and up, and down.
+    """
+
+    weights_L9: Tensor  # norms: input, q, k, mlp; panels of the four products; bias of q, k and v
+    deltas_L4S3: Tensor  # a, the panels of b.T, the rank
+    spans_S2: Tensor  # rows [start, stop)
+    rank: int  # the largest
+
+
+@dataclass(frozen=True, slots=True)
+class StepCache:
+    """Where the rows of a step have their keys and values; see `cached` in kernels.c."""
+
+    keys_LSKCd: Tensor
+    values_LSKCd: Tensor
+    slots_B: Tensor
+    lengths_B: Tensor
+    prompts_LB3: Tensor
+    scores: int  # of a query head, at most
+
+
+def decode_step(
+    x_BD: Tensor,
+    blocks: Blocks,
+    angles: tuple[Tensor, Tensor],
+    cache: StepCache,
+    eps: float,
+    heads: int,
+    intermediate: int,
+) -> None:
+    """x: embeddings of one token a row; becomes the hidden states before the last norm.
+
+    angles: cosines and sines [B, 1, d / 2].
+    """
+    (rows, hidden), (layers, slots, kv, capacity, d) = x_BD.shape, cache.keys_LSKCd.shape
+    each = heads // kv * (cache.scores + 1)
+    width = hidden + 2 * (heads + kv) * d + 3 * intermediate + blocks.rank + kv * each
+    scratch = torch.empty(rows * width)
+    shape = (layers, rows, hidden, intermediate, heads, kv, d, slots, capacity)
+    sizes = torch.tensor([*shape, len(blocks.spans_S2), blocks.rank, each])
+    tables = (x_BD, blocks.weights_L9, blocks.deltas_L4S3, blocks.spans_S2, *angles)
+    of_rows = (cache.keys_LSKCd, cache.values_LSKCd, cache.slots_B, cache.lengths_B)
+    _kernel("decode_step")(
+        *(t.data_ptr() for t in tables),
+        eps,
+        *(t.data_ptr() for t in (*of_rows, cache.prompts_LB3, scratch, sizes)),
+    )
 
 
 @dataclass(frozen=True, slots=True)

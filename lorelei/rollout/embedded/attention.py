@@ -116,18 +116,22 @@ class FusedStepAttention:
         longest: int,
     ) -> None:
         """prompts: from `prompt_table`. The others are those of StepAttention."""
-        self._cache, self._prompts = cache, prompts_LB3
-        self._slots = torch.arange(len(lengths_B)) if slots_B is None else slots_B
-        self._lengths = lengths_B
-        self._scores = longest + 1 + int(prompts_LB3[0, :, 2].max())  # of a query head, at most
+        self.cache = fused.StepCache(
+            *cache.whole,
+            torch.arange(len(lengths_B)) if slots_B is None else slots_B,
+            lengths_B,
+            prompts_LB3,
+            longest + 1 + int(prompts_LB3[0, :, 2].max()),
+        )
         self._scratch = torch.empty(0)
 
     def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+        cache = self.cache
         if not len(self._scratch):
-            self._scratch = torch.empty(q_THd.shape[0] * q_THd.shape[1] * (self._scores + 1))
+            self._scratch = torch.empty(q_THd.shape[0] * q_THd.shape[1] * (cache.scores + 1))
         return fused.step_attention(
-            *(q_THd, k_TKd, v_TKd, *self._cache.layer(layer)),
-            *(self._slots, self._lengths, self._prompts[layer], self._scratch),
+            *(q_THd, k_TKd, v_TKd, cache.keys_LSKCd[layer], cache.values_LSKCd[layer]),
+            *(cache.slots_B, cache.lengths_B, cache.prompts_LB3[layer], self._scratch),
         )
 
 

@@ -12,9 +12,9 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from lorelei.model.decoder import Attend, Decoder
+from lorelei.model.decoder import Decoder
 from lorelei.model.kernels.build import rest
-from lorelei.model.kernels.fused import fuses
+from lorelei.model.kernels.fused import Blocks, fuses
 from lorelei.model.linear import Route
 from lorelei.rollout.embedded.attention import (
     FusedStepAttention,
@@ -28,6 +28,7 @@ from lorelei.rollout.embedded.kv_cache import PromptCache, RowCache
 from lorelei.rollout.embedded.published import PublishedAdapters
 from lorelei.rollout.embedded.sampler import RowParams, sample
 from lorelei.rollout.embedded.scheduler import Prompt, Row, Scheduler
+from lorelei.rollout.embedded.whole_step import blocks, fits, whole_step
 from lorelei.types import FinishReason
 
 Outcome = FinishReason | FloatingPointError
@@ -43,6 +44,7 @@ class _Plan:
     groups: tuple[PromptRows, ...]
     prompts: torch.Tensor | None  # where there are kernels: `prompt_table` of the groups
     route: Route  # of the rows, and of places without one (see flash_step)
+    blocks: Blocks | None  # where one kernel makes the whole step
     params: RowParams
 
 
@@ -150,16 +152,19 @@ class Decoding:
             return self._sample(plan.rows, logits_BV, plan.params)
         longest = max(held)
         self._cache.reserve(len(held), longest + 1)
+        tokens_B = torch.tensor(tokens, device=device)
         lengths_B = torch.tensor(held, device=device)
-        hidden_BD = decoder(
-            torch.tensor(tokens, device=device),
-            lengths_B + torch.tensor(plan.lengths, device=device),
-            plan.route,
-            self._attention(plan, lengths_B, longest),
-        )
+        positions_B = lengths_B + torch.tensor(plan.lengths, device=device)
+        attend = self._attention(plan, lengths_B, longest)
+        if plan.blocks is not None and isinstance(attend, FusedStepAttention):
+            hidden_BD = whole_step(decoder, plan.blocks, tokens_B, positions_B, attend.cache)
+        else:
+            hidden_BD = decoder(tokens_B, positions_B, plan.route, attend)
         return self._sample(plan.rows, plan.route(decoder.head, hidden_BD), plan.params)
 
-    def _attention(self, plan: _Plan, lengths_B: torch.Tensor, longest: int) -> Attend:
+    def _attention(
+        self, plan: _Plan, lengths_B: torch.Tensor, longest: int
+    ) -> FusedStepAttention | StepAttention:
         if plan.prompts is not None:
             return FusedStepAttention(self._cache, plan.prompts, plan.slots, lengths_B, longest)
         return StepAttention(self._cache, plan.groups, plan.slots, lengths_B, longest)
@@ -180,13 +185,16 @@ class Decoding:
         adapters = [prompt.adapter for prompt in prompts]
         if self._flash is not None:
             adapters = self._flash.plan(order, groups, adapters)
+        route = self._published.route(adapters)
+        decoder = self._published.decoder(prompts[0].adapter)
         return _Plan(
             rows,
             tuple(len(prompt.tokens) for prompt in prompts),
             None if order == sorted(order) else torch.tensor(order, device=device),
             tuple(groups),
             prompt_table(groups) if fuses(self._decoder.embedding) else None,
-            self._published.route(adapters),
+            route,
+            blocks(decoder, route) if fits(decoder) else None,
             RowParams.of([row.request.sampling for row in rows], device),
         )
 

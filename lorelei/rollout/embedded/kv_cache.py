@@ -79,6 +79,11 @@ class RowCache:
         return self._keys[layer, :rows, :, :length], self._values[layer, :rows, :, :length]
 
     @property
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, [L, S, K, C, d]."""
+        return self._keys, self._values
+
+    @property
     def capacity(self) -> int:
         return self._keys.shape[3]
 
@@ -90,10 +95,6 @@ class RowCache:
         """Views [S * C, K, d] of all slots, where the device's kernels read whole tokens."""
         keys, values = (x[layer].transpose(1, 2).flatten(0, 1) for x in (self._keys, self._values))
         return keys, values
-
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Views [S, K, C, d] of all slots."""
-        return self._keys[layer], self._values[layer]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a row's first `length` tokens into another slot."""

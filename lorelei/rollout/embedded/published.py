@@ -12,12 +12,12 @@ from lorelei.lora.full import serving_copy
 from lorelei.lora.state import AdapterState
 from lorelei.model.backend import LowRank
 from lorelei.model.decoder import Decoder
-from lorelei.model.linear import FrozenLinear, Route
+from lorelei.model.linear import FrozenLinear
 from lorelei.model.weights import named_tensors
 from lorelei.rollout.embedded.route import PublishedRoute, RoutedSpan, low_rank
 
-# merging a version costs about as much as this many decoding steps save
-MERGE_STEPS = 24
+# merging a version costs about as much as this many steps of twenty rows save
+MERGE_STEPS = 48
 
 
 class PublishedAdapters:
@@ -92,13 +92,13 @@ class PublishedAdapters:
         if name is not None and name not in self._models and pending_steps >= MERGE_STEPS:
             self._merged = (name, self._bank.merged(name))
 
-    def route(self, names: Sequence[str | None]) -> Route:
+    def route(self, names: Sequence[str | None]) -> PublishedRoute | MergedRoute:
         """The route of tokens by adapter, by the choice that was settled for them."""
         if self._merged is not None:
             return self._merged[1]
         return self.unmerged([(name, len(list(run))) for name, run in groupby(names)])
 
-    def unmerged(self, spans: Sequence[tuple[str | None, int]]) -> Route:
+    def unmerged(self, spans: Sequence[tuple[str | None, int]]) -> PublishedRoute:
         """The route of (adapter, number of tokens) spans."""
         routed: list[RoutedSpan] = []
         start = 0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorelei.lora.bank import Adapter
 from lorelei.lora.linear import side_by_side
-from lorelei.model.backend import LowRank
+from lorelei.model.backend import LowRank, Weight
 from lorelei.model.linear import FrozenLinear, Lift, lifted
 
 
@@ -44,6 +44,14 @@ class PublishedRoute:
 
     def __init__(self, spans: Sequence[RoutedSpan]) -> None:
         self._spans = tuple(spans)
+
+    @property
+    def spans(self) -> tuple[RoutedSpan, ...]:
+        return self._spans
+
+    def weight(self, layer: FrozenLinear) -> Weight:
+        """What a layer multiplies with, besides its adapters' matrices."""
+        return layer.weight
 
     def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: Lift | None = None) -> Tensor:
         x_TD = lifted(x_TD, lift)
