@@ -20,6 +20,7 @@ from lorelei.model.attention import (
     unfolded,
 )
 from lorelei.model.kernels import fused
+from lorelei.model.kernels.fused import StepCache
 from lorelei.rollout.embedded.kv_cache import PromptCache, RowCache
 
 
@@ -104,29 +105,24 @@ class StepAttention:
         return torch.cat(outs), torch.cat(lses)
 
 
-class FusedStepAttention:
-    """The same in one call a layer; see model.kernels."""
+def step_cache(
+    cache: RowCache, prompts_LB3: Tensor, slots_B: Tensor | None, lengths_B: Tensor, longest: int
+) -> StepCache:
+    """What kernels read. prompts: from `prompt_table`. The others are those of StepAttention."""
+    slots_B = torch.arange(len(lengths_B)) if slots_B is None else slots_B
+    scores = longest + 1 + int(prompts_LB3[0, :, 2].max())
+    return StepCache(*cache.whole, slots_B, lengths_B, prompts_LB3, scores)
 
-    def __init__(
-        self,
-        cache: RowCache,
-        prompts_LB3: Tensor,
-        slots_B: Tensor | None,
-        lengths_B: Tensor,
-        longest: int,
-    ) -> None:
-        """prompts: from `prompt_table`. The others are those of StepAttention."""
-        self.cache = fused.StepCache(
-            *cache.whole,
-            torch.arange(len(lengths_B)) if slots_B is None else slots_B,
-            lengths_B,
-            prompts_LB3,
-            longest + 1 + int(prompts_LB3[0, :, 2].max()),
-        )
+
+class FusedStepAttention:
+    """StepAttention in one call a layer; see model.kernels."""
+
+    def __init__(self, cache: StepCache) -> None:
+        self._cache = cache
         self._scratch = torch.empty(0)
 
     def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
-        cache = self.cache
+        cache = self._cache
         if not len(self._scratch):
             self._scratch = torch.empty(q_THd.shape[0] * q_THd.shape[1] * (cache.scores + 1))
         return fused.step_attention(

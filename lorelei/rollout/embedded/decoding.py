@@ -22,6 +22,7 @@ from lorelei.rollout.embedded.attention import (
     PromptRows,
     StepAttention,
     prompt_table,
+    step_cache,
 )
 from lorelei.rollout.embedded.flash_step import FlashSteps
 from lorelei.rollout.embedded.kv_cache import PromptCache, RowCache
@@ -155,19 +156,17 @@ class Decoding:
         tokens_B = torch.tensor(tokens, device=device)
         lengths_B = torch.tensor(held, device=device)
         positions_B = lengths_B + torch.tensor(plan.lengths, device=device)
-        attend = self._attention(plan, lengths_B, longest)
-        if plan.blocks is not None and isinstance(attend, FusedStepAttention):
-            hidden_BD = whole_step(decoder, plan.blocks, tokens_B, positions_B, attend.cache)
-        else:
+        if plan.prompts is None:
+            attend = StepAttention(self._cache, plan.groups, plan.slots, lengths_B, longest)
             hidden_BD = decoder(tokens_B, positions_B, plan.route, attend)
+        else:
+            cache = step_cache(self._cache, plan.prompts, plan.slots, lengths_B, longest)
+            if plan.blocks is None:
+                attend = FusedStepAttention(cache)
+                hidden_BD = decoder(tokens_B, positions_B, plan.route, attend)
+            else:
+                hidden_BD = whole_step(decoder, plan.blocks, tokens_B, positions_B, cache)
         return self._sample(plan.rows, plan.route(decoder.head, hidden_BD), plan.params)
-
-    def _attention(
-        self, plan: _Plan, lengths_B: torch.Tensor, longest: int
-    ) -> FusedStepAttention | StepAttention:
-        if plan.prompts is not None:
-            return FusedStepAttention(self._cache, plan.prompts, plan.slots, lengths_B, longest)
-        return StepAttention(self._cache, plan.groups, plan.slots, lengths_B, longest)
 
     def _make_plan(self) -> _Plan:
         self._settle()
