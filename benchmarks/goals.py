@@ -121,11 +121,10 @@ GOALS = (
         measured=_times_slower_is_best_peer("1"),
         at_least=1,
         between="A step reads the whole model for one token, as every peer's does, at the speed of "
-        "memory. A new version costs its installation and then either merging (all weights are "
-        "read and written once, most of it page faults of the new copy) or a few per cent of every "
-        "step. Tried: never merging, with two torch products a layer (slower) and with one kernel "
-        "call a layer (about as fast as merging at 64 tokens); adding in the same pass that "
-        "copies, and huge pages (no gain).",
+        "memory, and is one call of a kernel. A new version costs its installation and then either "
+        "merging (all weights are read and written once, most of it page faults of the new copy) "
+        "or a few per cent of every step. Tried for merging: adding in the same pass that copies, "
+        "and huge pages (no gain).",
     ),
     Goal(
         benchmark="forward_backward",
@@ -144,9 +143,6 @@ GOALS = (
         what="memory that `lorelei plan` estimates: largest relative error of all runs",
         measured=_largest_error,
         at_most=0.15,
-        between="The estimate takes every completion at its full length. With four prompts and two "
-        "steps in flight some end earlier, so that the run stays below it; a plan that is too "
-        "large is the safe side.",
     ),
 )
 

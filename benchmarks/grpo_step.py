@@ -93,6 +93,11 @@ tokens, `new512` has 512 new tokens. Both sides have the same prompts and reward
 in fresh processes; the first step of a process is left out. Numbers are medians, with the
 smallest and largest step in parentheses.
 
+Ratios depend on the processor: on one where TRL took as long and Lorelei nearly twice as long,
+the same command gave 2.68 times for `2x8`, 3.01 for `4x8`, 8.12 for `2x8-prompt512` and 2.62 for
+`2x8-new512` (benchmarks/results/grpo_step.json at commit 56cb91c, before a decoding step was one
+call of a kernel).
+
 `make bench ARGS=grpo_step`
 
 | case | side | step, s | generate, s | train, s | step, CPU s | peak, GiB |

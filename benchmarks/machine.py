@@ -13,8 +13,10 @@ def machine() -> dict[str, object]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    # twice as many products a cycle, and not every program uses it
+    wide = any("avx512f" in line for line in lines if line.startswith("flags"))
     return {
-        "cpu": names[0] if names else platform.machine(),
+        "cpu": (names[0] if names else platform.machine()) + " with AVX-512" * wide,
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),

@@ -30,17 +30,21 @@ RUNS = 2
 GIB, MIB = 2**30, 2**20
 POLL = 0.05  # seconds; a process that ends between two looks is seen up to the first of them
 
-SUMS: dict[str, Any] = {"kind": "reasoning_gym", "name": "chain_sum"}
+SUMS: dict[str, Any] = {"task": {"kind": "reasoning_gym", "name": "chain_sum"}}
+# whose completions reach their full length, as the estimate takes them
+STORIES: dict[str, Any] = {
+    "task": {"kind": "jsonl", "path": "stories.jsonl"},
+    "reward": {"kind": "python", "path": "rewards.py:vowels"},
+}
 STEP: dict[str, Any] = {
     "model": MODEL,
     "steps": 2,
     "rollout": {"n_samples": 8, "max_new_tokens": 64},
-    "task": SUMS,
     "algo": {"lr": 2e-4, "batch_size": 2},
     "eval": {"every": 0},
 }
 CASES: dict[str, dict[str, Any]] = {
-    "2x8": STEP,
+    "2x8": STEP | STORIES,
     "2x8-prompt512-checkpointing": STEP
     | {
         "train": {"gradient_checkpointing": True},
@@ -48,6 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
         "reward": {"kind": "math_verify"},
     },
     "3 adapters, 2x16": STEP
+    | SUMS
     | {
         "rollout": {"n_samples": 16, "max_new_tokens": 32},
         "eval": {"every": 2, "n_prompts": 8},
@@ -58,33 +63,48 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "4x8, two steps off-policy": STEP
+    | STORIES
     | {
         "steps": 4,
         "rollout": {"n_samples": 8, "max_new_tokens": 64, "max_head_offpolicyness": 2},
         "algo": {"lr": 2e-4, "batch_size": 4},
     },
-    "2x8, two workers": STEP | {"train": {"workers": 2}},
+    "2x8, two workers": STEP | STORIES | {"train": {"workers": 2}},
     "2x8, full fine-tuning": STEP
+    | STORIES
     | {"lora": {"use_lora": False}, "algo": {"lr": 1e-5, "batch_size": 2}},
 }
+REWARDS = """
+def one(completion, **row):
+    return 1.0
+
+def vowels(completion, **row):
+    return sum(map(completion.count, "aeiou")) / (len(completion) + 1)
+"""
 # enough workers, adapters and rewards to see every kind of process
-PROGRAMS = STEP | {
-    "model": "./tiny",
-    "rollout": {"n_samples": 2, "max_new_tokens": 4},
-    "train": {"workers": 2},
-    "adapters": {
-        "gym": {},
-        "math": {"reward": {"kind": "math_verify"}},
-        "own": {"reward": {"kind": "python", "path": "rewards.py:one"}},
-    },
-}
+PROGRAMS = (
+    STEP
+    | SUMS
+    | {
+        "model": "./tiny",
+        "rollout": {"n_samples": 2, "max_new_tokens": 4},
+        "train": {"workers": 2},
+        "adapters": {
+            "gym": {},
+            "math": {"reward": {"kind": "math_verify"}},
+            "own": {"reward": {"kind": "python", "path": "rewards.py:one"}},
+        },
+    }
+)
 
 
 def make_files(folder: Path) -> None:
-    """What the cases read: long prompts, a reward function and a model of almost no size."""
+    """What the cases read: prompts, reward functions and a model of almost no size."""
     rows = [{"question": f"{FILLER * 48}What is {n} + 1?", "answer": str(n + 1)} for n in range(64)]
     (folder / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "rewards.py").write_text("def one(completion, **row):\n    return 1.0\n")
+    rows = [{"question": f"Tell the long story of {n} ships.", "answer": ""} for n in range(2, 66)]
+    (folder / "stories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rewards.py").write_text(REWARDS)
     whole, tiny = resolve_model(MODEL), folder / "tiny"
     tiny.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
@@ -198,8 +218,9 @@ def section(record: Line) -> str:
         "The memory that `lorelei plan` estimates from the configuration, beside the resident "
         "memory that `lorelei train` takes: short runs of SmolLM2-135M in fp32, the peaks of all "
         f"their processes added up, the largest of {RUNS} runs. The estimate takes every "
-        "completion at its full length; in these runs some end earlier. The second table has its "
-        "parts in the phase that needs most, in GiB.",
+        "completion at its full length; the stories that most of these runs ask for reach it, "
+        "answers to long prompts and to sums may not. The second table has the estimate's parts in "
+        "the phase that needs most, in GiB.",
         "",
         "`make bench ARGS=memory`",
         "",
