@@ -36,13 +36,15 @@ def test_rate_and_gaps_of_a_counter():
 
 
 def test_a_gap_counts_for_the_publication_that_it_meets():
-    row = publishing.summary(TIMES, COUNTS, [(0.3, 0.4), (1.1, 1.45)], (0.0, 1.8))
+    row = publishing.summary(TIMES, COUNTS, [(0.3, 0.4), (1.1, 1.45)], [0.2, 0.9], (0.0, 1.8))
     assert row["step_ms"] == pytest.approx(100)
     assert row["longest_gap_ms"] == {"between": 100, "publishing": 500}
     assert row["tokens_per_s"]["publishing"] == pytest.approx(1.5 / 0.45, abs=0.1)
     assert row["within_bound"] == 2, "0.5 s is less than two steps and a load of 0.35 s"
-    late = publishing.summary(TIMES, COUNTS, [(1.1, 1.2)], (0.0, 1.8))
-    assert late["within_bound"] == 0
+    late = publishing.summary(TIMES, COUNTS, [(1.1, 1.2)], [0.9], (0.0, 1.8))
+    assert (late["within_bound"], late["within_bound_before"]) == (0, 1)
+    slow = publishing.summary(TIMES, COUNTS, [(1.55, 1.65)], [1.3], (0.0, 1.8))
+    assert (slow["within_bound"], slow["within_bound_before"]) == (1, 0)
     assert "1 of 1 publications held tokens up" in publishing.problems({**late, "aborted": 0})[0]
 
 
