@@ -98,8 +98,9 @@ def test_rows_decode_together_and_not_one_after_another(decoder: Decoder) -> Non
 def test_nothing_is_kept_when_the_last_row_has_left(decoder: Decoder) -> None:
     async def body() -> None:
         engine = EmbeddedEngine(decoder, max_running=4)
-        tasks = [asyncio.create_task(engine.generate(ask(p, max_new_tokens=100))) for p in range(4)]
-        await asyncio.sleep(0.02)
+        tasks = [asyncio.create_task(engine.generate(ask(p, max_new_tokens=400))) for p in range(4)]
+        while engine._decoding._cache.nbytes == 0:
+            await asyncio.sleep(0)
         await engine.pause()
         assert engine._decoding._cache.nbytes > 0
         tasks[0].cancel()
