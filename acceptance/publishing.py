@@ -200,8 +200,9 @@ the process. *Lost* is tokens a second between publications less those during on
 median time between readings of the engine's counter that found new tokens; the longest gap is
 given between publications and during them. *Too long* are the publications in which one was longer
 than twice the step plus the publication itself. *Before* are the stretches before them in which one
-was: each is as long as its publication and ends, like it, with a request for the first token, but
-nothing is published. Trainer and server share the cores.
+was: each is as long as its publication and ends, like it, with a request for one token, but nothing
+is published in it. A publication begins when that request is answered, so that its prompt is read
+before. Trainer and server share the cores.
 
 `make acceptance ARGS=publishing`
 

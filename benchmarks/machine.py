@@ -13,7 +13,7 @@ def machine() -> dict[str, object]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    # twice as many products a cycle, and not every program uses it
+    # what some programs use and others do not, so that ratios depend on it
     wide = any("avx512f" in line for line in lines if line.startswith("flags"))
     return {
         "cpu": (names[0] if names else platform.machine()) + " with AVX-512" * wide,

@@ -43,11 +43,7 @@ class PublishedRoute:
     """Tokens of several adapters, and of none, in one row. For inference: gives no gradients."""
 
     def __init__(self, spans: Sequence[RoutedSpan]) -> None:
-        self._spans = tuple(spans)
-
-    @property
-    def spans(self) -> tuple[RoutedSpan, ...]:
-        return self._spans
+        self.spans = tuple(spans)
 
     def weight(self, layer: FrozenLinear) -> Weight:
         """What a layer multiplies with, besides its adapters' matrices."""
@@ -56,7 +52,7 @@ class PublishedRoute:
     def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: Lift | None = None) -> Tensor:
         x_TD = lifted(x_TD, lift)
         y_TO = layer.product(x_TD)
-        for span in self._spans:
+        for span in self.spans:
             if (delta := span.layers.get(layer)) is not None:
                 rows = slice(span.start, span.stop)
                 delta.add_to(y_TO[rows], x_TD[rows])
@@ -65,7 +61,7 @@ class PublishedRoute:
     def take(self, index: Tensor) -> PublishedRoute:
         chosen: list[int] = index.tolist()
         spans: list[RoutedSpan] = []
-        for span in self._spans:
+        for span in self.spans:
             start, stop = bisect_left(chosen, span.start), bisect_left(chosen, span.stop)
             if stop > start:
                 spans.append(RoutedSpan(start, stop, span.layers))

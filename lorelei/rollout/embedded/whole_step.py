@@ -1,7 +1,7 @@
 """One decoding step through all layers in one call; see `decode_step` in kernels.c.
 
-A layer of a small model takes a few tenths of a millisecond, and eleven kernels that are started
-one by one take a tenth of that.
+With few rows the kernels of a layer are over so soon that starting them one by one, and waking the
+other threads for each, counts.
 """
 
 from __future__ import annotations
