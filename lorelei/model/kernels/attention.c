@@ -13,11 +13,12 @@
 
 #define M 64
 #define N 64
-#define L 16 /* floats of a vector */
 #ifdef __AVX512F__
+#define L 16 /* floats of a vector */
 #define NV 4 /* vectors of a register tile */
 #else
-#define NV 1
+#define L 8
+#define NV 2
 #endif
 #define WIDE (NV * L)
 
@@ -51,10 +52,7 @@ static void multiply(const float *a, long ai, long ak, const float *b, long bs, 
         long i = 0;
 #define ROWS(R) \
     for (; i + R <= m; i += R) kernel##R(a + i * ai, ai, ak, b + j, bs, c + i * cs + j, cs, K, add);
-#ifdef __AVX512F__
-        ROWS(6)
-#endif
-        ROWS(4) ROWS(2) ROWS(1)
+        ROWS(6) ROWS(4) ROWS(2) ROWS(1)
 #undef ROWS
     }
 }
