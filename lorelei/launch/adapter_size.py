@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from lorelei.lora.targets import HEAD, Shape
+from lorelei.lora.targets import Shape
 from lorelei.model.config import ModelSizes
 
 # projections of one input are one layer, see model.linear
@@ -23,13 +23,12 @@ class AdapterSize:
     serving: int  # of one version, in the base model's dtype: laid out for decoding
     merged: int  # of the layers that a merged version replaces
     lifted: int  # x A, kept for each token while training, summed over all layers
-    turned: int  # of the largest matrix that a backward pass turns, see model.backend
 
 
 def full_size(model: ModelSizes, base: int) -> AdapterSize:
     """Of full weights: nothing is merged, and gradients go through the trained copy."""
     serving = base + tied_head(model)
-    return AdapterSize(trained=base, published=0, serving=serving, merged=0, lifted=0, turned=0)
+    return AdapterSize(trained=base, published=0, serving=serving, merged=0, lifted=0)
 
 
 def lora_size(
@@ -44,10 +43,7 @@ def lora_size(
     for name in modules:
         layers[_layer(name)] = layers.get(_layer(name), 0) + 1
     serving = merged = 0
-    matrices: dict[str, int] = {}  # layer -> its elements
     for name, (out, wide) in shapes.items():
-        if name != HEAD or not model.tied_embeddings:  # a tied head uses the embedding
-            matrices[_layer(name)] = matrices.get(_layer(name), 0) + out * wide
         if (parts := layers.get(_layer(name), 0)) > 0:
             merged += out * wide
             serving += rank * parts * out  # B of all parts, one block each on the diagonal
@@ -59,7 +55,6 @@ def lora_size(
         serving=serving + inputs,
         merged=merged,
         lifted=round(sum(rank * _share(model, name) for name in modules)),
-        turned=max(matrices.values()),
     )
 
 

@@ -190,11 +190,10 @@ def decoding_bytes(run: Footprint, prompts: int, rows: int) -> int:
 
 
 def _training(run: Footprint) -> Parts:
-    workers, turned = run.config.train.workers, max(size.turned for size in run.adapters)
+    workers = run.config.train.workers
     return {
         "gradients": workers * sum(size.trained for size in run.adapters) * _FP32,
         "activations": workers * activation_bytes(run),
-        "turned matrix": workers * turned * _FP32 if _packs(run) else 0,
     }
 
 

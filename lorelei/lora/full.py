@@ -17,7 +17,7 @@ from lorelei.lora.state import AdapterState
 from lorelei.model.decoder import Decoder
 from lorelei.model.linear import FrozenLinear, Lift, lifted
 from lorelei.model.norm import RmsNorm
-from lorelei.model.weights import named_tensors, rebuilt, ties_head, unpack
+from lorelei.model.weights import named_tensors, rebuilt, unpack
 from lorelei.types import FULL_WEIGHTS, AdapterSpec
 
 
@@ -43,7 +43,7 @@ class FullWeights:
             if layer.bias is not None:
                 names += [f"{part.name}.bias" for part in layer.parts]
             layers[layer] = tuple(named[name] for name in names if name in named)
-        if ties_head(decoder):
+        if decoder.tied:
             layers[decoder.head] = (decoder.embedding,)
         return cls(FULL_WEIGHTS, decoder, layers, dict(sorted(named.items())))
 

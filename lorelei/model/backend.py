@@ -61,47 +61,39 @@ def logits_factor(device: torch.device) -> int:
 class Weight:
     """A matrix W [O, D] that is multiplied often and never written.
 
-    Where there are kernels it is kept in their layout only, and turned each time that a backward
-    pass asks for dy @ W: a second copy would cost more memory than it saves time.
+    Where there are kernels it is kept in their layout only.
     """
 
-    forward: Tensor
-    backward: Tensor | None
+    held: Tensor  # [O, D], or its panels
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, weight: Tensor, kept: bool = False) -> Weight:
-        """kept: the plain tensor stays in memory anyway (a tied embedding), so use it too."""
+    def of(cls, weight: Tensor) -> Weight:
         shape = (weight.shape[0], weight.shape[1])
-        if fused.fuses(weight):
-            return cls(fused.pack(weight), weight if kept else None, shape)
-        return cls(weight, weight, shape)
+        return cls(fused.pack(weight) if fused.fuses(weight) else weight, shape)
 
-    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [T, D] -> x @ W.T + bias [T, O]."""
-        if not _is_packed(self.forward):
-            return F.linear(x, self.forward, bias)
-        y = fused.product(x, self.forward, self.shape[0])
+    def product(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x [T, D] -> x @ W.T + bias [T, O]; out: memory that it may be written to."""
+        if not _is_packed(self.held):
+            return F.linear(x, self.held, bias)
+        y = fused.product(x, self.held, self.shape[0], out)
         return y if bias is None else y.add_(bias)
 
     def transposed_product(self, dy: Tensor) -> Tensor:
         """dy [T, O] -> dy @ W [T, D]."""
-        if self.backward is not None:
-            return dy @ self.backward
-        return fused.product(dy, fused.turned(self.forward, self.shape[0]), self.shape[1])
+        if not _is_packed(self.held):
+            return dy @ self.held
+        return fused.transposed_product(dy, self.held)
 
     def raised(self, a_DR: Tensor, b_RO: Tensor) -> Weight:
         """W + (a @ b).T for products x @ W.T only; the sum is rounded once to a narrower dtype."""
-        if _is_packed(self.forward):
-            return Weight(fused.raised(self.forward, a_DR, b_RO), None, self.shape)
-        sums = (self.forward + (a_DR @ b_RO).T).to(self.forward.dtype)
-        return Weight(sums, sums, self.shape)
+        if _is_packed(self.held):
+            return Weight(fused.raised(self.held, a_DR, b_RO), self.shape)
+        return Weight((self.held + (a_DR @ b_RO).T).to(self.held.dtype), self.shape)
 
     def dense(self) -> Tensor:
         """W [O, D] in the plain layout, a copy where the weight is packed."""
-        if _is_packed(self.forward):
-            return fused.unpack(self.forward, self.shape[0])
-        return self.forward
+        return fused.unpack(self.held, self.shape[0]) if _is_packed(self.held) else self.held
 
 
 @dataclass(frozen=True, slots=True)

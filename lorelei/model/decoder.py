@@ -54,6 +54,7 @@ class Decoder:
     layers: tuple[Layer, ...]
     norm: RmsNorm
     head: FrozenLinear
+    tied: bool  # the head multiplies with the embedding itself
     rotary: RotaryTable
 
     @property

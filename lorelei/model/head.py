@@ -41,9 +41,12 @@ class _TargetLogprobs(torch.autograd.Function):
         logprobs = torch.empty(len(target_I), dtype=dtype, device=hidden_ID.device)
         entropy = torch.empty_like(logprobs)
         unit_ID = torch.empty_like(hidden_ID) if wants_grad else None
+        spare: Tensor | None = None  # fresh memory costs more than a softmax over it
         for rows in _chunks(len(target_I), head.weight.shape[0], hidden_ID.device):
             scale_C = temperature_I[rows].to(dtype).reciprocal()
-            logits_CV = head.product(hidden_ID[rows]).to(dtype)
+            out = None if spare is None else spare[: len(scale_C)]
+            logits_CV = head.product(hidden_ID[rows], out).to(dtype)
+            spare = logits_CV if fused.fuses(logits_CV) else None
             logprobs[rows], entropy[rows] = _differentiate(logits_CV, target_I[rows], scale_C)
             if unit_ID is not None:
                 unit_ID[rows] = head.weight.transposed_product(logits_CV.to(hidden_ID.dtype))

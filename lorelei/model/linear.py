@@ -47,18 +47,13 @@ class FrozenLinear:
             torch.cat(biases) if has_bias else None,
         )
 
-    @classmethod
-    def tied(cls, name: str, weight: Tensor) -> FrozenLinear:
-        """A layer on a matrix [O, D] that the model keeps as it is, too."""
-        return cls((Part(name, 0, weight.shape[0]),), Weight.of(weight, kept=True), None)
-
     @property
     def in_features(self) -> int:
         return self.weight.shape[1]
 
-    def product(self, x_TD: Tensor) -> Tensor:
-        """x [T, D] -> [T, O], without gradient."""
-        return self.weight.product(x_TD, self.bias)
+    def product(self, x_TD: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [T, D] -> [T, O], without gradient; out: memory that it may be written to."""
+        return self.weight.product(x_TD, self.bias, out)
 
 
 class Lift(Protocol):

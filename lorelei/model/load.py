@@ -160,18 +160,15 @@ def build_decoder(config: DecoderConfig, checkpoint: Checkpoint) -> Decoder:
     """Fuse the projections that share an input and pack every matrix."""
     embedding = checkpoint.tensor("model.embed_tokens.weight", config.vocab, config.hidden)
     # a head of its own wins over the tie, as in transformers
-    if config.tied_embeddings and "lm_head.weight" not in checkpoint:
-        head = FrozenLinear.tied("lm_head", embedding)
-    else:
-        head = FrozenLinear.fuse(
-            {"lm_head": checkpoint.linear("lm_head", config.vocab, config.hidden)}
-        )
+    tied = config.tied_embeddings and "lm_head.weight" not in checkpoint
+    own = None if tied else checkpoint.linear("lm_head", config.vocab, config.hidden)
     return Decoder(
         config=config,
         embedding=embedding,
         layers=tuple(_layer(config, checkpoint, i) for i in range(config.layers)),
         norm=RmsNorm(checkpoint.tensor("model.norm.weight", config.hidden), config.norm_eps),
-        head=head,
+        head=FrozenLinear.fuse({"lm_head": own or (embedding, None)}),
+        tied=tied,
         rotary=RotaryTable(config, embedding.dtype, embedding.device),
     )
 

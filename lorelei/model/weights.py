@@ -31,18 +31,13 @@ def named_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
             yield f"{at}.mlp.gate.weight", layer.mlp.router
     yield "model.norm.weight", decoder.norm.weight
     for linear in decoder.linears():
-        if linear is decoder.head and ties_head(decoder):
+        if linear is decoder.head and decoder.tied:
             continue
         dense_OD = linear.weight.dense()
         for part in linear.parts:
             yield f"{part.name}.weight", dense_OD[part.start : part.stop]
             if linear.bias is not None:
                 yield f"{part.name}.bias", linear.bias[part.start : part.stop]
-
-
-def ties_head(decoder: Decoder) -> bool:
-    """Whether the head multiplies with the embedding itself."""
-    return decoder.head.weight.backward is decoder.embedding
 
 
 def rebuilt(base: Decoder, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Decoder:
@@ -57,6 +52,5 @@ def rebuilt(base: Decoder, tensors: Mapping[str, Tensor], dtype: torch.dtype) ->
 def unpack(decoder: Decoder) -> None:
     """Keep every matrix in the plain layout only, so that it can be written to."""
     for linear in decoder.linears():
-        tied = linear is decoder.head and ties_head(decoder)
-        plain = decoder.embedding if tied else linear.weight.dense()
-        linear.weight.forward = linear.weight.backward = plain
+        tied = linear is decoder.head and decoder.tied
+        linear.weight.held = decoder.embedding if tied else linear.weight.dense()

@@ -62,10 +62,14 @@ def test_target_logprobs_entropy_and_gradient_are_those_of_fp64(
         torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("shape", [*ODD_SHAPES, (64, 96), (65, 31)])
-def test_turned_panels_are_those_of_the_transposed_matrix(shape: tuple[int, int]) -> None:
-    weight = torch.randn(shape)
-    assert torch.equal(fused.turned(fused.pack(weight), shape[0]), fused.pack(weight.T))
+@pytest.mark.parametrize("tokens", [1, 3, 150])
+@pytest.mark.parametrize("shape", [*ODD_SHAPES, (64, 96), (65, 31), (400, 100)])
+def test_a_product_with_a_transposed_matrix_is_that_of_fp64(
+    tokens: int, shape: tuple[int, int]
+) -> None:
+    x, weight = torch.randn(tokens, shape[0] + 7)[:, 7:], torch.randn(shape)
+    found = fused.transposed_product(x, fused.pack(weight))
+    assert_close(found, x.double() @ weight.double())
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40, 130])

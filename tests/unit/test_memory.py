@@ -107,17 +107,6 @@ def test_base_model_counts_every_matrix_the_decoder_holds(tmp_path, tied):
     assert memory.base_bytes(footprint(folder)) == matrices(decoder) + nbytes(others)
 
 
-def test_a_backward_pass_keeps_no_second_copy_and_turns_one_matrix_at_a_time(folder):
-    decoder = load_decoder(folder)
-    bank = AdapterBank(decoder)
-    bank.add("a", SPECS[0])
-    forward(decoder, bank).sum().backward()
-    *layers, head = decoder.linears()
-    assert head.weight.backward is decoder.embedding, "a tied head uses it"
-    assert all(layer.weight.backward is None for layer in layers)
-    assert size_of(folder).turned == max(prod(layer.weight.shape) for layer in layers)
-
-
 @pytest.mark.parametrize("spec", SPECS)
 def test_adapter_counts_what_is_trained_published_and_merged(folder, spec):
     decoder, size = load_decoder(folder), size_of(folder, spec)
@@ -241,7 +230,6 @@ def test_accelerators_hold_no_packed_copies_and_no_programs(folder):
     phases = estimate_memory(run)
     assert set(phases) == {"sampling", "training"}
     assert memory.base_bytes(run) == 4 * run.base
-    assert phases["training"]["turned matrix"] == 0
     assert "programs" not in phases["training"]
 
 
@@ -249,7 +237,6 @@ def test_narrow_base_models_are_not_packed_and_adapters_stay_fp32(folder):
     whole, half = footprint(folder), footprint(folder, dtype="bfloat16")
     assert memory.base_bytes(half) == 2 * half.base
     phases = estimate_memory(half)
-    assert phases["training"]["turned matrix"] == 0
     assert phases["training"]["optimizer"] == estimate_memory(whole)["training"]["optimizer"]
 
 

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from lorelei.model.kernels.build import library
 
+_TURNED = 192  # rows of a matrix that are turned at a time
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "lanes": (),
     "pack": (_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG),
     "unpack": (_POINTER, _POINTER, _LONG, _LONG),
-    "turn": (_POINTER, _POINTER, _LONG, _LONG),
+    "transposed_product": (_POINTER, _LONG, *(_POINTER,) * 3, *(_LONG,) * 4),
     "product": (
         *(_POINTER, _LONG, _LONG) * 3,
         *(_LONG, _LONG, _LONG, _FLOAT, ctypes.c_int),
@@ -86,24 +87,29 @@ def unpack(panels: Tensor, outputs: int) -> Tensor:
     return weight_OD
 
 
-def turned(panels: Tensor, outputs: int) -> Tensor:
-    """The panels of W.T [D, O] from those of W [O, D]."""
-    inputs, width = panels.shape[1:]
-    turned = torch.empty(-(-inputs // width), outputs, width)
-    _kernel("turn")(panels.data_ptr(), turned.data_ptr(), outputs, inputs)
-    return turned
-
-
-def product(x_TD: Tensor, panels: Tensor, outputs: int) -> Tensor:
-    """x @ W.T [T, O] for the panels of W."""
+def product(x_TD: Tensor, panels: Tensor, outputs: int, out: Tensor | None = None) -> Tensor:
+    """x @ W.T [T, O] for the panels of W; out: where it is written, contiguous."""
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    y_TO = torch.empty(len(x_TD), outputs)
+    y_TO = torch.empty(len(x_TD), outputs) if out is None else out
     width = panels.shape[2]
     _kernel("product")(
         *(x_TD.data_ptr(), *x_TD.stride(), panels.data_ptr(), width, panels.stride(0)),
         *(y_TO.data_ptr(), outputs, width, *x_TD.shape, outputs, 1.0, False),
     )
     return y_TO
+
+
+def transposed_product(x_TO: Tensor, panels: Tensor) -> Tensor:
+    """x @ W [T, D] for the panels of W [O, D]."""
+    x_TO = x_TO if x_TO.stride(1) == 1 else x_TO.contiguous()
+    inputs, width = panels.shape[1:]
+    y_TD = torch.empty(len(x_TO), inputs)
+    turned = torch.empty(_TURNED, -(-inputs // width) * width)
+    _kernel("transposed_product")(
+        *(x_TO.data_ptr(), x_TO.stride(0), panels.data_ptr(), turned.data_ptr(), y_TD.data_ptr()),
+        *(*x_TO.shape, inputs, _TURNED),
+    )
+    return y_TD
 
 
 def raised(panels: Tensor, a_DR: Tensor, b_RO: Tensor) -> Tensor:

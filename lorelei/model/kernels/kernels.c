@@ -364,15 +364,15 @@ static inline void transpose(const float *restrict from, float *restrict to) {
     for (int n = 0; n < LANES; n++) *(vector *)(to + n * PANEL) = rows[now][n];
 }
 
-/* panels of W.T from those of W, a square of PANEL x PANEL at a time */
-void turn(const float *panels, float *turned, long O, long D) {
-    long all = (O + PANEL - 1) / PANEL * PANEL;
-#pragma omp parallel for schedule(static)
+/* `n` rows of W [O, D] from its panels, as panels of W.T [D / PANEL, n, PANEL]: a share for each
+ * thread of a team. */
+static void turn(const float *panels, float *turned, long n, long D) {
+#pragma omp for schedule(static) collapse(2)
     for (long i = 0; i < D; i += PANEL) {
-        for (long o = 0; o < all; o += PANEL) {
+        for (long o = 0; o < n; o += PANEL) {
             const float *from = panels + o * D + i * PANEL;
-            float *to = turned + i * O + o * PANEL;
-            long rows = least(PANEL, O - o), columns = least(PANEL, D - i);
+            float *to = turned + i * n + o * PANEL;
+            long rows = least(PANEL, n - o), columns = least(PANEL, D - i);
             if (rows == PANEL && columns == PANEL) {
                 transpose(from, to);
                 transpose(from + LANES, to + LANES * PANEL);
@@ -380,8 +380,8 @@ void turn(const float *panels, float *turned, long O, long D) {
                 transpose(from + LANES * PANEL + LANES, to + LANES * PANEL + LANES);
             } else {
                 for (long r = 0; r < rows; r++)
-                    for (long n = 0; n < PANEL; n++)
-                        to[r * PANEL + n] = n < columns ? from[n * PANEL + r] : 0;
+                    for (long c = 0; c < PANEL; c++)
+                        to[r * PANEL + c] = c < columns ? from[c * PANEL + r] : 0;
             }
         }
     }
@@ -495,6 +495,20 @@ void product(float *x, long x_row, long x_column, float *p, long p_row, long p_p
     matrix left = {x, x_row, x_column}, right = {p, p_row, 0}, out = {y, y_row, 0};
 #pragma omp parallel if (T * D * O >= 8 * PARALLEL_FROM)
     shares(left, right, p_panel, out, y_panel, T, D, O, scale, add);
+}
+
+/* y [T, D] = x [T, O] times W [O, D]. `some` rows of W at a time are turned, and multiplied while
+ * they are in the cache. turned [some, D filled up to panels]: scratch; some: a multiple of PANEL */
+void transposed_product(float *x, long x_row, float *panels, float *turned, float *y, long T,
+                        long O, long D, long some) {
+    matrix out = {y, D, 0};
+#pragma omp parallel if (T * D * O >= 8 * PARALLEL_FROM)
+    for (long start = 0; start < O; start += some) {
+        long n = least(some, O - start);
+        matrix left = {x + start, x_row, 1}, right = {turned, PANEL, 0};
+        turn(panels + start * D, turned, n, D);
+        shares(left, right, n * PANEL, out, PANEL, T, n, D, 1.0f, start > 0);
+    }
 }
 
 static void low_rank_shares(matrix x, float *a, float *b, float *low, matrix y, long T, long D,

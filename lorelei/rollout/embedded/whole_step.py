@@ -41,7 +41,7 @@ def blocks(decoder: Decoder, route: PublishedRoute | MergedRoute) -> Blocks:
         norms = (layer.input_norm, layer.q_norm, layer.k_norm, layer.mlp_norm)
         tensors = [
             *(None if norm is None else norm.weight for norm in norms),
-            *(route.weight(linear).forward for linear in linears),
+            *(route.weight(linear).held for linear in linears),
             layer.qkv.bias,
         ]
         weights.append([0 if tensor is None else tensor.data_ptr() for tensor in tensors])

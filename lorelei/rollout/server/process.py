@@ -51,7 +51,9 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **launch.environment},
+                # each adapter is received by a thread of its own, and each of malloc's arenas keeps
+                # the most that any of them freed in it
+                env={"MALLOC_ARENA_MAX": "1", **os.environ, **launch.environment},
                 start_new_session=True,
             )
 

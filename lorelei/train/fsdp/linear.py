@@ -99,7 +99,7 @@ class HostedWeight(Weight):
         self._module = module
         self.shape = shape  # of the whole matrix
 
-    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         return F.linear(x, self._module.weight, bias)
 
     def transposed_product(self, dy: Tensor) -> Tensor:
