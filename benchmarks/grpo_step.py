@@ -20,7 +20,7 @@ from lorelei.config.paths import resolve_model
 from lorelei.model.kernels.fused import lanes
 
 TURNS = 2
-AVX2 = {"CFLAGS": "-mno-avx512f"}  # see lorelei/model/kernels/build.py
+AVX2 = {"LORELEI_CFLAGS": "-mno-avx512f"}  # see lorelei/model/kernels/build.py
 
 
 def ours(case: str, **settings: str) -> list[Line]:
@@ -95,11 +95,11 @@ def section(record: Line) -> str:
             seconds = f"{s['step_s']} ({low} to {high})"
             cells = (name, label, seconds, s["generate_s"], s["train_s"], s["step_cpu_s"])
             rows.append(f"| {' | '.join(map(str, cells))} | {s['peak_gib']:.2f} |")
-        faster, cpu = case["times_faster"], case["times_less_cpu"]
+        faster, cpu = f"{case['times_faster']} times faster", case["times_less_cpu"]
         if "times_faster_avx2" in case:
-            faster = f"{faster} ({case['times_faster_avx2']} with AVX2)"
+            faster += f", {case['times_faster_avx2']} with AVX2"
         memory = f"{case['share_of_memory']:.2f} of it"
-        rows.append(f"| {name} | ratio | {faster} times faster | | | {cpu} times less | {memory} |")
+        rows.append(f"| {name} | ratio | {faster} | | | {cpu} times less | {memory} |")
     table = "\n".join(rows)
     return f"""## A GRPO step
 
@@ -112,7 +112,7 @@ smallest and largest step in parentheses.
 
 Ratios depend on the processor: our kernels use AVX-512 where there is one, TRL's libraries took
 as long on a processor without it. Where *kernels for AVX2* is listed, they were compiled as for
-such a processor (`CFLAGS=-mno-avx512f`).
+such a processor (`LORELEI_CFLAGS=-mno-avx512f`).
 
 `make bench ARGS=grpo_step`
 

@@ -20,7 +20,7 @@ TESTS = ("test_kernels", "test_attention", "test_whole_step")
 def test_kernels_for_avx2_pass_the_same_tests() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     files = [f"tests/unit/{name}.py" for name in TESTS]
-    narrow = {**os.environ, "CFLAGS": "-mno-avx512f"}
+    narrow = {**os.environ, "LORELEI_CFLAGS": "-mno-avx512f"}
     width = "from lorelei.model.kernels.fused import lanes; assert lanes() == 8"
     subprocess.run([sys.executable, "-c", width], env=narrow, check=True)
     done = subprocess.run([*command, *files], env=narrow, capture_output=True, text=True)

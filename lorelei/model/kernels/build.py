@@ -24,7 +24,7 @@ SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 _SOFT = 1  # omp_pause_soft
 _FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
-    *os.environ.get("CFLAGS", "").split(),  # such as -mno-avx512f: as on a processor without it
+    *os.environ.get("LORELEI_CFLAGS", "").split(),  # such as -mno-avx512f: as on a processor without it
 )
 
 
