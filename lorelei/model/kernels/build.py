@@ -24,7 +24,8 @@ SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 _SOFT = 1  # omp_pause_soft
 _FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
-    *os.environ.get("LORELEI_CFLAGS", "").split(),  # such as -mno-avx512f: as on a processor without it
+    # such as -mno-avx512f, for kernels as a processor without it gets them
+    *os.environ.get("LORELEI_CFLAGS", "").split(),
 )
 
 
