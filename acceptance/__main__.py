@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -99,7 +100,8 @@ def _run(jobs: Sequence[Job]) -> list[Job]:
     _say(" ".join(names))
     held: list[Job] = []
     command = [sys.executable, "-m", "acceptance", "measure", *names]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    heap = {"MALLOC_ARENA_MAX": "1", **os.environ}  # as the command line sets it
+    with subprocess.Popen(command, env=heap, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if not line.startswith("{"):

@@ -45,11 +45,15 @@ async def measure(case: Case, stage: Stage) -> Line:
             await asyncio.to_thread(stage.change)  # a trainer has a thread of its own
             await _quiet(windows, retiring)
             calm.append(time.perf_counter())
+            # prompts that have come are read before, others once it is clear what this one cost
+            traffic.admits.clear()
             await stage.rollout.generate(_one_token(traffic.ref))
             start = time.perf_counter()
             ref = await stage.publish()
             windows.append((start, time.perf_counter()))
+            await _next_token(clock, traffic)
             old, traffic.ref = traffic.ref, ref
+            traffic.admits.set()
             retiring.append(asyncio.create_task(stage.publisher.retire(old)))
             await stage.rollout.generate(_one_token(ref))
             tokens_after.append(time.perf_counter() - start)
@@ -91,6 +95,14 @@ async def _quiet(windows: list[Window], retiring: list[asyncio.Task[None]]) -> N
         await asyncio.sleep(0.02)
 
 
+async def _next_token(clock: TokenClock, traffic: Traffic) -> None:
+    """Until a reading finds new tokens of the requests that run."""
+    seen = clock.counts[-1]
+    while clock.counts[-1] == seen and traffic.running:
+        await asyncio.sleep(0.001)
+    traffic.check()
+
+
 def _one_token(ref: AdapterRef) -> GenerateRequest:
     return GenerateRequest(
         tokens=np.arange(5, 29, dtype=np.int32),
@@ -109,8 +121,8 @@ def summary(
 ) -> Line:
     """Rates and gaps within the windows of publications and between them.
 
-    calm: the ends of stretches before the windows, to compare with. At the end of each of either
-    kind a request comes, whose prompt holds tokens up as well.
+    calm: the ends of stretches before the windows, to compare with: nothing is published in them,
+    but prompts are read.
     """
     edges = [whole[0], *(edge for window in windows for edge in window), whole[1]]
     between = list(zip(edges[::2], edges[1::2], strict=True))
@@ -191,18 +203,19 @@ def section(found: Mapping[str, Line]) -> str:
     return f"""## Publishing while tokens are sampled
 
 A new adapter version is published {PUBLISHES} times while {LANES} requests are in flight at any
-time, of {SIZES["tiny"].answer} tokens each for `tiny` and {SIZES["smollm2"].answer} for `smollm2`.
-`tiny` has two layers of width 64 and an adapter of rank 8; `smollm2` is SmolLM2-135M with rank 16;
-all linear layers, fp32. *Visible* is the time until `publish` returns,
-with the version on every server; *first token* until one token of it was sampled. Bytes are what
+time, of {SIZES["tiny"].answer} tokens on average for `tiny` and {SIZES["smollm2"].answer} for
+`smollm2`. `tiny` has two layers of width 64 and an adapter of rank 8; `smollm2` is SmolLM2-135M
+with rank 16; all linear layers, fp32. *Visible* is the time until `publish` returns, with the
+version on every server; *first token* until one token of it was sampled. Bytes are what
 went over the loopback device and into files when nothing else was going on; `memory` copies within
 the process. *Lost* is tokens a second between publications less those during one. A step is the
 median time between readings of the engine's counter that found new tokens; the longest gap is
 given between publications and during them. *Too long* are the publications in which one was longer
-than twice the step plus the publication itself. *Before* are the stretches before them in which one
-was: each is as long as its publication and ends, like it, with a request for one token, but nothing
-is published in it. A publication begins when that request is answered, so that its prompt is read
-before. Trainer and server share the cores.
+than twice the step plus the publication itself. Reading a prompt holds tokens up as well: prompts
+that have come are read before a publication begins, and those that come meanwhile wait until tokens
+have followed it. *Before* shows what they cost: of the stretches before the publications, each as
+long as its own, those in which a gap was too long although nothing was published. So *lost* may
+be below zero: no prompts are read while publishing. Trainer and server share the cores.
 
 `make acceptance ARGS=publishing`
 

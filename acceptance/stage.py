@@ -48,7 +48,7 @@ class Size:
     rank: int
     spread: float  # standard deviation of B, so that every version answers differently
     tolerance: float  # of log-probabilities in fp32
-    answer: int  # tokens of a request that keeps a server busy
+    answer: int  # tokens of a request that keeps a server busy, on average
     tensor_parallel: int = 1  # processes that a server splits the model over
 
 
@@ -56,7 +56,7 @@ SIZES = {
     "tiny": Size(rank=8, spread=0.05, tolerance=1e-5, answer=96),
     # sums of two halves are rounded once more
     "tiny-tp2": Size(rank=8, spread=0.05, tolerance=2e-5, answer=96, tensor_parallel=2),
-    "smollm2": Size(rank=16, spread=0.02, tolerance=3e-4, answer=32),
+    "smollm2": Size(rank=16, spread=0.02, tolerance=3e-4, answer=48),
 }
 
 

@@ -22,9 +22,11 @@ class Traffic:
     """LANES requests at a time, each of the newest version when it starts."""
 
     def __init__(self, engine: RolloutEngine, ref: AdapterRef, answer: int) -> None:
-        """answer: tokens of each."""
+        """answer: tokens of each, give or take a third, so that they do not end together."""
         self.ref, self._answer = ref, answer
-        self.finished = self.aborted = 0
+        self.finished = self.aborted = self.running = 0
+        self.admits = asyncio.Event()  # else requests wait until they are admitted
+        self.admits.set()
         self._engine = engine
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -47,12 +49,17 @@ class Traffic:
 
     async def _lane(self, number: int) -> None:
         random = np.random.default_rng(number)
-        sampling = SamplingParams(max_new_tokens=self._answer)
+        spread = self._answer // 3
         while True:
+            await self.admits.wait()
+            length = int(random.integers(self._answer - spread, self._answer + spread + 1))
+            sampling = SamplingParams(max_new_tokens=length)
             tokens = random.integers(5, 290, PROMPT_TOKENS).astype(np.int32)
             key = f"{number}/{self.finished}"
             request = GenerateRequest(tokens=tokens, adapter=self.ref, sampling=sampling, key=key)
+            self.running += 1
             answer = await self._engine.generate(request)
+            self.running -= 1
             self.finished += 1
             self.aborted += answer.finish_reason == "abort"
 
