@@ -110,9 +110,8 @@ tokens, `new512` has 512 new tokens. Both sides have the same prompts and reward
 in fresh processes; the first step of a process is left out. Numbers are medians, with the
 smallest and largest step in parentheses.
 
-Ratios depend on the processor: our kernels use AVX-512 where there is one, TRL's libraries took
-as long on a processor without it. Where *kernels for AVX2* is listed, they were compiled as for
-such a processor (`LORELEI_CFLAGS=-mno-avx512f`).
+Ratios depend on the processor: our kernels use AVX-512 where there is one. Where *kernels for AVX2*
+is listed, they were compiled as for a processor without it (`LORELEI_CFLAGS=-mno-avx512f`).
 
 `make bench ARGS=grpo_step`
 

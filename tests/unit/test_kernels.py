@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorelei.model import head
 from lorelei.model.backend import LowRank
 from lorelei.model.kernels import fused
 from lorelei.model.kernels.build import library
+from lorelei.model.linear import FrozenLinear
 from lorelei.model.mlp import SWIGLU
 from lorelei.model.norm import RmsNorm
 
@@ -60,6 +62,23 @@ def test_target_logprobs_entropy_and_gradient_are_those_of_fp64(
         (*given, logits), (logprobs.detach(), entropy, gradient), strict=True
     ):
         torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_chunks_of_logits_that_share_memory_are_those_of_fp64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 3 * 50)  # 8 tokens: 3, 3 and 2
+    hidden, weight, target = torch.randn(8, 16), torch.randn(50, 16), torch.randint(50, (8,))
+
+    def found(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaf = hidden.to(dtype).requires_grad_()
+        layer = FrozenLinear.fuse({"lm_head": (weight.to(dtype), None)})
+        logprobs, entropy = head.target_logprobs(leaf, layer, target, torch.full((8,), 0.7))
+        (gradient,) = torch.autograd.grad(logprobs.sum(), leaf)
+        return logprobs.detach(), entropy, gradient
+
+    for given, exact in zip(found(torch.float32), found(torch.float64), strict=True):
+        assert_close(given, exact)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 150])
