@@ -45,7 +45,7 @@ peers: setup
 
 # their own virtual environments in the cache folder, about 5 minutes each; prints the interpreter
 vllm sglang megatron:
-	@$(PYTHON) -m lorelei.interpreters $@
+	@$(PYTHON) -m lorelei.venvs $@
 
 setup: .venv/installed
 

@@ -23,7 +23,7 @@ from typing import Any
 from acceptance.page import MATRICES, PAGE, page
 from acceptance.record import keep
 from acceptance.stage import Case, staged
-from lorelei.interpreters.recipe import KINDS, interpreter
+from lorelei.venvs.recipe import KINDS, interpreter
 
 Job = tuple[str, str]  # matrix and case
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from acceptance.record import Line
 from acceptance.table import table
 from benchmarks.cases import MODEL
-from lorelei.config.paths import resolve_model
+from lorelei.model.locate import resolve_model
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.obs.history import read_metrics
 from lorelei.obs.records import StepRecord

@@ -24,7 +24,7 @@ import yaml
 from acceptance.record import Line
 from acceptance.table import table
 from benchmarks.cases import MODEL
-from lorelei.config.paths import cache_folder, resolve_model
+from lorelei.model.locate import cache_folder, resolve_model
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.obs.history import read_metrics
 from lorelei.store.manifest import manifest_paths

@@ -19,13 +19,13 @@ from acceptance.megatron import Case
 from acceptance.record import Line
 from acceptance.table import table
 from benchmarks.cases import MODEL
-from lorelei.config.paths import resolve_model
+from lorelei.inference.server.process import wait_gone
+from lorelei.inference.server.process_guard import descendants
 from lorelei.launch.trained import TrainedRun
 from lorelei.lora.targets import FUSED
+from lorelei.model.locate import resolve_model
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.obs.history import read_metrics
-from lorelei.rollout.server.keeper import descendants
-from lorelei.rollout.server.process import wait_gone
 from lorelei.store.check import check_run
 from lorelei.store.manifest import manifest_paths
 from tests.contract.train_engines import MEGATRON
@@ -112,7 +112,7 @@ def _committed(folder: Path) -> int:
 
 def _train_workers(pid: int) -> list[int]:
     below = [(p, Path(f"/proc/{p}/cmdline").read_bytes()) for p in descendants(pid)]
-    return [p for p, command in below if b"lorelei.train.worker" in command]
+    return [p for p, command in below if b"lorelei.train.remote.worker" in command]
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -26,13 +26,13 @@ from acceptance.record import Line
 from acceptance.stage import PUBLISHERS
 from acceptance.table import table
 from benchmarks.cases import MODEL
-from lorelei.config.paths import resolve_model
+from lorelei.inference.server.payload import pack
 from lorelei.launch.trained import TrainedRun
 from lorelei.lora.state import AdapterState
 from lorelei.lora.targets import FUSED
+from lorelei.model.locate import resolve_model
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.obs.history import read_metrics
-from lorelei.rollout.server.payload import pack
 from tests.tiny_models import FOREIGN, make_tiny
 from tests.tiny_runs import REWARD
 

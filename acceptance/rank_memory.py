@@ -15,9 +15,9 @@ import numpy as np
 from acceptance.record import Line
 from acceptance.table import table
 from benchmarks.cases import MODEL
-from lorelei.config.paths import resolve_model
-from lorelei.train.remote import RemoteEngine
-from lorelei.train.spec import FsdpSpec
+from lorelei.model.locate import resolve_model
+from lorelei.train.remote.engine import RemoteEngine
+from lorelei.train.remote.spec import FsdpSpec
 from lorelei.types import AdamHyper, AdapterSpec
 from tests.contract.train_engines import GRPO
 from tests.episodes import random_group, weighted_batch

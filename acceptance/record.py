@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
-from lorelei.interpreters.recipe import KINDS, PACKAGE, packages
+from lorelei.venvs.recipe import KINDS, PACKAGE, packages
 
 RESULTS = Path("acceptance/results")
 

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 
 from benchmarks.cases import MODEL
-from lorelei.config.load import to_plain, validate
-from lorelei.config.paths import resolve_model
-from lorelei.launch.parts import build, make_loop, make_trainer
+from lorelei.inference.contract import InferenceEngine
+from lorelei.inference.server.engine import ServerEngine
+from lorelei.launch.assemble import build, make_loop, make_trainer
 from lorelei.lora.state import AdapterSnapshot, AdapterState
+from lorelei.model.locate import resolve_model
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.obs.console import Console
 from lorelei.publish.contract import Publisher
-from lorelei.rollout.contract import RolloutEngine
-from lorelei.rollout.server.engine import ServerEngine
+from lorelei.run_file import to_plain, validate
 from lorelei.store.run import RunStore
 from lorelei.train.contract import TrainEngine
 from lorelei.types import AdapterRef
@@ -98,7 +98,7 @@ class Stage:
     model: Path
     folder: Path  # of the run
     trainer: TrainEngine
-    rollout: RolloutEngine
+    rollout: InferenceEngine
     make_publisher: Callable[[str], Publisher]  # by its kind
     publisher: Publisher
     version: int = 0  # the last one published

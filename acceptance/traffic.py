@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from lorelei.rollout.contract import RolloutEngine
+from lorelei.inference.contract import InferenceEngine
 from lorelei.types import AdapterRef, GenerateRequest, SamplingParams
 
 LANES, PROMPT_TOKENS = 8, 24
@@ -21,7 +21,7 @@ Window = tuple[float, float]  # seconds, of perf_counter
 class Traffic:
     """LANES requests at a time, each of the newest version when it starts."""
 
-    def __init__(self, engine: RolloutEngine, ref: AdapterRef, answer: int) -> None:
+    def __init__(self, engine: InferenceEngine, ref: AdapterRef, answer: int) -> None:
         """answer: tokens of each, give or take a third, so that they do not end together."""
         self.ref, self._answer = ref, answer
         self.finished = self.aborted = self.running = 0
@@ -67,7 +67,7 @@ class Traffic:
 class TokenClock:
     """Reads an engine's token counter again and again."""
 
-    def __init__(self, engine: RolloutEngine, pause: float) -> None:
+    def __init__(self, engine: InferenceEngine, pause: float) -> None:
         """pause: seconds between two readings."""
         self.times: list[float] = []
         self.counts: list[int] = []

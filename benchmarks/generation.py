@@ -21,12 +21,12 @@ import torch
 from benchmarks.cases import ALPHA, MODEL, RANK, StepCase
 from benchmarks.peers.environment import peers_python
 from benchmarks.turns import Line, begun, keep, run
-from lorelei.config.paths import resolve_model
+from lorelei.lora.peft_folder import write_peft_folder
 from lorelei.lora.state import AdapterState, tensor_names
 from lorelei.lora.targets import match_targets, module_shapes
 from lorelei.model.load import read_config
+from lorelei.model.locate import resolve_model
 from lorelei.model.tokenizer import load_tokenizer
-from lorelei.store.peft_folder import write_peft_folder
 from lorelei.types import AdapterSpec
 
 TURNS, ROUNDS = 2, 2

@@ -32,8 +32,8 @@ from benchmarks.turns import Line, keep, kept, run
 __all__ = ["main", "section"]
 
 CONTRACT = "contract"
-KERNELS = "tests/unit/test_flash_attention.py"
-SUITES = ("tests/contract", "tests/parity", KERNELS, "tests/unit/test_flash_step.py")
+KERNELS = "tests/unit/model/test_flash_attention.py"
+SUITES = ("tests/contract", "tests/parity", KERNELS, "tests/unit/inference/test_flash_step.py")
 OURS = "not fsdp and not megatron and not vllm and not sglang"  # archon and embedded
 NEEDS_A_MODEL = "tests/parity/test_sampler_trainer.py"
 TEST_SECONDS = 60

@@ -20,11 +20,11 @@ from benchmarks.gpu_cases import GpuCase, case_of, device, weight
 from benchmarks.gpu_watch import Watch, copy_bandwidth, kernel_seconds
 from lorelei.algo.advantage import normalise
 from lorelei.algo.aggregate import item_weights
+from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.model.config import DecoderConfig
 from lorelei.model.decoder import Decoder
 from lorelei.model.load import Checkpoint, build_decoder
 from lorelei.publish.publisher import VersionPublisher
-from lorelei.rollout.embedded.engine import EmbeddedEngine
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.batch import build_batch
 from lorelei.types import (

@@ -15,10 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_cases import GpuCase, case_of
 from benchmarks.gpu_ours import LOSSES, NAME, SPEC, RandomCheckpoint, complete, plain_batch
+from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.model.config import DecoderConfig
 from lorelei.model.load import build_decoder
 from lorelei.publish.publisher import VersionPublisher
-from lorelei.rollout.embedded.engine import EmbeddedEngine
 from lorelei.train.archon.engine import ArchonEngine
 
 _ROWS = 25

@@ -16,8 +16,8 @@ from typing import Any
 from benchmarks.cases import MODEL, STEP_CASES
 from benchmarks.peers.environment import peers_python
 from benchmarks.turns import Line, begun, keep, pinned, run
-from lorelei.config.paths import resolve_model
 from lorelei.model.kernels.fused import lanes
+from lorelei.model.locate import resolve_model
 
 TURNS = 2
 AVX2 = {"LORELEI_CFLAGS": "-mno-avx512f"}  # see lorelei/model/kernels/build.py

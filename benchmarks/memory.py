@@ -3,7 +3,7 @@
 usage: python -m benchmarks.memory [CASE ...]   (make bench ARGS=memory)
 Every case is a run of its own in a folder that is thrown away. `programs` is a run on a model of
 almost no size: what it takes is what the processes take, and where the constants of
-lorelei/launch/memory.py come from. Writes benchmarks/results/memory.json.
+lorelei/plan/memory.py come from. Writes benchmarks/results/memory.json.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 from benchmarks.cases import FILLER, MODEL
 from benchmarks.turns import Line, begun, keep
-from lorelei.config.paths import resolve_model
+from lorelei.model.locate import resolve_model
 
 RUNS = 2
 GIB, MIB = 2**30, 2**20
@@ -169,7 +169,10 @@ def _look(pid: int) -> tuple[str, int] | None:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return None
-    kinds = {b"lorelei.reward.worker": "reward worker", b"lorelei.train.worker": "train worker"}
+    kinds = {
+        b"lorelei.reward.worker": "reward worker",
+        b"lorelei.train.remote.worker": "train worker",
+    }
     kind = next((name for module, name in kinds.items() if module in command), None)
     peak = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
     return (kind, int(peak[0]) * 1024) if kind is not None and peak else None

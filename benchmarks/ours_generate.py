@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.meter import Meter
+from lorelei.inference.embedded.engine import EmbeddedEngine
+from lorelei.lora.peft_folder import read_peft_folder
 from lorelei.model.load import load_decoder
-from lorelei.rollout.embedded.engine import EmbeddedEngine
-from lorelei.store.peft_folder import read_peft_folder
 from lorelei.types import AdapterRef, GenerateRequest, SamplingParams
 
 

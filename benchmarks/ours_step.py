@@ -14,12 +14,12 @@ import numpy as np
 
 from benchmarks.cases import ALPHA, LR, MODEL, RANK, STEP_CASES, StepCase, toy_reward
 from benchmarks.meter import Meter
-from lorelei.config.load import validate
-from lorelei.config.paths import resolve_model
+from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.model.load import load_decoder
+from lorelei.model.locate import resolve_model
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.publish.publisher import VersionPublisher
-from lorelei.rollout.embedded.engine import EmbeddedEngine
+from lorelei.run_file import validate
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.step import Trainer
 from lorelei.types import GenerateRequest, Group, Prompt, Rollout, SamplingParams, Turn

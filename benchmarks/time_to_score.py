@@ -22,12 +22,12 @@ from benchmarks import sums
 from benchmarks.cases import ALPHA, MODEL, RANK
 from benchmarks.peers.environment import peers_python
 from benchmarks.turns import Line, begun, keep, pinned, run
-from lorelei.config.load import load_config
-from lorelei.config.paths import resolve_model
 from lorelei.data.source import make_source
+from lorelei.model.locate import resolve_model
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.obs.figure import COLOURS, fit_y, label_ends, new_figure, room_x, titles
 from lorelei.obs.history import read_metrics
+from lorelei.run_file import load_config
 from lorelei.types import Prompt
 
 SEEDS = ("0", "1", "2")

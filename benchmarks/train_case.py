@@ -11,10 +11,10 @@ from torch import Tensor
 
 from benchmarks.cases import ALPHA, MODEL, RANK
 from lorelei.algo.aggregate import item_weights
-from lorelei.config.paths import resolve_model
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.decoder import Decoder
 from lorelei.model.load import load_decoder
+from lorelei.model.locate import resolve_model
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.batch import build_batch
 from lorelei.train.layout import flatten

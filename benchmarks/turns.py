@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.machine import machine
 from benchmarks.peers.environment import RECIPE
-from lorelei.config.threads import physical_cores
+from lorelei.process import physical_cores
 
 RESULTS = Path("benchmarks/results")
 

@@ -1,6 +1,6 @@
 """python -m lorelei."""
 
-from lorelei.cli import main
+from lorelei.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorelei.interpreters.recipe import packages
+from lorelei.venvs.recipe import packages
 
 
 def needs(*kinds: str) -> pytest.MarkDecorator:

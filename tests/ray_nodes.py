@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorelei.rollout.server.keeper import descendants
+from lorelei.inference.server.process_guard import descendants
 
 STORE = 100 * 1024 * 1024  # bytes
 
@@ -32,7 +32,7 @@ class RayNodes:
 
     def workers(self) -> list[int]:
         """The train workers that run on any node."""
-        return [p for p in descendants(self.pid) if "lorelei.train.worker" in command(p)]
+        return [p for p in descendants(self.pid) if "lorelei.train.remote.worker" in command(p)]
 
 
 @contextmanager

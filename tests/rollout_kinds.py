@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from lorelei.rollout.server.client import Client, ServerTrouble
-from lorelei.rollout.server.dialect import Dialect
-from lorelei.rollout.server.options import ServerOptions
-from lorelei.rollout.server.process import ServerProcess, free_port
-from lorelei.rollout.sglang.dialect import SglangDialect
-from lorelei.rollout.vllm.dialect import VllmDialect
+from lorelei.inference.server.backend import ServerBackend
+from lorelei.inference.server.client import Client, ServerTrouble
+from lorelei.inference.server.options import ServerOptions
+from lorelei.inference.server.process import ServerProcess, free_port
+from lorelei.inference.sglang.backend import SglangBackend
+from lorelei.inference.vllm.backend import VllmBackend
 from tests.environments import needs
 from tests.tiny_models import sizes_of
 
@@ -49,12 +49,12 @@ def rollout_section(kind: str, model: Path, context: int) -> Iterator[Mapping[st
         yield {"kind": kind}
         return
     options = ServerOptions(**_OPTIONS, model=model, sizes=sizes_of(model), context=context)
-    dialect: Dialect = VllmDialect(options) if kind == "vllm" else SglangDialect(options)
+    backend: ServerBackend = VllmBackend(options) if kind == "vllm" else SglangBackend(options)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    process = ServerProcess(dialect.launch(0, port, TOKEN, model.parent), model.parent / "log")
+    process = ServerProcess(backend.launch(0, port, TOKEN, model.parent), model.parent / "log")
     try:
-        asyncio.run(_up(dialect, url, process))
+        asyncio.run(_up(backend, url, process))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("LORELEI_SERVER_TOKEN", TOKEN)
             yield {"kind": kind, "urls": [url]}
@@ -62,15 +62,15 @@ def rollout_section(kind: str, model: Path, context: int) -> Iterator[Mapping[st
         process.stop_now()
 
 
-async def _up(dialect: Dialect, url: str, process: ServerProcess) -> None:
+async def _up(backend: ServerBackend, url: str, process: ServerProcess) -> None:
     client, deadline = Client(url, TOKEN), time.monotonic() + START
     try:
         while True:
             try:
-                await dialect.facts(client)
+                await backend.facts(client)
                 return
             except ServerTrouble:
-                assert process.alive and time.monotonic() < deadline, process.last_words()
+                assert process.alive and time.monotonic() < deadline, process.log_tail()
             await asyncio.sleep(0.2)
     finally:
         await client.close()

@@ -42,7 +42,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 # of the models that transformers builds for train.kind fsdp, those that SGLang 0.5.23 has too: it
 # serves others by way of transformers, and leaves adapters out there; see
-# tests/unit/test_server_models.py
+# tests/unit/inference/test_server_models.py
 WITH_WINDOWS = frozenset(  # which keep to a window of the attention
     f"{name}ForCausalLM"
     for name in (

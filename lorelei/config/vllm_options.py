@@ -33,7 +33,8 @@ DERIVED: Mapping[str, str] = {
     "enable-sleep-mode": "train and rollout on one device",
 }
 
-# that vLLM 0.32 has models of, without a place for adapters; see tests/unit/test_server_models.py
+# vLLM 0.32 has models of these without support for adapters; checked by
+# tests/unit/inference/test_server_models.py
 WITHOUT_ADAPTERS = frozenset(
     f"{name}ForCausalLM"
     for name in (

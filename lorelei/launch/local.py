@@ -10,21 +10,21 @@ from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
 from lorelei import loop as the_loop
-from lorelei.config.load import to_plain, validate
 from lorelei.config.run import RunConfig
-from lorelei.launch.parts import Parts, build, make_loop, make_trainer, warm_starts
+from lorelei.inference.contract import EngineClosed
+from lorelei.inference.server.client import ServerTrouble
+from lorelei.launch.assemble import RunComponents, build, make_loop, make_trainer, warm_starts
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot
 from lorelei.obs.console import Console
 from lorelei.obs.history import read_metrics
 from lorelei.publish.contract import PublishError
 from lorelei.publish.page import CanaryFailed
-from lorelei.rollout.contract import EngineClosed
-from lorelei.rollout.server.client import ServerTrouble
+from lorelei.run_file import to_plain, validate
 from lorelei.store.identity import read_identity
 from lorelei.store.run import RunStore
 from lorelei.train.contract import EngineFailed, TrainEngine
-from lorelei.train.restarting import Restarting
+from lorelei.train.remote.restarting import Restarting
 
 
 class Broken(ValueError):
@@ -126,7 +126,7 @@ async def _run(loop: Loop) -> int | None:
     return received[0] if received else None
 
 
-def _opening(config: RunConfig, parts: Parts, loop: Loop) -> list[str]:
+def _opening(config: RunConfig, parts: RunComponents, loop: Loop) -> list[str]:
     model = f"{config.model} ({config.dtype}, {parts.device})"
     engines = f"{config.train.kind} + {config.rollout.kind}"
     lines = [f"{loop.store.folder}: {model}, {engines}"]

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from lorelei.config.cluster import RayCluster
-from lorelei.rollout.server.client import ServerTrouble
-from lorelei.rollout.server.dialect import Dialect
-from lorelei.rollout.server.place import RunningServer
+from lorelei.inference.server.backend import ServerBackend
+from lorelei.inference.server.client import ServerTrouble
+from lorelei.inference.server.launcher import RunningServer
 from lorelei.train.contract import WorkersLost
-from lorelei.train.workers import Seat, WorkerGone, open_store
+from lorelei.train.remote.workers import RankInfo, WorkerGone, open_store
 
 # Ray reads them when it is imported; what goes wrong comes as an exception too
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -76,10 +76,10 @@ class Cluster:
         theirs = None if python == sys.executable else python
         return RayWorkers([self._seat(n) for n in range(size)], self._config, self.host, theirs)
 
-    def start(self, dialect: Dialect, number: int, token: str, folder: Path) -> RunningServer:
-        """Implements Place."""
+    def start(self, backend: ServerBackend, number: int, token: str, folder: Path) -> RunningServer:
+        """Implements Launcher."""
         actor = self._seat(self._workers + number)
-        return RayServer(actor, dialect, number, token, folder, self._config.wait)
+        return RayServer(actor, backend, number, token, folder, self._config.wait)
 
     def close(self) -> None:
         """Give the places back and disconnect. Idempotent."""
@@ -156,7 +156,7 @@ class RayWorkers:
         self._actors = actors
         self._store, port = open_store(host)
         seats = [
-            Seat(
+            RankInfo(
                 rank=rank,
                 size=len(actors),
                 # Ray shows each process its own devices only
@@ -199,7 +199,7 @@ class RayServer:
     """Implements RunningServer."""
 
     def __init__(
-        self, actor: Any, dialect: Dialect, number: int, token: str, folder: Path, wait: float
+        self, actor: Any, backend: ServerBackend, number: int, token: str, folder: Path, wait: float
     ) -> None:
         """wait: seconds for a node that is lost to come back, or for another one.
 
@@ -208,12 +208,12 @@ class RayServer:
         self._actor = actor
         try:
             self.url: str = ray.get(
-                actor.start_server.remote(dialect, number, token, str(folder.absolute())),
+                actor.start_server.remote(backend, number, token, str(folder.absolute())),
                 timeout=wait,
             )
         except RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
-            raise ValueError(f"{dialect.name}-{number} on its node: {cause}") from error
+            raise ValueError(f"{backend.name}-{number} on its node: {cause}") from error
         except RayError as error:
             raise ServerTrouble(f"its node is lost: {_last_line(error)}") from error
         self._ended: Future[None] = actor.server_ended.remote().future()
@@ -226,7 +226,7 @@ class RayServer:
     def pids(self) -> list[int]:
         return self._told(self._actor.server_pids, [])
 
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
         return self._told(self._actor.server_words, "its node is lost")
 
     async def stop(self) -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 import ray
 
 import lorelei
-from lorelei.rollout.server.dialect import Dialect
-from lorelei.rollout.server.process import ServerProcess, free_port
-from lorelei.train.network import interface_toward
-from lorelei.train.workers import Seat, WorkerProcess
+from lorelei.inference.server.backend import ServerBackend
+from lorelei.inference.server.process import ServerProcess, free_port
+from lorelei.train.remote.network import interface_toward
+from lorelei.train.remote.workers import RankInfo, WorkerProcess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class Host:
 
     # --- a train worker
 
-    def start_worker(self, seat: Seat, python: str | None) -> int:
+    def start_worker(self, seat: RankInfo, python: str | None) -> int:
         """Its pid. python: none: this node's."""
         seat = replace(seat, interface=interface_toward(seat.host))
         self._worker = WorkerProcess(seat, python or sys.executable)
@@ -73,14 +73,14 @@ class Host:
 
     # --- a rollout server
 
-    def start_server(self, dialect: Dialect, number: int, token: str, folder: str) -> str:
+    def start_server(self, backend: ServerBackend, number: int, token: str, folder: str) -> str:
         """Its URL. Raises ValueError when its environment is not installed on this node."""
         host = ray.util.get_node_ip_address()
         port = free_port(host)
         # Ray shows it no devices but its own
         first = 0 if os.environ.get("CUDA_VISIBLE_DEVICES") else number
-        launch = dialect.launch(first, port, token, Path(folder), host)
-        self._server = ServerProcess(launch, Path(folder) / f"{dialect.name}-{number}.log")
+        launch = backend.launch(first, port, token, Path(folder), host)
+        self._server = ServerProcess(launch, Path(folder) / f"{backend.name}-{number}.log")
         return f"http://{host}:{port}"
 
     def server_ended(self) -> None:
@@ -91,7 +91,7 @@ class Host:
             ended.wait(0.5)
 
     def server_words(self) -> str:
-        return self._server.last_words() if self._server is not None else ""
+        return self._server.log_tail() if self._server is not None else ""
 
     def server_pids(self) -> list[int]:
         return self._server.pids if self._server is not None else []

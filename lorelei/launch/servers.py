@@ -8,19 +8,19 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from lorelei.config.paths import resolve_model
 from lorelei.config.rollout import SglangRollout, VllmRollout
 from lorelei.config.run import RunConfig
-from lorelei.launch.device import has_accelerator
-from lorelei.launch.outline import outline
+from lorelei.inference.limits import Limits
+from lorelei.inference.server.backend import ServerBackend
+from lorelei.inference.server.engine import ServerEngine
+from lorelei.inference.server.launcher import LOCAL, Launcher
+from lorelei.inference.server.options import ServerOptions
 from lorelei.lora.targets import match_targets
+from lorelei.model.config import ModelInfo
 from lorelei.model.load import read_config
-from lorelei.model.outline import Outline
-from lorelei.rollout.limits import Limits
-from lorelei.rollout.server.dialect import Dialect
-from lorelei.rollout.server.engine import ServerEngine
-from lorelei.rollout.server.options import ServerOptions
-from lorelei.rollout.server.place import HERE, Place
+from lorelei.model.locate import resolve_model
+from lorelei.plan.hardware import has_accelerator
+from lorelei.plan.model_info import model_info
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,10 +34,10 @@ def make_server_engine(
     config: RunConfig,
     rollout: VllmRollout | SglangRollout,
     folder: Path,
-    model: Outline,
+    model: ModelInfo,
     tokenizer: PreTrainedTokenizerBase,
     logs: Path,
-    place: Place = HERE,
+    place: Launcher = LOCAL,
     device: Device | None = None,
 ) -> ServerEngine:
     """Not started yet. folder: of the model. logs: a folder for what the servers print.
@@ -47,7 +47,7 @@ def make_server_engine(
     sizes = model.sizes
     context = min(rollout.max_context or sizes.max_positions, sizes.max_positions)
     return ServerEngine(
-        _dialect(config, rollout, folder, model, device or device_here()),
+        _backend(config, rollout, folder, model, device or device_here()),
         Limits(vocab=sizes.vocab, context=context, decodes_text=True),
         logs,
         tokenizer=tokenizer,  # type: ignore[arg-type]  # its decode takes more
@@ -71,10 +71,10 @@ def serve(config: RunConfig, host: str, port: int) -> NoReturn:
             "server could replace its adapters. Set the same secret here and at the trainer"
         )
     folder = resolve_model(config.model)
-    model = outline(config, folder, read_config(folder))
+    model = model_info(config, folder, read_config(folder))
     rollout = rollout.model_copy(update={"urls": ()})
-    dialect = _dialect(config, rollout, folder, model, device_here())
-    launch = dialect.launch(0, port, token, Path.cwd(), host)
+    backend = _backend(config, rollout, folder, model, device_here())
+    launch = backend.launch(0, port, token, Path.cwd(), host)
     os.execvpe(launch.command[0], launch.command, {**os.environ, **launch.environment})
 
 
@@ -92,30 +92,30 @@ def device_here() -> Device:
     return "cuda" if has_accelerator() else "cpu"
 
 
-def _dialect(
+def _backend(
     config: RunConfig,
     rollout: VllmRollout | SglangRollout,
     folder: Path,
-    model: Outline,
+    model: ModelInfo,
     device: Device,
-) -> Dialect:
+) -> ServerBackend:
     options = None if rollout.urls else _options(config, rollout, folder, model, device)
     match rollout:
         case VllmRollout():
-            from lorelei.rollout.vllm.dialect import VllmDialect
+            from lorelei.inference.vllm.backend import VllmBackend
 
-            return VllmDialect(options)
+            return VllmBackend(options)
         case SglangRollout():
-            from lorelei.rollout.sglang.dialect import SglangDialect
+            from lorelei.inference.sglang.backend import SglangBackend
 
-            return SglangDialect(options)
+            return SglangBackend(options)
 
 
 def _options(
     config: RunConfig,
     rollout: VllmRollout | SglangRollout,
     folder: Path,
-    model: Outline,
+    model: ModelInfo,
     device: Device,
 ) -> ServerOptions:
     sizes = model.sizes
@@ -138,7 +138,7 @@ def _options(
     )
 
 
-def projections(config: RunConfig, model: Outline) -> tuple[str, ...]:
+def projections(config: RunConfig, model: ModelInfo) -> tuple[str, ...]:
     """The last names of the linear layers that any adapter has, such as q_proj."""
     names = model.linears
     targets = {

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from lorelei.config.run import RunConfig
 from lorelei.config.train import ArchonTrain, FsdpTrain, MegatronTrain
-from lorelei.interpreters.recipe import interpreter
 from lorelei.model.decoder import Decoder
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.contract import TrainEngine
-from lorelei.train.remote import RemoteEngine
-from lorelei.train.restarting import Restarting
-from lorelei.train.spec import ArchonSpec, EngineSpec, FsdpSpec, MegatronSpec
-from lorelei.train.workers import Launcher, LocalWorkers
+from lorelei.train.remote.engine import RemoteEngine
+from lorelei.train.remote.restarting import Restarting
+from lorelei.train.remote.spec import ArchonSpec, EngineSpec, FsdpSpec, MegatronSpec
+from lorelei.train.remote.workers import Launcher, LocalWorkers
+from lorelei.venvs.recipe import interpreter
 
 if TYPE_CHECKING:
     from lorelei.launch.ray_cluster import Cluster

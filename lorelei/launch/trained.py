@@ -10,20 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from lorelei.config.load import validate
-from lorelei.config.paths import cache_folder, resolve_model
 from lorelei.config.run import RunConfig
-from lorelei.launch.parts import build, decoder_of, evaluators
+from lorelei.inference.embedded.engine import EmbeddedEngine
+from lorelei.launch.assemble import build, decoder_of, evaluators
+from lorelei.lora.peft_folder import write_peft_folder
 from lorelei.lora.state import AdapterState
 from lorelei.model.backend import DTYPES, default_device
 from lorelei.model.config import ForeignModel
 from lorelei.model.load import load_decoder, read_config
+from lorelei.model.locate import cache_folder, resolve_model
 from lorelei.model.tokenizer import load_tokenizer, stop_token_ids
-from lorelei.rollout.embedded.engine import EmbeddedEngine
+from lorelei.run_file import validate
 from lorelei.store.identity import read_identity
 from lorelei.store.manifest import Manifest, read_checkpoints
 from lorelei.store.model_folder import write_model_folder
-from lorelei.store.peft_folder import write_peft_folder
 from lorelei.store.snapshot import read_snapshot
 from lorelei.types import AdapterRef, GenerateRequest, Prompt, SamplingParams
 

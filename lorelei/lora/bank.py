@@ -21,7 +21,7 @@ from lorelei.lora.sharded import set_from
 from lorelei.lora.state import AdapterState, check_tensors, check_tied, copies, tensor_names
 from lorelei.lora.targets import match_targets, tied_names
 from lorelei.model.backend import Weight
-from lorelei.model.linear import FrozenLinear, Lift, Route, lifted
+from lorelei.model.linear import FrozenLinear, FusedInput, Route, lifted
 from lorelei.types import AdapterSpec
 
 
@@ -238,7 +238,7 @@ class AdapterBank(Generic[B]):
         weights: dict[FrozenLinear, Weight] = {}
         with torch.no_grad():
             for layer, parts in adapter.layers.items():
-                weights[layer] = layer.weight.raised(
+                weights[layer] = layer.weight.with_lora_delta(
                     *side_by_side(layer, parts, adapter.spec.scale)
                 )
         return MergedRoute(weights)
@@ -260,7 +260,7 @@ class BankRoute:
     ) -> None:
         self._stretches, self._tokens, self._dropout_seed = stretches, tokens, dropout_seed
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: Lift | None = None) -> Tensor:
+    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: FusedInput | None = None) -> Tensor:
         assert len(x_TD) == self._tokens, f"route of {self._tokens} tokens, row of {len(x_TD)}"
         return lora_linear(layer, x_TD, self.spans(layer), lift)
 
@@ -298,7 +298,7 @@ class MergedRoute:
     def __init__(self, weights: Mapping[FrozenLinear, Weight]) -> None:
         self._weights = weights
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: Lift | None = None) -> Tensor:
+    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: FusedInput | None = None) -> Tensor:
         return self.weight(layer).product(lifted(x_TD, lift), layer.bias)
 
     def weight(self, layer: FrozenLinear) -> Weight:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorelei.lora.state import AdapterState
 from lorelei.model.decoder import Decoder
-from lorelei.model.linear import FrozenLinear, Lift, lifted
+from lorelei.model.linear import FrozenLinear, FusedInput, lifted
 from lorelei.model.norm import RmsNorm
 from lorelei.model.weights import named_tensors, rebuilt, unpack
 from lorelei.types import FULL_WEIGHTS, AdapterSpec
@@ -62,7 +62,7 @@ class FullRoute:
     def __init__(self, weights: FullWeights) -> None:
         self._weights = weights
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: Lift | None = None) -> Tensor:
+    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: FusedInput | None = None) -> Tensor:
         trained = self._weights.layers[layer]
         # norms outside of a linear layer, the embedding and routers are autograd's
         norm = (lift.weight,) if isinstance(lift, RmsNorm) else ()
@@ -81,7 +81,7 @@ class _FullLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layer: FrozenLinear, lift: Lift | None, *trained: Tensor
+        ctx: Any, x: Tensor, layer: FrozenLinear, lift: FusedInput | None, *trained: Tensor
     ) -> Tensor:
         ctx.layer, ctx.lift = layer, lift
         # weights are saved through the layer: the optimizer writes them only between passes

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorelei.model.backend import add_product
-from lorelei.model.linear import FrozenLinear, Lift, lifted
+from lorelei.model.linear import FrozenLinear, FusedInput, lifted
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def side_by_side(
 
 
 def lora_linear(
-    layer: FrozenLinear, x: Tensor, spans: tuple[Span, ...], lift: Lift | None = None
+    layer: FrozenLinear, x: Tensor, spans: tuple[Span, ...], lift: FusedInput | None = None
 ) -> Tensor:
     """x [T, D'] -> [T, O] of lift(x) [T, D]. The gradient reaches x, A and B, never W."""
     weights = [w for span in spans for part in span.parts for w in (part.a, part.b)]
@@ -80,7 +80,7 @@ class _LoraLinear(torch.autograd.Function):
         x: Tensor,
         layer: FrozenLinear,
         spans: tuple[Span, ...],
-        lift: Lift | None,
+        lift: FusedInput | None,
         *weights: Tensor,
     ) -> Tensor:
         x_TD = lifted(x, lift)

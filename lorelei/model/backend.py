@@ -85,10 +85,10 @@ class Weight:
             return dy @ self.held
         return fused.transposed_product(dy, self.held)
 
-    def raised(self, a_DR: Tensor, b_RO: Tensor) -> Weight:
+    def with_lora_delta(self, a_DR: Tensor, b_RO: Tensor) -> Weight:
         """W + (a @ b).T for products x @ W.T only; the sum is rounded once to a narrower dtype."""
         if _is_packed(self.held):
-            return Weight(fused.raised(self.held, a_DR, b_RO), self.shape)
+            return Weight(fused.with_lora_delta(self.held, a_DR, b_RO), self.shape)
         return Weight((self.held + (a_DR @ b_RO).T).to(self.held.dtype), self.shape)
 
     def dense(self) -> Tensor:

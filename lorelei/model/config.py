@@ -72,6 +72,19 @@ class ModelSizes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What is known of a base model without its weights.
+
+    Enough to plan a run, to name what it adapts and to start its servers.
+    """
+
+    sizes: ModelSizes
+    # {name: (out, in)} of every linear layer that can get an adapter, in order of execution
+    linears: Mapping[str, tuple[int, int]]
+    parameters: Mapping[str, int]  # by part; a tied lm_head has none of its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig(ModelSizes):
     """A decoder of the Llama, Qwen2, Qwen3 or Qwen3-MoE family."""
 

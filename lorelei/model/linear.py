@@ -56,7 +56,7 @@ class FrozenLinear:
         return self.weight.product(x_TD, self.bias, out)
 
 
-class Lift(Protocol):
+class FusedInput(Protocol):
     """What a layer's input goes through first: a norm, a gate.
 
     It is cheap, so a backward pass computes it again instead of keeping its output.
@@ -71,7 +71,7 @@ class Lift(Protocol):
         ...
 
 
-def lifted(x: Tensor, lift: Lift | None) -> Tensor:
+def lifted(x: Tensor, lift: FusedInput | None) -> Tensor:
     """x, or lift(x)."""
     return x if lift is None else lift(x)
 
@@ -79,7 +79,7 @@ def lifted(x: Tensor, lift: Lift | None) -> Tensor:
 class Route(Protocol):
     """Says which adapters act on which tokens, and applies a layer with them."""
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: Lift | None = None) -> Tensor:
+    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: FusedInput | None = None) -> Tensor:
         """[T, D'] -> [T, O]: of lift(x), the frozen product plus each token's adapter's."""
         ...
 
@@ -91,7 +91,7 @@ class Route(Protocol):
 class BaseRoute:
     """Every token sees the base model alone. For inference: gives no gradients."""
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: Lift | None = None) -> Tensor:
+    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: FusedInput | None = None) -> Tensor:
         return layer.product(lifted(x_TD, lift))
 
     def take(self, index: Tensor) -> BaseRoute:

@@ -17,7 +17,7 @@ from lorelei.model.norm import RmsNorm, rms_norm
 
 
 class SwiGlu:
-    """silu(gate) * up of a fused [T, 2F]; a Lift. Source: Shazeer, 2020 (arXiv 2002.05202)."""
+    """silu(gate) * up of a fused [T, 2F], as FusedInput. Source: Shazeer, 2020 (2002.05202)."""
 
     def __call__(self, x: Tensor) -> Tensor:
         if fused.fuses(x):

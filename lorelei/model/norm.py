@@ -17,7 +17,7 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RmsNorm:
-    """x [..., D] / rms(x) * weight [D], statistics in at least fp32; a Lift."""
+    """x [..., D] / rms(x) * weight [D], statistics in at least fp32; a FusedInput."""
 
     weight: Tensor
     eps: float

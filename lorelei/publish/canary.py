@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lorelei.inference.contract import InferenceEngine
 from lorelei.model.kernels.build import rest
 from lorelei.publish import page
 from lorelei.publish.contract import Publisher
 from lorelei.publish.random_adapter import random_adapter, untrained
 from lorelei.publish.verdict import Verdict, distance, judge, share_of_way
-from lorelei.rollout.contract import RolloutEngine
 from lorelei.train.step import Trainer
 from lorelei.types import (
     AdapterRef,
@@ -77,7 +77,7 @@ class Canary:
         self,
         watched: Mapping[str, Watched],
         trainer: Trainer,
-        engine: RolloutEngine,
+        engine: InferenceEngine,
         publisher: Publisher,
         run_id: str,
     ) -> None:
@@ -151,7 +151,7 @@ class Canary:
         await call(engine.add_adapter, own, spec, zlib.crc32(self._run_id.encode()))
         try:
             await self._compare_bases(who, names, own)
-            right_T, signal = await self._grow(own, names)
+            right_T, signal = await self._scale_up(own, names)
             ref = (await self._publisher.publish(engine, {own: 0}))[own]
             try:
                 found = await self._judge_random(who, ref, names, right_T, signal)
@@ -186,7 +186,7 @@ class Canary:
                 raise page.wrong_base(who, noise, len(base_T))
             self._memories[name] = _Memory(noise, base_T)
 
-    async def _grow(self, own: str, names: Sequence[str]) -> tuple[Floats, float]:
+    async def _scale_up(self, own: str, names: Sequence[str]) -> tuple[Floats, float]:
         """Make the canary's adapter random, and so large that the noise cannot hide it."""
         engine, call = self._trainer.engine, self._trainer.call
         fresh = await call(engine.adapter_state, own)
@@ -270,7 +270,7 @@ def _metrics(verdict: Verdict, version: int) -> dict[str, float]:
     if before in verdict.others:
         found["canary_before"] = verdict.others[before]
         # 0: the step was too small to be seen in the noise, and only the digest tells
-        found["canary_told_apart"] = float(before in verdict.told_apart)
+        found["canary_told_apart"] = float(before in verdict.distinguishable)
     return found
 
 

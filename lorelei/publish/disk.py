@@ -7,15 +7,15 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from lorelei.inference.server.delivery import ByFolder
+from lorelei.inference.server.engine import ServerEngine
+from lorelei.lora.peft_folder import write_peft_folder
 from lorelei.lora.state import AdapterState
-from lorelei.rollout.server.delivery import ByFolder
-from lorelei.rollout.server.engine import ServerEngine
-from lorelei.store.peft_folder import write_peft_folder
 from lorelei.types import AdapterRef
 
 
 class Disk:
-    """Implements Way. A folder is durable before any server hears of it."""
+    """Implements Transport. A folder is durable before any server hears of it."""
 
     def __init__(self, engine: ServerEngine, folder: Path, base_model: str) -> None:
         """folder: ours alone; what an earlier process left there is deleted."""

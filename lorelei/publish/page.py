@@ -114,7 +114,7 @@ def _distances(right: str, verdict: Verdict) -> list[str]:
             value,
             "nearer"
             if name == verdict.taken_for
-            else ("" if name in verdict.told_apart else "too much like the right one to tell"),
+            else ("" if name in verdict.distinguishable else "too much like the right one to tell"),
         )
         for name, value in verdict.others.items()
     ]

@@ -6,16 +6,16 @@ import asyncio
 from collections.abc import Mapping
 from typing import Protocol
 
+from lorelei.inference.contract import InferenceEngine
+from lorelei.inference.server.client import ServerTrouble
 from lorelei.lora.state import AdapterState
 from lorelei.publish.contract import PublishError
 from lorelei.publish.page import wrong_digest
-from lorelei.rollout.contract import RolloutEngine
-from lorelei.rollout.server.client import ServerTrouble
 from lorelei.train.contract import TrainEngine
 from lorelei.types import AdapterRef
 
 
-class Way(Protocol):
+class Transport(Protocol):
     """How the tensors of a version travel."""
 
     async def send(self, ref: AdapterRef, state: AdapterState) -> str | None:
@@ -39,7 +39,7 @@ class Way(Protocol):
 class Direct:
     """The engine's own `load`: a copy in this process, or bytes over HTTP to servers."""
 
-    def __init__(self, engine: RolloutEngine) -> None:
+    def __init__(self, engine: InferenceEngine) -> None:
         self._engine = engine
 
     async def send(self, ref: AdapterRef, state: AdapterState) -> str | None:
@@ -57,11 +57,13 @@ class Direct:
 
 
 class VersionPublisher:
-    """Implements Publisher; without a way, by the engine's own `load`."""
+    """Implements Publisher; without a transport, by the engine's own `load`."""
 
-    def __init__(self, engine: RolloutEngine, run_id: str, way: Way | None = None) -> None:
+    def __init__(
+        self, engine: InferenceEngine, run_id: str, transport: Transport | None = None
+    ) -> None:
         self._engine, self._run_id = engine, run_id
-        self._way: Way = way or Direct(engine)
+        self._transport: Transport = transport or Direct(engine)
 
     async def publish(
         self, source: TrainEngine, versions: Mapping[str, int]
@@ -73,7 +75,7 @@ class VersionPublisher:
         except BaseException:
             # all or none: a cancelled publication leaves nothing behind either
             for ref in refs.values():
-                await self._way.unload(ref)
+                await self._transport.unload(ref)
             raise
         return refs
 
@@ -82,24 +84,24 @@ class VersionPublisher:
         digest = await asyncio.to_thread(state.digest)
         ref = AdapterRef(name=name, version=version, run_id=self._run_id, digest=digest)
         try:
-            installed = await self._way.send(ref, state)
+            installed = await self._transport.send(ref, state)
         except ValueError as error:
             raise PublishError(f"{ref}: the rollout engine refuses it: {error}") from error
         except ServerTrouble as error:
             raise PublishError(f"{ref}: it does not arrive: {error}") from error
         if installed is not None and installed != digest:
-            await self._way.unload(ref)
+            await self._transport.unload(ref)
             raise wrong_digest(ref, installed)
         return ref
 
     async def retire(self, ref: AdapterRef) -> None:
-        await self._way.unload(ref)
+        await self._transport.unload(ref)
 
     @property
     def metrics(self) -> Mapping[str, float]:
         """See Publisher."""
-        return self._way.metrics
+        return self._transport.metrics
 
     async def close(self) -> None:
         """Give up what was kept between versions. Idempotent."""
-        await self._way.close()
+        await self._transport.close()

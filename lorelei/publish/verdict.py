@@ -27,7 +27,7 @@ class Verdict:
     distance: float  # from the policy that should have answered
     tolerance: float  # how large `distance` may be
     others: Mapping[str, float]  # distances from policies that should not have
-    told_apart: frozenset[str]  # those that differ from the right one by more than noise
+    distinguishable: frozenset[str]  # those that differ from the right one by more than noise
 
     @property
     def taken_for(self) -> str | None:
@@ -35,7 +35,7 @@ class Verdict:
         nearer = {
             name: d
             for name, d in self.others.items()
-            if name in self.told_apart and d < self.distance
+            if name in self.distinguishable and d < self.distance
         }
         return min(nearer, key=lambda name: nearer[name], default=None)
 
@@ -59,7 +59,7 @@ def judge(
         distance=distance(scored_T, right_T),
         tolerance=_NOISE_ALLOWED * noise + _ALWAYS_ALLOWED + more,
         others={name: distance(scored_T, other_T) for name, other_T in others.items()},
-        told_apart=frozenset(
+        distinguishable=frozenset(
             name for name, other_T in others.items() if distance(right_T, other_T) >= least
         ),
     )

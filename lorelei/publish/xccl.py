@@ -16,19 +16,19 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from lorelei.inference.server import broadcast
+from lorelei.inference.server.backend import Group
+from lorelei.inference.server.client import ServerTrouble
+from lorelei.inference.server.delivery import ByBroadcast
+from lorelei.inference.server.engine import ServerEngine
+from lorelei.inference.server.payload import pack
+from lorelei.inference.server.replicas import Replica
 from lorelei.lora.state import AdapterState
-from lorelei.rollout.server import broadcast
-from lorelei.rollout.server.client import ServerTrouble
-from lorelei.rollout.server.delivery import ByBroadcast
-from lorelei.rollout.server.dialect import Group
-from lorelei.rollout.server.engine import ServerEngine
-from lorelei.rollout.server.payload import pack
-from lorelei.rollout.server.replicas import Replica
 from lorelei.types import AdapterRef
 
 
 class Xccl:
-    """Implements Way. A version that no broadcast could carry goes as bytes: see `fallbacks`."""
+    """Implements Transport. A version that no broadcast can carry goes as bytes: `fallbacks`."""
 
     def __init__(
         self,

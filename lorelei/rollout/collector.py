@@ -16,14 +16,16 @@ from dataclasses import dataclass, field
 from lorelei.config.experiment import Experiment
 from lorelei.data.contract import PromptSource
 from lorelei.env.contract import Env
+from lorelei.inference.contract import EngineClosed, InferenceEngine
 from lorelei.rollout.admission import Admission
-from lorelei.rollout.contract import EngineClosed, RolloutEngine
 from lorelei.rollout.meter import Meter
 from lorelei.rollout.sampler import EngineSampler, Policy
 from lorelei.store.spool import Spool
 from lorelei.types import AdapterRef, Group, Prompt, Rollout
 
-HOPELESS = 64  # groups that failed in a row before the run stops with the last reason
+MAX_CONSECUTIVE_FAILED_GROUPS = (
+    64  # groups that failed in a row before the run stops with the last reason
+)
 
 
 class RolloutsFail(ValueError):
@@ -84,7 +86,7 @@ class Collector:
     def __init__(
         self,
         lanes: Iterable[Lane],
-        engine: RolloutEngine,
+        engine: InferenceEngine,
         spool: Spool,
         meter: Meter | None = None,
     ) -> None:
@@ -192,10 +194,10 @@ class Collector:
             lane.running.discard(index)
             lane.admission.give_back()
             lane.failed_in_a_row += 1
-            if lane.failed_in_a_row >= HOPELESS:
+            if lane.failed_in_a_row >= MAX_CONSECUTIVE_FAILED_GROUPS:
                 raise RolloutsFail(
-                    f"adapter {group.adapter}: {HOPELESS} groups in a row gave nothing to train "
-                    f"on; the last one: {reason}"
+                    f"adapter {group.adapter}: {MAX_CONSECUTIVE_FAILED_GROUPS} groups in a row "
+                    f"gave nothing to train on; the last one: {reason}"
                 )
             return
         if lane.experiment.rollout.max_head_offpolicyness:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from lorelei.env.contract import Env, Episode
-from lorelei.rollout.contract import EngineClosed, RolloutEngine
+from lorelei.inference.contract import EngineClosed, InferenceEngine
 from lorelei.rollout.meter import Meter
 from lorelei.rollout.sampler import EngineSampler, Policy
 from lorelei.types import AdapterRef, Prompt
@@ -28,7 +28,7 @@ class Scores:
 class Evaluator:
     """Evaluates one adapter."""
 
-    engine: RolloutEngine
+    engine: InferenceEngine
     prompts: Sequence[Prompt]
     env: Env
     policy: Policy  # its ref is ignored

@@ -8,7 +8,7 @@ from itertools import groupby
 
 import numpy as np
 
-from lorelei.rollout.contract import RolloutEngine
+from lorelei.inference.contract import InferenceEngine
 from lorelei.rollout.meter import Meter
 from lorelei.types import AdapterRef, Completion, GenerateRequest, Ints, SamplingParams, Turn
 
@@ -29,7 +29,7 @@ class EngineSampler:
     """Implements env's Sampler: every turn is sampled from the newest version of the policy."""
 
     def __init__(
-        self, engine: RolloutEngine, policy: Policy, key: str, meter: Meter | None = None
+        self, engine: InferenceEngine, policy: Policy, key: str, meter: Meter | None = None
     ) -> None:
         self._engine, self._policy, self._key = engine, policy, key
         self._meter = meter or Meter()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lorelei.lora.state import AdapterState
+from lorelei.lora.tensor_file import tensor_bytes
 from lorelei.store.durable import StoreError, read_file, write_folder
-from lorelei.store.tensor_file import tensor_bytes
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 _BESIDE = {".json", ".txt", ".model", ".jinja"}  # tokenizer, chat template, generation config

@@ -12,9 +12,9 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from lorelei.lora.state import AdapterSnapshot, AdapterState
+from lorelei.lora.tensor_file import check_floating, lora_modules, parse_tensors, tensor_bytes
 from lorelei.store.durable import CorruptFile, read_file
 from lorelei.store.record import FORMAT, json_object, migrate, parse_record
-from lorelei.store.tensor_file import check_floating, lora_modules, parse_tensors, tensor_bytes
 from lorelei.types import AdapterSpec
 
 _METADATA = "lorelei"

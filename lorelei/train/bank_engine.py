@@ -19,11 +19,11 @@ from lorelei.lora.bank import AdapterBank
 from lorelei.lora.fresh import stable_seed
 from lorelei.lora.sharded import is_sharded
 from lorelei.lora.state import AdapterSnapshot, AdapterState, check_tensors
+from lorelei.parallel.ranks import Ranks
 from lorelei.train.adam import AdapterOptimizer
 from lorelei.train.checks import check_batch, check_losses, check_snapshot, finite
 from lorelei.train.items import Outputs, item_rows, loss_items
 from lorelei.train.layout import Piece, idle, micro_batches, packed, pieces, share
-from lorelei.train.ranks import Ranks
 from lorelei.types import (
     AdamHyper,
     AdapterSpec,
@@ -99,10 +99,10 @@ class BankEngine:
         check_batch(batch, self._bank)
         outputs = Outputs(len(batch.items), self._bank.dtype)
         bank = self._references if policy == "reference" else self._bank
-        with self._ranks.together():
+        with self._ranks.all_or_none():
             for part in self._micro_batches(batch):
                 found = self._passes.item_logprobs(part.batch, bank, None)
-                if self._ranks.leads:
+                if self._ranks.is_leader:
                     outputs.put(part, *found)
         self._ranks.add_up([outputs.logprobs, outputs.entropy])
         return outputs.items()
@@ -119,7 +119,7 @@ class BankEngine:
         check_batch(batch, self._bank)
         check_losses(batch, losses)
         outputs = Outputs(len(batch.items), self._bank.dtype)
-        with self._ranks.together():
+        with self._ranks.all_or_none():
             for part in self._micro_batches(batch):
                 self._micro_step(part, losses, outputs)
         self._ranks.add_up([outputs.logprobs, outputs.entropy])
@@ -141,14 +141,14 @@ class BankEngine:
             (logprobs_I.sum() * 0).backward()
             return
         torch.stack([result.total for result in results.values()]).sum().backward()
-        if self._ranks.leads:
+        if self._ranks.is_leader:
             outputs.put(part, logprobs_I.detach(), entropy_I)
             for name, result in results.items():
                 outputs.add(name, result)
 
     def _agreed(self) -> AbstractContextManager[None]:
         """Losses may raise; before a backward pass that takes all ranks, all must know."""
-        return self._ranks.together() if self._passes.lockstep else nullcontext()
+        return self._ranks.all_or_none() if self._passes.lockstep else nullcontext()
 
     def _micro_batches(self, batch: Batch) -> list[Piece]:
         """This rank's, with empty ones behind them where others have more and wait for it."""

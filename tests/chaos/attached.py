@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from lorelei.inference.limits import Limits
+from lorelei.inference.server.engine import ServerEngine
+from lorelei.inference.sglang.backend import SglangBackend
 from lorelei.lora.state import AdapterState
-from lorelei.rollout.limits import Limits
-from lorelei.rollout.server.engine import ServerEngine
-from lorelei.rollout.sglang.dialect import SglangDialect
 from lorelei.types import AdapterRef, Completion, GenerateRequest
 from tests.chaos.proxy import Json, Proxy
 from tests.contract.reference_rollout import reference_logprobs, reference_model
@@ -22,11 +22,11 @@ from tests.contract.vllm_server import CONTEXT
 
 
 @dataclass(frozen=True, slots=True)
-class Impatient(SglangDialect):
+class Impatient(SglangBackend):
     """A stuck connection is noticed soon: the answers of tiny models take no second."""
 
     @property
-    def silence(self) -> float:
+    def read_timeout(self) -> float:
         return 2.0
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 
-from lorelei import cli
+from lorelei.cli import main as cli
 from lorelei.launch import local, trained  # noqa: F401 - what the commands import late
 
 

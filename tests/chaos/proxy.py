@@ -22,7 +22,7 @@ class Fault:
 
     route: str
     # refused: no connection. 500: the server is not asked. 500 after: it is. cut: the connection
-    # ends in the middle. half: half of the JSON in a whole answer. stuck: silence. A function
+    # ends in the middle. half: half of the JSON in a whole answer. stuck: read_timeout. A function
     # changes the JSON.
     kind: Kind | Callable[[Json], Any]
     times: int = 1

@@ -261,7 +261,7 @@ def test_a_killed_train_worker_stops_a_run_without_restarts_which_can_be_resumed
 def train_worker(pid: int) -> int:
     """One of the processes that a command has started to train."""
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        if b"lorelei.train.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+        if b"lorelei.train.remote.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
             return int(child)
     raise AssertionError("there is no train worker")
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from lorelei.rollout.server.keeper import descendants
-from lorelei.rollout.server.process import GRACE, wait_gone
+from lorelei.inference.server.process import GRACE, wait_gone
+from lorelei.inference.server.process_guard import descendants
 from lorelei.store.check import check_run
 from tests.chaos.test_kill import committed, prompts
 from tests.contract.servers import ATTENTION
@@ -88,9 +88,9 @@ def test_a_run_outlives_its_server_and_no_process_outlives_the_run(
 
 
 def servers(pid: int) -> list[int]:
-    """The servers of a run: what its keepers have started."""
-    keepers = [below for below in descendants(pid) if "keeper.py" in command(below)]
-    return [int(child) for keeper in keepers for child in children(keeper)]
+    """The servers of a run: what its process guards have started."""
+    guards = [below for below in descendants(pid) if "process_guard.py" in command(below)]
+    return [int(child) for guard in guards for child in children(guard)]
 
 
 def children(pid: int) -> list[str]:

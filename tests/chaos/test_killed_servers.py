@@ -14,16 +14,16 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
+from lorelei.inference.limits import Limits
+from lorelei.inference.server.backend import Sampled
+from lorelei.inference.server.client import Client
+from lorelei.inference.server.engine import ServerEngine
+from lorelei.inference.server.process import wait_gone
+from lorelei.inference.server.replicas import Replica
+from lorelei.inference.sglang.backend import SglangBackend
 from lorelei.lora.state import AdapterState
 from lorelei.publish import xccl
 from lorelei.publish.xccl import Xccl
-from lorelei.rollout.limits import Limits
-from lorelei.rollout.server.client import Client
-from lorelei.rollout.server.dialect import Sampled
-from lorelei.rollout.server.engine import ServerEngine
-from lorelei.rollout.server.process import wait_gone
-from lorelei.rollout.server.replicas import Replica
-from lorelei.rollout.sglang.dialect import SglangDialect
 from lorelei.types import AdapterRef, Completion, GenerateRequest
 from tests.chaos.attached import right
 from tests.contract.servers import VOCAB, sglang_options
@@ -37,7 +37,7 @@ LONG = 60  # tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Noting(SglangDialect):
+class Noting(SglangBackend):
     """Notes which server answered which prompt."""
 
     answered: list[tuple[bytes, str]] = field(default_factory=list[tuple[bytes, str]])
@@ -45,7 +45,7 @@ class Noting(SglangDialect):
     async def generate(
         self, client: Client, request: GenerateRequest, limit: int, seed: int
     ) -> Sampled:
-        sampled = await SglangDialect.generate(self, client, request, limit, seed)
+        sampled = await SglangBackend.generate(self, client, request, limit, seed)
         self.answered.append((request.tokens.tobytes(), client.url))
         return sampled
 
@@ -56,7 +56,7 @@ class Pair:
 
     runner: asyncio.Runner
     engine: ServerEngine
-    dialect: Noting
+    backend: Noting
     way: Xccl
     folder: Path  # of the model
     warnings: list[str]
@@ -89,24 +89,24 @@ class Pair:
         """Whether a server, asked directly, has every live version."""
         if not replica.usable:
             return False
-        status = await self.dialect.status(replica.client)
+        status = await self.backend.status(replica.client)
         return set(status.adapters) == {ref.served_name for ref in self.states if ref is not None}
 
 
 @pytest.fixture(scope="module")
 def pair(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     folder, warnings = folders["llama"], list[str]()
-    dialect = Noting(sglang_options(folder))
+    backend = Noting(sglang_options(folder))
     limits = Limits(vocab=VOCAB, context=CONTEXT, decodes_text=False)
     logs = tmp_path_factory.mktemp("logs")
     with asyncio.Runner() as runner:
-        engine = ServerEngine(dialect, limits, logs, replicas=2, max_running=8)
+        engine = ServerEngine(backend, limits, logs, replicas=2, max_running=8)
         try:
             runner.run(asyncio.wait_for(engine.start(), 240))
             yield Pair(
                 runner=runner,
                 engine=engine,
-                dialect=dialect,
+                backend=backend,
                 way=Xccl(engine, torch.device("cpu"), "127.0.0.1", 20.0, warnings.append),
                 folder=folder,
                 warnings=warnings,
@@ -129,7 +129,7 @@ def test_two_replicas_share_the_work_and_both_have_every_version(pair: Pair) -> 
         assert all([await pair.holds_all(replica) for replica in pair.engine.replicas])
         requests = pair.requests(None)
         assert pair.right(requests, await asyncio.gather(*pair.ask(requests)))
-        places = set(pair.dialect.answered)
+        places = set(pair.backend.answered)
         assert len(places) == 4, "both samples of a prompt were asked where its prefix is cached"
         assert len({url for _, url in places}) == 2
         requests = pair.requests(*pair.states)

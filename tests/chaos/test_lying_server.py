@@ -14,13 +14,13 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lorelei import loop as the_loop
-from lorelei.config.load import load_config, to_plain
-from lorelei.launch.parts import build, make_loop, make_trainer
+from lorelei.inference.server.client import Client
+from lorelei.inference.sglang.backend import SglangBackend
+from lorelei.launch.assemble import build, make_loop, make_trainer
 from lorelei.loop import Loop
 from lorelei.obs.console import Console
 from lorelei.publish.page import CanaryFailed
-from lorelei.rollout.server.client import Client
-from lorelei.rollout.sglang.dialect import SglangDialect
+from lorelei.run_file import load_config, to_plain
 from lorelei.store.check import check_run
 from lorelei.store.run import RunStore
 from lorelei.types import AdapterRef
@@ -187,6 +187,6 @@ async def adapters(server: str) -> tuple[str, ...]:
     """What the server holds."""
     client = Client(server, TOKEN)
     try:
-        return (await SglangDialect(None).status(client)).adapters
+        return (await SglangBackend(None).status(client)).adapters
     finally:
         await client.close()

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from lorelei.inference.server.client import ServerTrouble
+from lorelei.inference.server.engine import ServerEngine
 from lorelei.lora.state import AdapterState
 from lorelei.publish.xccl import Xccl
-from lorelei.rollout.server.client import ServerTrouble
-from lorelei.rollout.server.engine import ServerEngine
 from lorelei.types import AdapterRef
 from tests.chaos.attached import attached, right
 from tests.chaos.proxy import ALWAYS, Fault, Json, Kind
@@ -178,7 +178,7 @@ def test_what_always_fails_ends_in_an_error_that_says_how(
                 await engine.load(ref, state)
             assert said in str(caught.value)
             (replica,) = engine.replicas
-            status = await replica.dialect.status(replica.client)
+            status = await replica.backend.status(replica.client)
             assert ref.served_name not in status.adapters, "none has it"
             with pytest.raises(KeyError, match="is not loaded"):
                 await engine.generate(ask(adapter=ref))
@@ -227,7 +227,7 @@ def test_a_server_that_forgot_a_version_is_given_it_again(
         async with attached(url, folder) as (engine, _):
             ref, (replica,) = make_ref(state), engine.replicas
             await engine.load(ref, state)
-            await replica.dialect.unload(replica.client, ref)
+            await replica.backend.unload(replica.client, ref)
             if call == "generate":
                 request = ask(adapter=ref, max_new_tokens=TOKENS)
                 assert right(folder, {ref: state}, [request], [await engine.generate(request)])

@@ -18,8 +18,8 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lorelei.inference.contract import EngineClosed, Health
 from lorelei.lora.state import AdapterState
-from lorelei.rollout.contract import EngineClosed, Health
 from lorelei.types import AdapterRef, Completion, FinishReason, Floats, GenerateRequest, Ints
 
 
@@ -80,7 +80,7 @@ def reference_logprobs(model: PreTrainedModel, tokens: Ints, temperature: float)
 
 
 class ReferenceEngine:
-    """RolloutEngine by the book. Not for use outside tests: it computes on the event loop."""
+    """InferenceEngine by the book. Not for use outside tests: it computes on the event loop."""
 
     def __init__(
         self, folder: Path, *, tokenizer: Any = None, max_running: int, max_context: int

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorelei.rollout.contract import RolloutEngine
-from lorelei.rollout.limits import Limits
-from lorelei.rollout.server.engine import ServerEngine
-from lorelei.rollout.server.options import ServerOptions
-from lorelei.rollout.server.process import ServerProcess, free_port
-from lorelei.rollout.sglang import command
-from lorelei.rollout.sglang.dialect import SglangDialect
+from lorelei.inference.contract import InferenceEngine
+from lorelei.inference.limits import Limits
+from lorelei.inference.server.engine import ServerEngine
+from lorelei.inference.server.options import ServerOptions
+from lorelei.inference.server.process import ServerProcess, free_port
+from lorelei.inference.sglang import command
+from lorelei.inference.sglang.backend import SglangBackend
 from tests.contract.vllm_server import CONTEXT
 from tests.tiny_models import sizes_of
 
@@ -29,7 +29,7 @@ class Servers:
 
     _running: dict[tuple[str, Path], tuple[str, ServerProcess]] = field(default_factory=dict)
 
-    def sglang(self, folder: Path, tokenizer: Any, max_running: int) -> RolloutEngine:
+    def sglang(self, folder: Path, tokenizer: Any, max_running: int) -> InferenceEngine:
         """An engine attached to the session's SGLang server of that model."""
         return self._attached("sglang", folder, tokenizer, max_running)
 
@@ -51,7 +51,7 @@ class Servers:
 
     def _attached(self, kind: str, folder: Path, tokenizer: Any, max_running: int) -> ServerEngine:
         return ServerEngine(
-            SglangDialect(None),
+            SglangBackend(None),
             Limits(vocab=VOCAB, context=CONTEXT, decodes_text=tokenizer is not None),
             folder,
             tokenizer=tokenizer,
@@ -63,7 +63,7 @@ class Servers:
     async def _ready(self, engine: ServerEngine, process: ServerProcess) -> None:
         started = asyncio.create_task(engine.start())
         while not started.done():
-            assert process.alive, process.last_words()
+            assert process.alive, process.log_tail()
             await asyncio.wait({started}, timeout=1)
         await started
         await engine.close()

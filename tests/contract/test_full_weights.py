@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.lora.state import AdapterState
 from lorelei.publish.contract import PublishError
 from lorelei.publish.publisher import VersionPublisher
-from lorelei.rollout.embedded.engine import EmbeddedEngine
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.contract import TrainEngine
 from lorelei.types import (

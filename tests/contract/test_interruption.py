@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lorelei.inference.contract import InferenceEngine
 from lorelei.lora.state import AdapterState
-from lorelei.rollout.contract import RolloutEngine
 from lorelei.rollout.sampler import EngineSampler, Policy
 from lorelei.types import AdapterRef, GenerateRequest, SamplingParams, Turn
 from tests.contract.reference_rollout import reference_logprobs, reference_model
@@ -50,7 +50,7 @@ def make(request: pytest.FixtureRequest, servers: Servers, folder: Path) -> Make
 
 
 async def answers(
-    engine: RolloutEngine, refs: list[AdapterRef], states: list[AdapterState], **fields: Any
+    engine: InferenceEngine, refs: list[AdapterRef], states: list[AdapterState], **fields: Any
 ) -> list[Turn]:
     """Three answers that start on the first version; each later one takes over in their midst."""
     sampling = SamplingParams(temperature=0.7, max_new_tokens=NEW_TOKENS, **fields)

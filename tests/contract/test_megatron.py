@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from lorelei.interpreters.recipe import interpreter
 from lorelei.lora.state import AdapterState, tensor_names
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.batch import concatenate
 from lorelei.train.contract import TrainEngine
-from lorelei.train.remote import RemoteEngine
-from lorelei.train.spec import MegatronSpec
+from lorelei.train.remote.engine import RemoteEngine
+from lorelei.train.remote.spec import MegatronSpec
 from lorelei.types import AdamHyper, AdapterSpec, Batch, LossSpec, Rollout
+from lorelei.venvs.recipe import interpreter
 from tests.contract.oracle import grpo_loss, make_oracle, turn_logprobs
 from tests.contract.train_engines import (
     DECOUPLED,

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from lorelei.inference.contract import EngineClosed, InferenceEngine
+from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.lora.state import AdapterState, tensor_names
-from lorelei.rollout.contract import EngineClosed, RolloutEngine
-from lorelei.rollout.embedded.engine import EmbeddedEngine
 from lorelei.types import AdapterRef, AdapterSpec, Completion, GenerateRequest, Ints, SamplingParams
 from tests.contract.reference_rollout import (
     ReferenceEngine,
@@ -35,16 +35,16 @@ PROMPT = np.arange(5, 22, dtype=np.int32)
 ENDLESS = CONTEXT - len(PROMPT)  # tokens of an answer that nobody waits for
 
 T = TypeVar("T")
-Make = Callable[..., RolloutEngine]
+Make = Callable[..., InferenceEngine]
 
 
-def make_embedded(folder: Path, tokenizer: Any, max_running: int) -> RolloutEngine:
+def make_embedded(folder: Path, tokenizer: Any, max_running: int) -> InferenceEngine:
     return EmbeddedEngine(
         load_decoder(folder), tokenizer, max_running=max_running, max_context=CONTEXT
     )
 
 
-def make_reference(folder: Path, tokenizer: Any, max_running: int) -> RolloutEngine:
+def make_reference(folder: Path, tokenizer: Any, max_running: int) -> InferenceEngine:
     return ReferenceEngine(
         folder, tokenizer=tokenizer, max_running=max_running, max_context=CONTEXT
     )
@@ -67,7 +67,7 @@ def make(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Make:
         servers.url(request.param, folders[family])
         return servers.sglang
 
-    def attach(folder: Path, tokenizer: Any, max_running: int) -> RolloutEngine:
+    def attach(folder: Path, tokenizer: Any, max_running: int) -> InferenceEngine:
         if folder.name != "llama":
             pytest.skip(f"the {request.param} server of the tests has the llama")
         server: RunningServer = request.getfixturevalue(f"{request.param}_server")
@@ -85,7 +85,7 @@ def attention_only(make: Make, family: str) -> bool:
 
 
 @asynccontextmanager
-async def opened(engine: RolloutEngine) -> AsyncIterator[RolloutEngine]:
+async def opened(engine: InferenceEngine) -> AsyncIterator[InferenceEngine]:
     try:
         yield engine
     finally:
@@ -145,7 +145,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     raise AssertionError("it never happened")
 
 
-async def sampled(engine: RolloutEngine, count: int) -> None:
+async def sampled(engine: InferenceEngine, count: int) -> None:
     """Until the engine has sampled as many tokens since its start."""
 
     async def there() -> bool:

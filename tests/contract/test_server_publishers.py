@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from lorelei.inference.server.engine import ServerEngine
 from lorelei.lora.state import AdapterState
 from lorelei.publish.disk import Disk
-from lorelei.publish.publisher import Direct, VersionPublisher, Way
+from lorelei.publish.publisher import Direct, Transport, VersionPublisher
 from lorelei.publish.xccl import Xccl
-from lorelei.rollout.server.engine import ServerEngine
 from tests.contract.reference_rollout import reference_logprobs, reference_model
 from tests.contract.test_rollout_contract import PROMPT, ask, close, make_state
 from tests.contract.vllm_server import RunningServer
@@ -36,7 +36,7 @@ class Source:
         return make_state(self.folder, self.seed)
 
 
-def make_way(kind: str, engine: ServerEngine, folder: Path) -> Way:
+def make_way(kind: str, engine: ServerEngine, folder: Path) -> Transport:
     match kind:
         case "http":
             return Direct(engine)
@@ -81,7 +81,7 @@ def test_each_version_answers_as_itself_while_others_are_published(
         if isinstance(way, Xccl):
             assert (way.broadcasts, way.fallbacks) == (VERSIONS, 0)
         await publisher.retire(older)
-        status = await engine.replicas[0].dialect.status(engine.replicas[0].client)
+        status = await engine.replicas[0].backend.status(engine.replicas[0].client)
         assert status.adapters == ()
         await publisher.close()
         await engine.close()

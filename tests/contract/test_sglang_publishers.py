@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from lorelei.inference.server.engine import ServerEngine
 from lorelei.lora.state import AdapterState
 from lorelei.publish.disk import Disk
-from lorelei.publish.publisher import Direct, Way
+from lorelei.publish.publisher import Direct, Transport
 from lorelei.publish.xccl import Xccl
-from lorelei.rollout.server.engine import ServerEngine
 from lorelei.types import Completion
 from tests.contract.reference_rollout import reference_logprobs, reference_model
 from tests.contract.servers import Servers
@@ -22,7 +22,7 @@ from tests.contract.test_rollout_contract import PROMPT, ask, close, make_ref, m
 from tests.environments import needs
 
 KINDS = [pytest.param("sglang", marks=needs("sglang"))]
-WAYS: dict[str, Callable[[ServerEngine, Path], Way]] = {
+WAYS: dict[str, Callable[[ServerEngine, Path], Transport]] = {
     "http": lambda engine, folder: Direct(engine),
     "disk": lambda engine, folder: Disk(engine, folder, "tiny"),
     "xccl": lambda engine, folder: Xccl(engine, torch.device("cpu"), "127.0.0.1", 20.0, print),
@@ -91,7 +91,7 @@ def test_fifty_publishes_in_a_row_each_serve_their_version_and_leave_nothing(
             for ref in refs[-LIVE:]:
                 await way.unload(ref)
             (replica,) = engine.replicas
-            status = await replica.dialect.status(replica.client)
+            status = await replica.backend.status(replica.client)
             assert not [a for a in status.adapters if "run1" in a]
             return answers
         finally:

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorelei.interpreters.recipe import interpreter
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.contract import TrainEngine
-from lorelei.train.remote import RemoteEngine
-from lorelei.train.spec import ArchonSpec, FsdpSpec, MegatronSpec
+from lorelei.train.remote.engine import RemoteEngine
+from lorelei.train.remote.spec import ArchonSpec, FsdpSpec, MegatronSpec
 from lorelei.types import AdamHyper, AdapterSpec, Batch, LossSpec
+from lorelei.venvs.recipe import interpreter
 from tests.decoders import load_decoder
 from tests.environments import needs
 

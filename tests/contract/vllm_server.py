@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorelei.rollout.limits import Limits
-from lorelei.rollout.server.client import Client, ServerTrouble
-from lorelei.rollout.server.engine import ServerEngine
-from lorelei.rollout.server.options import ServerOptions
-from lorelei.rollout.server.process import ServerProcess, free_port
-from lorelei.rollout.vllm.command import launch
-from lorelei.rollout.vllm.dialect import VllmDialect
+from lorelei.inference.limits import Limits
+from lorelei.inference.server.client import Client, ServerTrouble
+from lorelei.inference.server.engine import ServerEngine
+from lorelei.inference.server.options import ServerOptions
+from lorelei.inference.server.process import ServerProcess, free_port
+from lorelei.inference.vllm.backend import VllmBackend
+from lorelei.inference.vllm.command import launch
 from tests.tiny_models import sizes_of
 
 FAMILIES = ("llama", "qwen3", "qwen3_moe")
@@ -36,7 +36,7 @@ class RunningServer:
     def engine(self, tokenizer: Any = None, max_running: int = 8, urls: Any = None) -> ServerEngine:
         """A new engine that attaches to it."""
         return ServerEngine(
-            VllmDialect(None),
+            VllmBackend(None),
             Limits(vocab=300, context=self.context, decodes_text=tokenizer is not None),
             self.folder,
             tokenizer=tokenizer,
@@ -84,12 +84,12 @@ async def _up(url: str, process: ServerProcess) -> None:
     client = Client(url, TOKEN)
     try:
         for _ in range(600):
-            assert process.alive, process.last_words()
+            assert process.alive, process.log_tail()
             try:
-                await VllmDialect(None).facts(client)
+                await VllmBackend(None).facts(client)
                 return
             except ServerTrouble:
                 await asyncio.sleep(0.5)
-        raise AssertionError(process.last_words())
+        raise AssertionError(process.log_tail())
     finally:
         await client.close()

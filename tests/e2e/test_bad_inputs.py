@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from lorelei import cli
-from lorelei.config.load import load_config
+from lorelei.cli import main as cli
 from lorelei.launch import local
+from lorelei.run_file import load_config
 from lorelei.store.check import check_run
 from lorelei.store.lock import FolderLock
 from lorelei.store.manifest import manifest_paths

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from lorelei.config.load import load_config
 from lorelei.launch import local
+from lorelei.run_file import load_config
 from tests.tiny_models import make_tiny
 from tests.tiny_runs import make_workplace, records, write_run
 

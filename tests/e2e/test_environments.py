@@ -14,10 +14,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lorelei import loop as the_loop
-from lorelei.config.load import load_config, to_plain
-from lorelei.launch.parts import build, make_loop, make_trainer
+from lorelei.inference.contract import InferenceEngine
+from lorelei.launch.assemble import build, make_loop, make_trainer
 from lorelei.obs.console import Console
-from lorelei.rollout.contract import RolloutEngine
+from lorelei.run_file import load_config, to_plain
 from lorelei.store.run import RunStore
 from lorelei.types import Completion, GenerateRequest, Group, Rollout, StepStats, Turn
 from tests.rollout_kinds import ROLLOUTS, rollout_section
@@ -117,7 +117,7 @@ class Recording:
     """
 
     def __init__(
-        self, engine: RolloutEngine, tokenizer: PreTrainedTokenizerFast, said: Said
+        self, engine: InferenceEngine, tokenizer: PreTrainedTokenizerFast, said: Said
     ) -> None:
         self._engine, self._tokenizer, self._said = engine, tokenizer, said
         self.sampled: list[tuple[GenerateRequest, Completion]] = []

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lorelei.launch.trained import TrainedRun
+from lorelei.lora.peft_folder import write_peft_folder
 from lorelei.model.load import load_decoder
 from lorelei.store.check import check_run
 from lorelei.store.durable import StoreError
 from lorelei.store.model_folder import write_model_folder
-from lorelei.store.peft_folder import write_peft_folder
 from lorelei.types import AdapterSpec
 from tests.tiny_runs import lorelei, make_workplace, records, start, write_run
 

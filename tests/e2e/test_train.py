@@ -17,11 +17,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lorelei.config.load import load_config
 from lorelei.launch import local
 from lorelei.launch.trained import TrainedRun
 from lorelei.lora.state import AdapterSnapshot
 from lorelei.model.load import load_decoder
+from lorelei.run_file import load_config
 from lorelei.store.check import check_run
 from lorelei.store.manifest import Manifest
 from lorelei.train.archon.engine import ArchonEngine

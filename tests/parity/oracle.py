@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorelei.config.errors import ConfigError
-from lorelei.config.paths import resolve_model
+from lorelei.model.locate import resolve_model
 from lorelei.types import AdapterSpec
 from tests.decoders import DEVICE
 

@@ -27,10 +27,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.lora.state import AdapterSnapshot
 from lorelei.model.decoder import Decoder
 from lorelei.model.mlp import Moe
-from lorelei.rollout.embedded.engine import EmbeddedEngine
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.batch import concatenate
 from lorelei.types import (

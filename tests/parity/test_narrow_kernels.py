@@ -11,7 +11,7 @@ import pytest
 from lorelei.model.kernels.build import library
 from lorelei.model.kernels.fused import lanes
 
-TESTS = ("test_kernels", "test_attention", "test_whole_step")
+TESTS = ("model/test_kernels", "model/test_attention", "inference/test_whole_step")
 
 
 @pytest.mark.skipif(

@@ -14,9 +14,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lorelei.inference.embedded.engine import EmbeddedEngine
+from lorelei.lora.peft_folder import write_peft_folder
 from lorelei.lora.state import AdapterSnapshot, AdapterState
-from lorelei.rollout.embedded.engine import EmbeddedEngine
-from lorelei.store.peft_folder import write_peft_folder
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.batch import build_batch
 from lorelei.types import (

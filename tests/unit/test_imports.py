@@ -12,11 +12,16 @@ import lorelei
 
 ROOT = Path(lorelei.__file__).parent
 LAYERS = (
-    ("types", "config"),
-    ("data", "env", "reward", "algo", "lora", "model", "store", "obs", "interpreters"),
-    ("train", "rollout", "publish"),
+    ("types", "config", "process"),
+    (
+        *("areal", "run_file", "data", "env", "reward", "algo", "lora", "model", "parallel"),
+        *("store", "obs", "venvs"),
+    ),
+    ("train", "inference", "rollout", "publish"),
+    ("jobs",),
     ("loop",),
-    ("launch", "serve", "cli", "__main__"),
+    ("plan", "launch"),
+    ("serve", "cli", "__main__"),
 )
 LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 HEAVY = ("torch", "transformers", "vllm", "sglang", "ray", "peft", "datasets", "reasoning_gym")
@@ -58,8 +63,8 @@ def test_imports_point_one_way():
     assert wrong == []
 
 
-def test_train_and_rollout_never_import_each_other():
-    apart = {"train": "rollout", "rollout": "train"}
+def test_train_and_inference_never_import_each_other():
+    apart = {"train": "inference", "inference": "train"}
     wrong = [
         f"{name} imports {target}"
         for name, tree in modules()
@@ -91,7 +96,9 @@ def loaded_by(*command: str) -> list[str]:
 
 
 def test_importing_lorelei_loads_nothing_heavy():
-    assert loaded_by("-c", "import lorelei, lorelei.types, lorelei.config.load, lorelei.cli") == []
+    assert (
+        loaded_by("-c", "import lorelei, lorelei.types, lorelei.run_file, lorelei.cli.main") == []
+    )
 
 
 def test_help_loads_nothing_heavy():

@@ -13,13 +13,13 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lorelei import loop as the_loop
-from lorelei.config.load import load_config, to_plain
-from lorelei.launch.parts import build, make_loop, make_trainer
+from lorelei.launch.assemble import build, make_loop, make_trainer
 from lorelei.loop import Loop
 from lorelei.obs.console import Console
 from lorelei.publish.contract import PublishError
 from lorelei.publish.publisher import VersionPublisher
 from lorelei.rollout.collector import RolloutsFail
+from lorelei.run_file import load_config, to_plain
 from lorelei.store.check import check_run
 from lorelei.store.index import list_runs
 from lorelei.store.manifest import manifest_paths

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lorelei.config.paths import cache_folder
+from lorelei.model.locate import cache_folder
 
 SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 _SOFT = 1  # omp_pause_soft

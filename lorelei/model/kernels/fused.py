@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorelei.model.kernels.build import library
 
-_TURNED = 192  # rows of a matrix that are turned at a time
+_TRANSPOSE_ROWS = 192  # rows of a matrix that are turned at a time
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "lanes": (),
@@ -104,15 +104,15 @@ def transposed_product(x_TO: Tensor, panels: Tensor) -> Tensor:
     x_TO = x_TO if x_TO.stride(1) == 1 else x_TO.contiguous()
     inputs, width = panels.shape[1:]
     y_TD = torch.empty(len(x_TO), inputs)
-    turned = torch.empty(_TURNED, -(-inputs // width) * width)
+    turned = torch.empty(_TRANSPOSE_ROWS, -(-inputs // width) * width)
     _kernel("transposed_product")(
         *(x_TO.data_ptr(), x_TO.stride(0), panels.data_ptr(), turned.data_ptr(), y_TD.data_ptr()),
-        *(*x_TO.shape, inputs, _TURNED),
+        *(*x_TO.shape, inputs, _TRANSPOSE_ROWS),
     )
     return y_TD
 
 
-def raised(panels: Tensor, a_DR: Tensor, b_RO: Tensor) -> Tensor:
+def with_lora_delta(panels: Tensor, a_DR: Tensor, b_RO: Tensor) -> Tensor:
     """The panels of W + (a @ b).T."""
     raised, width = panels.clone(), panels.shape[2]
     a_DR, deltas = a_DR.contiguous(), pack(b_RO.T)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorelei.config.paths import local_folder, resolve_model
+from lorelei.model.locate import local_folder, resolve_model
 
 SHAPES = Path(__file__).parent
 

@@ -12,9 +12,9 @@ from lorelei.lora.bank import AdapterBank
 from lorelei.model.attention import PackedAttention
 from lorelei.model.decoder import Decoder
 from lorelei.model.head import routed_target_logprobs, target_logprobs
+from lorelei.parallel.ranks import Ranks
 from lorelei.train.bank_engine import BankEngine
 from lorelei.train.flat import blocks, item_tensors, spans, token_tensors
-from lorelei.train.ranks import Ranks
 from lorelei.types import Batch
 
 

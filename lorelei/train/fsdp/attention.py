@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lorelei.model.attention import Block, PackedAttention
-from lorelei.train.fsdp.collectives import exchanged
-from lorelei.train.fsdp.mesh import Team
+from lorelei.parallel.collectives import exchanged
+from lorelei.parallel.mesh import Team
 
 NAME = "lorelei"  # of the implementation, in transformers' registry
 

@@ -17,19 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorelei.config.heap import give_large_blocks_back
 from lorelei.lora.bank import AdapterBank
 from lorelei.model.backend import DTYPES
 from lorelei.model.config import UnsupportedModel
+from lorelei.parallel.collectives import summed
+from lorelei.parallel.mesh import Mesh
+from lorelei.parallel.ranks import Ranks
+from lorelei.process import give_large_blocks_back
 from lorelei.train.bank_engine import BankEngine
 from lorelei.train.flat import blocks, item_tensors, spans, token_tensors
 from lorelei.train.fsdp.attention import Attend
-from lorelei.train.fsdp.collectives import summed
 from lorelei.train.fsdp.full import HostedWeights
-from lorelei.train.fsdp.mesh import Mesh
 from lorelei.train.fsdp.model import HostedModel, Source
-from lorelei.train.ranks import Ranks
-from lorelei.train.spec import FsdpSpec
+from lorelei.train.remote.spec import FsdpSpec
 from lorelei.types import Batch, Segment
 
 

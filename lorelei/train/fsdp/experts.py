@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorelei.parallel.collectives import spread, summed
+from lorelei.parallel.mesh import Team
 from lorelei.train.fsdp.binding import Binding
-from lorelei.train.fsdp.collectives import spread, summed
 from lorelei.train.fsdp.linear import Cut, HostedLinear
-from lorelei.train.fsdp.mesh import Team
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorelei.model.linear import FrozenLinear, Lift
+from lorelei.model.linear import FrozenLinear, FusedInput
 from lorelei.train.fsdp.model import HostedModel
 from lorelei.types import FULL_WEIGHTS, AdapterSpec
 
@@ -44,7 +44,7 @@ class HostedWeights:
 class WholeRoute:
     """Implements lora.bank.ModelRoute where no layer has adapters and every one is trained."""
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: Lift | None = None) -> Tensor:
+    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: FusedInput | None = None) -> Tensor:
         raise AssertionError("layers multiply with their own weights")
 
     def adapts(self, layer: FrozenLinear) -> bool:

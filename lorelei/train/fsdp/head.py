@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lorelei.lora.bank import ModelRoute
-from lorelei.model.linear import FrozenLinear, Lift
+from lorelei.model.linear import FrozenLinear, FusedInput
 from lorelei.train.fsdp.binding import Binding
 from lorelei.train.fsdp.linear import HostedLinear
 
@@ -24,7 +24,7 @@ class HeadRoute:
     def __init__(self, lm: PreTrainedModel, binding: Binding, route: ModelRoute) -> None:
         self._lm, self._binding, self._route = lm, binding, route
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: Lift | None = None) -> Tensor:
+    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: FusedInput | None = None) -> Tensor:
         assert lift is None
         with self._binding.use(self._route):
             return _logits(self._lm, x_TD)

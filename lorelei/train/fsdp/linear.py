@@ -15,9 +15,9 @@ from lorelei.lora.bank import BankRoute
 from lorelei.lora.linear import LoraPart, lora_linear
 from lorelei.model.backend import Weight
 from lorelei.model.linear import FrozenLinear, Part
+from lorelei.parallel.collectives import divided, gathered, spread, summed
+from lorelei.parallel.mesh import Team
 from lorelei.train.fsdp.binding import Binding
-from lorelei.train.fsdp.collectives import divided, gathered, spread, summed
-from lorelei.train.fsdp.mesh import Team
 
 # transformers' names, in the tensor-parallel plans of its configurations; the last two are ours,
 # for layers whose module exchanges what they need

@@ -16,10 +16,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from lorelei.lora.bank import ModelRoute
 from lorelei.model.head import routed_target_logprobs, target_logprobs
 from lorelei.model.linear import FrozenLinear
+from lorelei.parallel.mesh import Mesh
 from lorelei.train.fsdp.attention import Attend
 from lorelei.train.fsdp.binding import recomputed
 from lorelei.train.fsdp.head import HeadRoute, is_plain
-from lorelei.train.fsdp.mesh import Mesh
 from lorelei.train.fsdp.skeleton import build_skeleton
 from lorelei.train.fsdp.weights import load_weights, places
 from lorelei.train.moving import HOST, move

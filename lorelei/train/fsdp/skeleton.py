@@ -20,11 +20,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lorelei.lora.targets import HEAD
 from lorelei.model.config import UnsupportedModel
 from lorelei.model.load import CheckpointError
+from lorelei.parallel.mesh import Team
 from lorelei.train.fsdp.attention import NAME
 from lorelei.train.fsdp.binding import Binding
 from lorelei.train.fsdp.experts import HostedExperts, is_experts
 from lorelei.train.fsdp.linear import Cut, HostedLinear, Style
-from lorelei.train.fsdp.mesh import Team
 
 _ATTENTIONS = {"full_attention", "sliding_attention"}
 _STYLES: dict[str, Style] = {

@@ -23,7 +23,7 @@ Style = Literal["column", "row"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Site:
+class TargetLinear:
     """A linear layer of the model on this rank, and the checkpoint's layers fused into it."""
 
     module: nn.Module
@@ -73,19 +73,19 @@ class Adapter:
 
     spec: AdapterSpec
     seed: int
-    sites: Mapping[nn.Module, tuple[Site, tuple[Part, ...]]]
+    sites: Mapping[nn.Module, tuple[TargetLinear, tuple[Part, ...]]]
     shards: tuple[Shard, ...]
 
 
 def make_adapter(
-    sites: Sequence[Site],
+    sites: Sequence[TargetLinear],
     tied: Mapping[str, str],
     spec: AdapterSpec,
     seed: int,
     device: torch.device,
 ) -> Adapter:
     """A fresh adapter in fp32. tied: what each targeted module's A is called."""
-    made: dict[nn.Module, tuple[Site, tuple[Part, ...]]] = {}
+    made: dict[nn.Module, tuple[TargetLinear, tuple[Part, ...]]] = {}
     shards: list[Shard] = []
     for site in sites:
         parts: list[Part] = []
@@ -107,7 +107,7 @@ def make_adapter(
     return Adapter(spec, seed, made, tuple(sorted(shards, key=lambda s: s.names)))
 
 
-def _fresh_a(site: Site, called: str, rank: int, seed: int, device: torch.device) -> Tensor:
+def _fresh_a(site: TargetLinear, called: str, rank: int, seed: int, device: torch.device) -> Tensor:
     if site.style == "column":
         full = fresh_a(called, seed, rank, site.inputs)
     else:
@@ -116,6 +116,6 @@ def _fresh_a(site: Site, called: str, rank: int, seed: int, device: torch.device
     return full.contiguous().to(device).requires_grad_()
 
 
-def _shard(site: Site, names: tuple[str, ...], tensor: Tensor, axis: int | None) -> Shard:
+def _shard(site: TargetLinear, names: tuple[str, ...], tensor: Tensor, axis: int | None) -> Shard:
     partial = site.partial and axis is None
     return Shard(names, tensor, axis, site.expert, site.shards, site.shard, partial)

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lorelei.parallel.ranks import Ranks
 from lorelei.train.megatron.adapter import Shard
 from lorelei.train.megatron.layout import Layout
-from lorelei.train.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.lora.targets import module_shapes
 from lorelei.model.config import DecoderConfig
 from lorelei.model.load import read_config
+from lorelei.parallel.ranks import Ranks
 from lorelei.train.checks import check_batch, check_losses, check_snapshot, finite
 from lorelei.train.items import Outputs, loss_items
 from lorelei.train.layout import packed, pieces, share
@@ -28,11 +29,10 @@ from lorelei.train.megatron.adapter import Adapter, Shard
 from lorelei.train.megatron.collect import collect
 from lorelei.train.megatron.model import build_model
 from lorelei.train.megatron.pipeline import Pipeline
-from lorelei.train.megatron.row import Row, company_row, make_row
+from lorelei.train.megatron.row import Row, make_row, padding_row
 from lorelei.train.megatron.slots import Slots
 from lorelei.train.moving import HOST, move
-from lorelei.train.ranks import Ranks
-from lorelei.train.spec import MegatronSpec
+from lorelei.train.remote.spec import MegatronSpec
 from lorelei.types import (
     AdamHyper,
     AdapterSpec,
@@ -94,11 +94,11 @@ class MegatronEngine:
         outputs = Outputs(len(batch.items), torch.float32)
 
         def judge(row: Row, logprobs_I: Tensor, entropy_I: Tensor) -> Tensor:
-            if self._layout.speaks and row.piece is not None:
+            if self._layout.reports_outputs and row.piece is not None:
                 outputs.put(row.piece, logprobs_I, entropy_I)
             return logprobs_I.sum()
 
-        with self._ranks.together():
+        with self._ranks.all_or_none():
             self._pipeline.forward(list(self._rows(batch, policy)), judge)
         self._ranks.add_up([outputs.logprobs, outputs.entropy])
         return outputs.items()
@@ -120,12 +120,12 @@ class MegatronEngine:
             (name,) = row.piece.batch.adapters
             items = loss_items(row.piece.batch.items, slice(None), logprobs_I)
             result = load_loss(losses[name])(logprobs_I, items, **losses[name].params)
-            if self._layout.speaks:
+            if self._layout.reports_outputs:
                 outputs.put(row.piece, logprobs_I.detach(), entropy_I)
                 outputs.add(name, result)
             return result.total
 
-        with self._ranks.together():
+        with self._ranks.all_or_none():
             self._pipeline.forward_backward(list(self._rows(batch, "current", True)), judge)
         self._ranks.add_up([outputs.logprobs, outputs.entropy])
         sums = self._ranks.add_up_dicts(outputs.sums)
@@ -153,9 +153,9 @@ class MegatronEngine:
                 # other micro-batches and ranks draw other masks
                 seed = stable_seed(steps, piece.items[0]) if dropout else None
                 yield make_row(piece, adapter, seed, self._layout, device)
-            if self._layout.meets:
+            if self._layout.experts_span_ranks:
                 missing = max(map(len, shares)) - len(shares[data.rank])
-                yield from (company_row(adapter, self._layout, device) for _ in range(missing))
+                yield from (padding_row(adapter, self._layout, device) for _ in range(missing))
 
     def _adapter(self, name: str, policy: Policy) -> Adapter | None:
         if policy == "current":

@@ -59,7 +59,7 @@ class Layout:
         return self.pipeline.rank == self.pipeline.size - 1
 
     @property
-    def speaks(self) -> bool:
+    def reports_outputs(self) -> bool:
         """Whether what this rank says of its items counts: one rank for each."""
         return self.last_stage and self.tensor.rank == 0 and self.context.rank == 0
 
@@ -69,7 +69,7 @@ class Layout:
         return self.context.size * (self.tensor.size if self.sequence_parallel else 1)
 
     @property
-    def meets(self) -> bool:
+    def experts_span_ranks(self) -> bool:
         """Whether ranks with other rows take part in a layer."""
         return self.expert.size > 1 or self.expert_tensor.size > 1
 

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 
 from lorelei.lora.fresh import stable_seed
-from lorelei.train.megatron.adapter import Adapter, Part, Site
+from lorelei.train.megatron.adapter import Adapter, Part, TargetLinear
 from lorelei.train.megatron.layout import Layout
 from lorelei.train.megatron.row import Bound, Row
 
@@ -24,7 +24,7 @@ from lorelei.train.megatron.row import Bound, Row
 class AdaptedLinear:
     """A forward hook on a linear layer, which adds what the row's adapter adds."""
 
-    def __init__(self, site: Site, layout: Layout, bound: Bound) -> None:
+    def __init__(self, site: TargetLinear, layout: Layout, bound: Bound) -> None:
         self._site, self._layout, self._bound = site, layout, bound
         split = site.style == "row" or (layout.sequence_parallel and not site.expert)
         self._ordinal = site.shard if split else 0  # ranks with the same x draw the same mask

@@ -25,7 +25,7 @@ from lorelei.model.rope import frequencies
 from lorelei.train.megatron.context import to_heads, to_tokens
 from lorelei.train.megatron.layout import Axis, Layout
 from lorelei.train.megatron.row import Row
-from lorelei.train.spec import MegatronSpec
+from lorelei.train.remote.spec import MegatronSpec
 
 _NORMS = {  # where layers have norms of their own; with Transformer Engine they are in the linears
     "decoder.layers.*.input_layernorm.weight": "model.layers.*.input_layernorm.weight",

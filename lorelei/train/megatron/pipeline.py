@@ -39,7 +39,7 @@ class Pipeline:
                 AdaptedLinear(site, layout, bound)
         # ranks that meet within a layer must all come back through it; and a recomputed layer has
         # no gradients to give where its input has none
-        if layout.meets or recompute:
+        if layout.experts_span_ranks or recompute:
             _want_gradients(model)
 
     def forward(self, rows: Sequence[Row], judge: Judge) -> None:

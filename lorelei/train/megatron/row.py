@@ -85,7 +85,7 @@ def make_row(
     )
 
 
-def company_row(adapter: Adapter | None, layout: Layout, device: Any) -> Row:
+def padding_row(adapter: Adapter | None, layout: Layout, device: Any) -> Row:
     """A row of nothing but padding, whose loss is zero."""
     t = layout.multiple // layout.context.size
     zeros = torch.zeros(t, dtype=torch.int64, device=device)

@@ -7,13 +7,13 @@ from typing import Any
 
 from lorelei.lora.targets import FUSED, HEAD
 from lorelei.model.config import DecoderConfig
-from lorelei.train.megatron.adapter import Site, Style
+from lorelei.train.megatron.adapter import Style, TargetLinear
 from lorelei.train.megatron.layout import Layout
 
 
-def find_sites(model: Any, config: DecoderConfig, layout: Layout) -> list[Site]:
+def find_sites(model: Any, config: DecoderConfig, layout: Layout) -> list[TargetLinear]:
     """All of them, in order of execution."""
-    found: list[Site] = []
+    found: list[TargetLinear] = []
     for layer in model.decoder.layers:
         prefix = f"model.layers.{layer.layer_number - 1}"
         found += _attention(f"{prefix}.self_attn", layer.self_attention, config, layout)
@@ -32,7 +32,7 @@ def head_rows(config: DecoderConfig, layout: Layout) -> tuple[int, int]:
 
 def _attention(
     prefix: str, attention: Any, config: DecoderConfig, layout: Layout
-) -> Iterator[Site]:
+) -> Iterator[TargetLinear]:
     ranks = layout.tensor.size
     queries, keys = (n * config.head_dim // ranks for n in (config.heads, config.kv_heads))
     widths = (queries, keys, keys)
@@ -45,7 +45,7 @@ def _attention(
     )
 
 
-def _mlps(prefix: str, mlp: Any, layout: Layout) -> Iterator[Site]:
+def _mlps(prefix: str, mlp: Any, layout: Layout) -> Iterator[TargetLinear]:
     experts = getattr(mlp, "experts", None)
     if experts is None:
         yield from _mlp(prefix, mlp, layout, expert=False)
@@ -56,7 +56,7 @@ def _mlps(prefix: str, mlp: Any, layout: Layout) -> Iterator[Site]:
         yield from _mlp(f"{prefix}.experts.{number}", one, layout, expert=True)
 
 
-def _mlp(prefix: str, mlp: Any, layout: Layout, expert: bool) -> Iterator[Site]:
+def _mlp(prefix: str, mlp: Any, layout: Layout, expert: bool) -> Iterator[TargetLinear]:
     both, hidden = mlp.linear_fc1.weight.shape
     wide = both // 2
     yield _site(
@@ -75,9 +75,9 @@ def _site(
     layout: Layout,
     groups: int = 1,
     expert: bool = False,
-) -> Site:
+) -> TargetLinear:
     axis = layout.splitting(expert)
-    return Site(
+    return TargetLinear(
         module=module,
         style=style,
         parts=tuple(f"{prefix}.{leaf}" for leaf in FUSED[fused]),
@@ -91,9 +91,9 @@ def _site(
     )
 
 
-def _head(model: Any, config: DecoderConfig, layout: Layout) -> Site:
+def _head(model: Any, config: DecoderConfig, layout: Layout) -> TargetLinear:
     first, stop = head_rows(config, layout)
-    return Site(
+    return TargetLinear(
         module=model.output_layer,
         style="column",
         parts=(HEAD,),

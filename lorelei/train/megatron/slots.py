@@ -15,7 +15,7 @@ from lorelei.lora.state import (
     tensor_names,
 )
 from lorelei.lora.targets import Shape, match_targets, tied_names
-from lorelei.train.megatron.adapter import Adapter, Site, make_adapter
+from lorelei.train.megatron.adapter import Adapter, TargetLinear, make_adapter
 from lorelei.train.megatron.layout import Layout
 from lorelei.train.megatron.optimizer import ShardedOptimizer
 from lorelei.types import AdapterSpec
@@ -48,7 +48,7 @@ class Slots:
 
     def __init__(
         self,
-        sites: Sequence[Site],
+        sites: Sequence[TargetLinear],
         shapes: Mapping[str, Shape],
         architecture: str,
         layout: Layout,

@@ -9,11 +9,11 @@ import os
 import warnings
 from collections.abc import Iterator
 
+from lorelei.parallel.ranks import Ranks
 from lorelei.train.contract import TrainEngine
 from lorelei.train.megatron.cpu import run_core_on_cpu, run_on_cpu
 from lorelei.train.megatron.imports import import_megatron
-from lorelei.train.ranks import Ranks
-from lorelei.train.spec import MegatronSpec
+from lorelei.train.remote.spec import MegatronSpec
 
 
 def start_engine(spec: MegatronSpec, ranks: Ranks) -> TrainEngine:

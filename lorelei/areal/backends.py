@@ -1,0 +1,144 @@
+"""Who trains and who samples, of an AReaL file."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lorelei.areal.file import ArealFile, rule_of
+from lorelei.config import sglang_options, vllm_options
+from lorelei.config.errors import ConfigError, nearest
+from lorelei.config.parallel import Allocation, Backend, parse_allocation, parse_backend
+
+Raw = dict[str, Any]
+
+TRAIN = ("archon", "fsdp", "megatron")
+ROLLOUT = ("sglang", "vllm")
+VLLM_SEQUENCES = 256  # AReaL's default of vllm.max_num_seqs
+_CONTEXT = {"sglang": "context_length", "vllm": "max_model_len"}
+_EXAMPLE = {"rollout.backend": "sglang:d4", "actor.backend": "fsdp:d4"}
+
+
+def allocation(file: ArealFile) -> Allocation:
+    """Of both backends, or of allocation_mode. Raises ConfigError."""
+    older = file.value("allocation_mode")
+    named = {key: file.value(key) for key in ("rollout.backend", "actor.backend")}
+    if older:
+        found = parse_allocation(str(older), "allocation_mode")
+        fields = ("allocation_mode", "allocation_mode")
+    else:
+        for key, value in named.items():
+            if value is None:
+                raise ConfigError(f"{key}: is required, such as {_EXAMPLE[key]}")
+        found = Allocation(
+            rollout=parse_backend(str(named["rollout.backend"]), "rollout.backend"),
+            train=parse_backend(str(named["actor.backend"]), "actor.backend"),
+            shared=False,
+        )
+        fields = ("rollout.backend", "actor.backend")
+    _check_kind(found.rollout.kind, ROLLOUT, fields[0])
+    _check_kind(found.train.kind, TRAIN, fields[1])
+    if found.shared:
+        raise ConfigError(
+            f"allocation_mode: {older!r} puts trainer and servers on the same devices; they have "
+            "devices of their own here: write + for |"
+        )
+    return found
+
+
+def train_section(backend: Backend, field: str) -> Raw:
+    """Our `train` for a backend. Raises ConfigError for a size that the engine does not have."""
+    sizes = backend.sizes
+    match backend.kind:
+        case "archon":
+            _only_sizes(backend, field, "data")
+            return {"kind": "archon", "workers": sizes.data}
+        case "fsdp":
+            _only_sizes(backend, field, "data", "tensor", "context")
+            return {
+                "kind": "fsdp",
+                "data_parallel": sizes.data,
+                "tensor_parallel": sizes.tensor,
+                "sequence_parallel": sizes.context,
+            }
+        case _:
+            return {
+                "kind": "megatron",
+                "data_parallel": sizes.data,
+                "tensor_parallel": sizes.tensor,
+                "pipeline_parallel": sizes.pipeline,
+                "context_parallel": sizes.context,
+                "expert_parallel": sizes.expert,
+                "expert_tensor_parallel": sizes.expert_tensor,
+                "sequence_parallel": sizes.tensor > 1,  # as AReaL sets it
+            }
+
+
+def rollout_section(file: ArealFile, backend: Backend) -> Raw:
+    """Our `rollout` for a backend, but for what is copied. Raises ConfigError."""
+    kind, sizes = backend.kind, backend.sizes
+    _only_sizes(backend, "rollout.backend", "data", "tensor")
+    section: Raw = {
+        "kind": kind,
+        "replicas": sizes.data,
+        "tensor_parallel_size": sizes.tensor,
+        "max_running": _max_running(file, kind, sizes.data),
+    }
+    limits = (file.number("gconfig.max_tokens"), file.number(f"{kind}.{_CONTEXT[kind]}"))
+    if given := [limit for limit in limits if limit is not None]:
+        section["max_context"] = min(given)
+    rank, asked = file.number("actor.lora_rank", 32), file.number(f"{kind}.max_lora_rank", 0)
+    if asked > rank:
+        section["reserve_rank"] = asked
+    # AReaL waits for every group that it has room for, even with no staleness
+    if not file.has("rollout.max_concurrent_rollouts"):
+        section["max_concurrent"] = file.number("train_dataset.batch_size", 1)
+    if extra := _extra_args(file, kind):
+        section["extra_args"] = extra
+    return section
+
+
+def _max_running(file: ArealFile, kind: str, replicas: int) -> int:
+    if kind == "vllm":
+        return file.number("vllm.max_num_seqs", VLLM_SEQUENCES)
+    groups = file.number(
+        "rollout.max_concurrent_rollouts", file.number("train_dataset.batch_size", 1)
+    )
+    sequences = groups * file.number("gconfig.n_samples", 1)
+    return file.number("sglang.max_running_requests", math.ceil(sequences / replicas))
+
+
+def _extra_args(file: ArealFile, kind: str) -> Raw:
+    """The server's own options that no rule takes, under the server's names."""
+    derived = {"sglang": sglang_options.DERIVED, "vllm": vllm_options.DERIVED}[kind]
+    found: Raw = {}
+    for key, value in file.section(kind).items():
+        rule = rule_of(f"{kind}.{key}")
+        name = key.replace("_", "-")
+        # AReaL leaves out what is null or false, and so do the servers
+        if rule is None or rule.key != f"{kind}.*" or value is None or value is False:
+            continue
+        if name in derived:
+            raise ConfigError(
+                f"{kind}.{key}: follows from {derived[name]} here; remove it from the file"
+            )
+        if not isinstance(value, bool | int | float | str):
+            raise ConfigError(f"{kind}.{key}: {value!r} is not allowed; write one value")
+        found[name] = value
+    return found
+
+
+def _check_kind(kind: str, allowed: tuple[str, ...], field: str) -> None:
+    if kind not in allowed:
+        raise ConfigError(f"{field}: {kind!r} is no engine of this side; {nearest(kind, allowed)}")
+
+
+def _only_sizes(backend: Backend, field: str, *allowed: str) -> None:
+    sizes = backend.sizes
+    for name in ("data", "tensor", "pipeline", "context", "expert", "expert_tensor"):
+        value = getattr(sizes, name)
+        if value > 1 and name not in allowed:
+            raise ConfigError(
+                f"{field}: {backend.kind} has no {name} parallel size, and {value} is asked for; "
+                f"use 1{', or megatron' if backend.kind in TRAIN else ''}"
+            )

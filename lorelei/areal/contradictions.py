@@ -1,0 +1,126 @@
+"""What cannot be meant in an AReaL file, and what cannot be done here."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lorelei.areal.backends import allocation
+from lorelei.areal.file import ArealFile, rule_of
+from lorelei.areal.rule import Rule
+from lorelei.areal.rules import DTYPES
+from lorelei.config.errors import ConfigError, shown
+from lorelei.config.parallel import Backend
+
+# what AReaL takes where the file says nothing, of keys that must agree with another
+DEFAULTS = {"rollout.use_lora": False, "actor.use_lora": False, "gconfig.temperature": 1.0}
+NORMS = ("actor.reward_norm", "actor.adv_norm")
+
+
+def check(file: ArealFile) -> None:
+    """Raises ConfigError with field, value and fix."""
+    parts = allocation(file)
+    unused = ({"sglang", "vllm"} - {parts.rollout.kind}).pop()
+    for key in file.values:
+        rule = rule_of(key)
+        if rule is None or key.startswith(f"{unused}."):
+            continue
+        if rule.how == "only":
+            _check_only(file, key, rule)
+        elif rule.how == "equal":
+            _check_equal(file, key, rule.equal_to, rule.why)
+    _check_equal(file, "rollout.use_lora", "actor.use_lora", "else rollouts sample the base model")
+    _check_servers(file, parts.rollout.kind)
+    _check_bridge(file, parts.train)
+    _check_devices(file, parts.train, parts.rollout)
+    _check_clip(file)
+    if (scheduler := file.value("scheduler.type", "local")) not in ("local", "ray"):
+        raise ConfigError(
+            f"scheduler.type: {scheduler!r} does not start runs here; set it to null, and for a "
+            "Slurm job use `lorelei launch slurm FILE`"
+        )
+
+
+def _check_only(file: ArealFile, key: str, rule: Rule) -> None:
+    value = file.values[key]
+    if value is None or value in rule.allowed:
+        return
+    allowed = ", ".join(_yaml(a) for a in rule.allowed) or "nothing"
+    raise ConfigError(f"{key}: {_yaml(value)} cannot be done here; {rule.why} (allowed: {allowed})")
+
+
+def _check_equal(file: ArealFile, key: str, other: str, why: str) -> None:
+    here, there = (file.value(k, DEFAULTS.get(k)) for k in (key, other))
+    if key.startswith(NORMS) and "group" not in _levels(file, key.rpartition(".")[0]):
+        return  # its size means nothing
+    if key.endswith("dtype"):
+        here, there = DTYPES.get(here, here), DTYPES.get(there, there)
+    if here is None or there is None or here == there:
+        return
+    raise ConfigError(
+        f"{key}: {_yaml(file.value(key, DEFAULTS.get(key)))} contradicts {other}: "
+        f"{_yaml(file.value(other, DEFAULTS.get(other)))}; {why}: make them equal, such as "
+        f"{key}: ${{{other}}}"
+    )
+
+
+def _levels(file: ArealFile, norm: str) -> set[Any]:
+    return {file.value(f"{norm}.mean_level", "batch"), file.value(f"{norm}.std_level", "batch")}
+
+
+def _check_servers(file: ArealFile, kind: str) -> None:
+    rank = file.number("actor.lora_rank", 32)
+    key = f"{kind}.max_lora_rank"
+    if file.value("actor.use_lora") and rank > file.number(key, rank):
+        raise ConfigError(
+            f"{key}: {file.value(key)} is below actor.lora_rank: {rank}, whose adapters the server "
+            "would refuse; set it to ${actor.lora_rank}"
+        )
+    versions = file.number("rollout.max_head_offpolicyness", 0) + 2
+    key = {"sglang": "sglang.max_loaded_loras", "vllm": "vllm.max_loras"}[kind]
+    if file.number(key, versions) < versions:
+        raise ConfigError(
+            f"{key}: {file.value(key)} has no room for the {versions} versions of "
+            f"rollout.max_head_offpolicyness: {versions - 2}; use {versions} or more"
+        )
+
+
+def _check_bridge(file: ArealFile, train: Backend) -> None:
+    bridge = file.value("actor.megatron.bridge_type", "mbridge")
+    if train.kind == "megatron" and file.value("actor.use_lora") and bridge != "megatron-bridge":
+        raise ConfigError(
+            f"actor.megatron.bridge_type: {bridge!r} (AReaL's default is mbridge) cannot train "
+            "LoRA; use megatron-bridge"
+        )
+
+
+def _check_devices(file: ArealFile, train: Backend, rollout: Backend) -> None:
+    nodes, devices = (file.number(f"cluster.{key}") for key in ("n_nodes", "n_gpus_per_node"))
+    if nodes is None or devices is None:
+        return
+    taken = train.sizes.world + rollout.sizes.world
+    if taken > nodes * devices:
+        raise ConfigError(
+            f"cluster.n_gpus_per_node: {devices} on {nodes} node{'s' * (nodes > 1)} are fewer than "
+            f"the {train.sizes.world} of actor.backend and {rollout.sizes.world} of "
+            "rollout.backend; raise it, or lower a backend's d"
+        )
+
+
+def _check_clip(file: ArealFile) -> None:
+    clip = file.number("actor.reward_clip", 20.0)
+    scale, bias = (file.number(f"actor.reward_{k}", d) for k, d in (("scaling", 1), ("bias", 0)))
+    reached = max(abs((score + bias) * scale) for score in (0, 1))
+    if reached > clip:
+        raise ConfigError(
+            f"actor.reward_clip: {clip:g} is below {reached:g}, the reward of some score from 0 to "
+            "1, and rewards are not clipped here; raise it, or lower actor.reward_scaling"
+        )
+
+
+def _yaml(value: object) -> str:
+    try:
+        text = json.dumps(value)
+    except TypeError:
+        text = shown(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,174 @@
+"""What became of every key of an AReaL file, as lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any, cast
+
+from lorelei.areal.file import BELOW, rule_of
+from lorelei.areal.rule import Rule
+from lorelei.areal.rules import REPEATED, RULES
+from lorelei.areal.translate import Translation
+from lorelei.config.errors import shown
+from lorelei.config.section import is_mapping
+
+Raw = dict[str, Any]
+
+REPLACED = {  # by what takes its place
+    "total_train_epochs": "total_train_steps",
+    "evaluator.freq_epochs": "evaluator.freq_steps",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyOutcome:
+    """Of one key."""
+
+    key: str
+    value: Any
+    became: Mapping[str, Any]  # {our key: value}; empty: nothing
+    why: str
+    default: bool = False  # AReaL's own value, which the file leaves out
+
+
+def fates(translation: Translation) -> tuple[KeyOutcome, ...]:
+    """Of all keys of the file in its order, then of AReaL's defaults that count."""
+    ours = dict(_leaves(translation.config, ""))
+    file = translation.file
+    found = [_fate(key, value, ours, translation) for key, value in file.values.items()]
+    other = _unused(translation)
+    for rule in RULES:
+        if rule.key.startswith(f"{other}."):
+            continue
+        left_out = rule.key not in file.values and rule.how in ("copied", "made")
+        if left_out and rule.default is not None and (became := _became(rule, ours)):
+            found.append(
+                KeyOutcome(
+                    key=rule.key, value=rule.default, became=became, why=rule.why, default=True
+                )
+            )
+    return tuple(found)
+
+
+def lines(translation: Translation, name: str) -> list[str]:
+    """For people. name: of the file."""
+    all_fates = fates(translation)
+    used = [f for f in all_fates if f.became and not f.default]
+    defaults = [f for f in all_fates if f.default]
+    unused: dict[str, list[KeyOutcome]] = {}
+    for fate in all_fates:
+        if not fate.became:
+            unused.setdefault(fate.why, []).append(fate)
+    return [
+        f"{name} is a file of AReaL; it becomes",
+        *map(_line, used),
+        *(["by AReaL's defaults", *map(_line, defaults)] if defaults else []),
+        "not used",
+        *(f"  {', '.join(map(_given, group))}: {why}" for why, group in unused.items()),
+    ]
+
+
+def _fate(key: str, value: Any, ours: Raw, translation: Translation) -> KeyOutcome:
+    rule = rule_of(key)
+    if rule is None:
+        return KeyOutcome(key=key, value=value, became={}, why="null: nothing is set")
+    if key.startswith(f"{_unused(translation)}."):
+        sampler = translation.config["rollout"]["kind"]
+        return KeyOutcome(key=key, value=value, became={}, why=f"rollout.backend is {sampler}")
+    if (other := REPLACED.get(key)) and translation.file.has(other):
+        return KeyOutcome(key=key, value=value, became={}, why=f"{other} takes its place")
+    if rule.how in ("copied", "made") and value is not None:
+        became = _became(rule, ours)
+        if rule.key.endswith(BELOW):
+            option = key.rpartition(".")[2].replace("_", "-")
+            became = {k: v for k, v in became.items() if k.endswith(f".{option}")}
+        if became:
+            return KeyOutcome(key=key, value=value, became=became, why=rule.why)
+    return KeyOutcome(key=key, value=value, became={}, why=_nothing(rule, value))
+
+
+def _unused(translation: Translation) -> str:
+    """The section of the server that does not sample."""
+    return {"sglang": "vllm", "vllm": "sglang"}[translation.config["rollout"]["kind"]]
+
+
+def _nothing(rule: Rule, value: Any) -> str:
+    """Why a key becomes nothing."""
+    if rule.how == "equal":
+        return f"the same as {rule.equal_to}, as it must be"
+    if value is None and rule.how != "ignored":
+        return "null: nothing is set"
+    if rule.how == "only":
+        return "needs nothing here"
+    if rule.how == "copied":
+        return "means nothing with the other settings"
+    return rule.why
+
+
+def _became(rule: Rule, ours: Raw) -> Raw:
+    """What of our configuration comes from it."""
+    patterns = [pattern for name in rule.ours for pattern in (name, f"{name}.*")]
+    return {k: v for k, v in ours.items() if any(fnmatch(k, pattern) for pattern in patterns)}
+
+
+def _leaves(config: Raw, prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if is_mapping(value) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _line(fate: KeyOutcome) -> str:
+    became = ", ".join(f"{key}: {_text(value)}" for key, value in fate.became.items())
+    note = f"  ({fate.why})" if fate.why else ""
+    return f"  {_given(fate)}  ->  {became}{note}"
+
+
+def _given(fate: KeyOutcome) -> str:
+    return f"{fate.key}: {_text(fate.value)}"
+
+
+def _text(value: object) -> str:
+    """A value as YAML writes it."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, cast(Sequence[object], value)))}]"
+    if isinstance(value, str):
+        return value if len(value) <= 60 and "\n" not in value else shown(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return shown(value)
+
+
+def tables() -> Iterator[tuple[str, Sequence[tuple[str, str, str]]]]:
+    """For docs/areal.md: by section, rows of key, what it becomes, how or why not."""
+    by_section: dict[str, list[tuple[str, str, str]]] = {}
+    for rule in (*RULES, *(_anywhere(name, rule) for name, rule in REPEATED.items())):
+        section = rule.key.partition(".")[0] if "." in rule.key else "top level"
+        by_section.setdefault(section, []).append((rule.key, _outcome(rule), _note(rule)))
+    yield from by_section.items()
+
+
+def _anywhere(name: str, rule: Rule) -> Rule:
+    return Rule(key=f"*.{name}", how=rule.how, why=rule.why)
+
+
+def _outcome(rule: Rule) -> str:
+    if rule.ours:
+        return ", ".join(f"`{name}`" for name in rule.ours)
+    match rule.how:
+        case "equal":
+            return f"must equal `{rule.equal_to}`"
+        case "only":
+            return "only " + (" or ".join(f"`{_text(a)}`" for a in rule.allowed) or "nothing")
+        case "made":
+            return "checked"
+        case _:
+            return "nothing"
+
+
+def _note(rule: Rule) -> str:
+    default = f"AReaL's default: {_text(rule.default)}" if rule.default is not None else ""
+    return "; ".join(part for part in (rule.why, default) if part)

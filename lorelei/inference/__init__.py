@@ -1,0 +1,1 @@
+"""What samples: the InferenceEngine contract and its three implementations."""

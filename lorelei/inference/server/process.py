@@ -1,0 +1,115 @@
+"""One server as an operating-system process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorelei.inference.server import process_guard
+
+GRACE = 10.0  # seconds for a server to end by itself
+LOOPBACK = "127.0.0.1"
+LAST_LINES = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """How a server is started."""
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]  # on top of ours
+
+
+class ServerProcess:
+    """A running server with everything it starts, in a session of its own.
+
+    A guard process stands between: nothing survives `stop`, the server's own death, or ours.
+    """
+
+    def __init__(self, launch: Launch, log: Path) -> None:
+        """Start it; its output is appended to `log`."""
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            file.write(f"$ {' '.join(launch.command)}\n".encode())
+            file.flush()
+            self._start = file.tell()
+            self._guard = subprocess.Popen(
+                [
+                    *(
+                        sys.executable,
+                        "-I",
+                        "-S",
+                        process_guard.__file__,
+                        str(os.getpid()),
+                        str(GRACE),
+                    ),
+                    *launch.command,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                # each adapter is received by a thread of its own, and each of malloc's arenas keeps
+                # the most that any of them freed in it
+                env={"MALLOC_ARENA_MAX": "1", **os.environ, **launch.environment},
+                start_new_session=True,
+            )
+
+    @property
+    def alive(self) -> bool:
+        return self._guard.poll() is None
+
+    @property
+    def pids(self) -> list[int]:
+        """The server's processes, the one that was started first."""
+        return process_guard.descendants(self._guard.pid)
+
+    def log_tail(self) -> str:
+        """The end of what this start of the server has printed."""
+        with self.log.open("rb") as file:
+            file.seek(self._start)
+            lines = file.read().decode(errors="replace").splitlines()
+        return "\n".join([line for line in lines if line.strip()][-LAST_LINES:])
+
+    async def stop(self) -> None:
+        """End it, politely first. Idempotent."""
+        await asyncio.to_thread(self.stop_now)
+
+    def stop_now(self) -> None:
+        """`stop` for those who have no event loop."""
+        with suppress(ProcessLookupError):
+            if self.alive:
+                self._guard.send_signal(signal.SIGTERM)
+        try:
+            self._guard.wait(3 * GRACE)
+        except subprocess.TimeoutExpired:
+            for pid in [*self.pids, self._guard.pid]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._guard.wait()
+
+
+def free_port(host: str = LOOPBACK) -> int:
+    """A port of this address that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def wait_gone(pids: list[int], seconds: float = GRACE) -> bool:
+    """Whether all of these processes end in time."""
+    deadline = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True

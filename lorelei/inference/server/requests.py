@@ -1,0 +1,186 @@
+"""What is asked of servers, again and again until one whole and right answer has come.
+
+A caller gets an answer that was sampled once, by the version that was asked for: an attempt that
+failed gives nothing, however far it came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lorelei.inference.limits import Limits
+from lorelei.inference.server.attempts import Attempts
+from lorelei.inference.server.backend import Sampled, ServerBackend
+from lorelei.inference.server.client import ServerTrouble
+from lorelei.inference.server.replicas import Replica, Router
+from lorelei.inference.server.seed import stream_seed
+from lorelei.inference.stops import StopStrings, Tokenizer
+from lorelei.types import AdapterRef, Completion, Floats, GenerateRequest, Ints
+
+_EMPTY = Completion(
+    tokens=np.zeros(0, np.int32),
+    logprobs=np.zeros(0, np.float32),
+    versions=(),
+    finish_reason="abort",
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Running:
+    """A request that a server has."""
+
+    adapter: AdapterRef | None
+
+
+class Requests:
+    """Generation and scoring on whichever server is free."""
+
+    def __init__(
+        self,
+        backend: ServerBackend,
+        limits: Limits,
+        tokenizer: Tokenizer | None,
+        router: Router,
+        reload: Callable[[Replica, AdapterRef], Awaitable[None]],
+    ) -> None:
+        """reload: brings a version again to a server that does not know it."""
+        self._backend, self._limits, self._tokenizer = backend, limits, tokenizer
+        self._router, self._reload = router, reload
+        self._running: set[_Running] = set()
+        self._aborts: Counter[str | None] = Counter()  # so far, by adapter; none: the base
+        self._put_off = 0  # times that all were ended to be asked again
+
+    async def generate(self, request: GenerateRequest) -> Completion:
+        """Raises ServerTrouble when all attempts have failed."""
+        name = served_name(request.adapter)
+        aborts = self._aborts[name]
+        limit = self._limits.new_tokens(request)
+        seed = stream_seed(request.sampling.seed, request.key, request.position)
+        attempts = Attempts(str(request.adapter or "the base model"))
+        while True:
+            replica = await self._router.acquire((name, request.tokens.tobytes()))
+            if replica is None or aborts != self._aborts[name]:
+                if replica is not None:
+                    self._router.release(replica)
+                return _EMPTY
+            running, put_off = _Running(request.adapter), self._put_off
+            self._running.add(running)
+            try:
+                sampled = await self._backend.generate(replica.client, request, limit, seed)
+                self._check(sampled, request, limit)
+                aborted = sampled.finish_reason == "abort" and aborts == self._aborts[name]
+                if aborted and put_off == self._put_off:
+                    raise ServerTrouble(f"{replica.client.url} ended the request by itself")
+            except (ServerTrouble, KeyError) as error:
+                trouble = error
+            else:
+                replica.finished += 1
+                if not aborted:
+                    return self._completion(request, sampled)
+                continue
+            finally:
+                self._running.discard(running)
+                self._router.release(replica)
+            await self._again(replica, request.adapter, trouble, attempts)
+
+    async def score(
+        self, sequences: Sequence[Ints], adapter: AdapterRef | None, temperature: float
+    ) -> list[Floats]:
+        """As InferenceEngine.score. Raises ServerTrouble when all attempts have failed."""
+        longer = [sequence for sequence in sequences if len(sequence) > 1]
+        attempts = Attempts(f"score of {adapter or 'the base model'}")
+        while True:
+            replica = await self._router.any_ready()
+            try:
+                scored = await self._backend.score(replica.client, longer, adapter, temperature)
+                if not all(np.isfinite(one).all() for one in scored):
+                    raise ServerTrouble(f"{replica.client.url}: scores are not finite")
+            except (ServerTrouble, KeyError) as error:
+                await self._again(replica, adapter, error, attempts)
+                continue
+            scores = iter(scored)
+            return [
+                next(scores) if len(sequence) > 1 else np.zeros(0, np.float32)
+                for sequence in sequences
+            ]
+
+    def dismiss(self, adapter: AdapterRef | None, names: Iterable[str]) -> None:
+        """What waits is answered empty, what runs is not asked again when it ends.
+
+        adapter: only that version's requests; none: those of the base and of all `names`.
+        """
+        name = served_name(adapter)
+        self._aborts.update([*names, None] if name is None else [name])
+        self._router.dismiss(name)
+
+    async def end(self, adapter: AdapterRef | None, tell: Callable[[], Awaitable[None]]) -> None:
+        """Until nothing runs that ran when the call came: a request may still be on its way."""
+        meant = {t for t in self._running if adapter is None or t.adapter == adapter}
+        for _ in range(100):
+            await tell()
+            if not meant & self._running:
+                return
+            await asyncio.sleep(0.02)
+
+    def put_off(self) -> None:
+        """What is ended from now on is asked again, with the same random numbers."""
+        self._put_off += 1
+
+    async def _again(
+        self,
+        replica: Replica,
+        adapter: AdapterRef | None,
+        trouble: Exception,
+        attempts: Attempts,
+    ) -> None:
+        await attempts.failed(replica, trouble)
+        # KeyError: another server than the one we filled answers at this address
+        if isinstance(trouble, KeyError) and adapter is not None:
+            await self._reload(replica, adapter)
+
+    def _check(self, sampled: Sampled, request: GenerateRequest, limit: int) -> None:
+        """Raises ServerTrouble for an answer that cannot be what was asked for."""
+        name, count = served_name(request.adapter), len(sampled.tokens)
+        wrong: str | None = None
+        if sampled.served_name != name:
+            wrong = f"{sampled.served_name} answered for {name}"
+        elif len(sampled.logprobs) != count:
+            wrong = f"{len(sampled.logprobs)} log-probabilities for {count} tokens"
+        elif not np.isfinite(sampled.logprobs).all():
+            wrong = "log-probabilities are not finite"
+        elif count > limit or (sampled.finish_reason != "abort" and not count):
+            wrong = f"{count} tokens, 1 to {limit} were asked for"
+        elif sampled.finish_reason == "length" and count < limit:
+            wrong = f"{count} tokens where nothing but the limit of {limit} ends the answer"
+        elif count and not 0 <= sampled.tokens.min() <= sampled.tokens.max() < self._limits.vocab:
+            wrong = f"a token that is not in [0, {self._limits.vocab})"
+        if wrong:
+            raise ServerTrouble(f"{self._backend.name}: a wrong answer: {wrong}")
+
+    def _completion(self, request: GenerateRequest, sampled: Sampled) -> Completion:
+        tokens, logprobs, reason = sampled.tokens, sampled.logprobs, sampled.finish_reason
+        if request.sampling.stop_strings and self._tokenizer is not None:
+            stops = StopStrings(self._tokenizer, request.sampling.stop_strings)
+            for token in request.tokens[len(request.tokens) - request.position :].tolist():
+                stops.completes(token)
+            for count, token in enumerate(tokens.tolist(), start=1):
+                if stops.completes(token):
+                    tokens, logprobs, reason = tokens[:count], logprobs[:count], "stop"
+                    break
+        version = request.adapter.version if request.adapter is not None else 0
+        return Completion(
+            tokens=tokens,
+            logprobs=logprobs,
+            versions=((version, len(tokens)),) if len(tokens) else (),
+            finish_reason=reason,
+        )
+
+
+def served_name(ref: AdapterRef | None) -> str | None:
+    """None: the base model."""
+    return ref.served_name if ref is not None else None

@@ -1,0 +1,88 @@
+"""vLLM's command line, derived from the run."""
+
+from __future__ import annotations
+
+import sys
+
+from lorelei.config.vllm_options import rank_at_least
+from lorelei.inference.server.options import Scalar, ServerOptions, binding, flags
+from lorelei.inference.server.process import LOOPBACK, Launch
+from lorelei.venvs.recipe import import_path, interpreter
+
+# not lm_head: vLLM's scores of prompts fail beside an adapted one
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj", "experts")
+LOGPROBS_MODE = "processed_logprobs"
+EXTENSION = "lorelei.inference.vllm.extension.Extension"
+ROUTES = "lorelei.inference.vllm.routes.Routes"
+LAUNCHER = "lorelei.inference.vllm.launcher"
+
+
+def launch(
+    options: ServerOptions, number: int, port: int, token: str, host: str = LOOPBACK
+) -> Launch:
+    """The command and environment of replica `number`. Raises ValueError without `make vllm`."""
+    python = interpreter("vllm")
+    return Launch(
+        command=(str(python), "-m", LAUNCHER, *arguments(options, port, host)),
+        environment=_environment(options, number, token),
+    )
+
+
+def arguments(options: ServerOptions, port: int, host: str = LOOPBACK) -> tuple[str, ...]:
+    """`serve MODEL ...`, as for the `vllm` command."""
+    derived: dict[str, Scalar] = {
+        "host": host,
+        "port": port,
+        "served-model-name": "base",
+        "dtype": options.dtype,
+        "max-model-len": options.context + 1,  # the token that ends a score
+        "max-num-seqs": options.max_running,
+        "tensor-parallel-size": options.tensor_parallel,
+        "enable-lora": True,
+        "max-lora-rank": rank_at_least(options.max_rank),
+        "max-loras": options.versions,
+        "max-cpu-loras": options.versions,
+        "logprobs-mode": LOGPROBS_MODE,
+        "worker-extension-cls": EXTENSION,
+        "middleware": ROUTES,
+        "disable-uvicorn-access-log": True,
+        "disable-log-stats": True,  # they keep the names of all adapters that ever ran together
+        "generation-config": "vllm",
+        "skip-tokenizer-init": not options.has_tokenizer,
+        "enable-sleep-mode": options.device != "cpu",
+    }
+    if options.device == "cpu":
+        derived["block-size"] = 32
+        derived["enforce-eager"] = True  # compiling takes longer than it saves
+    words = flags({**derived, **options.extra_args})
+    return ("serve", str(options.model), *words, "--lora-target-modules", *_targets(options))
+
+
+def _targets(options: ServerOptions) -> tuple[str, ...]:
+    """What may be adapted. On a CPU vLLM ends at its start where experts may be."""
+    usual = ATTENTION if options.device == "cpu" and options.sizes.moe is not None else TARGETS
+    return (*usual, *(name for name in options.target_modules if name not in TARGETS))
+
+
+def _environment(options: ServerOptions, number: int, token: str) -> dict[str, str]:
+    found = {
+        "LORELEI_SERVER_TOKEN": token,
+        "VLLM_API_KEY": token,  # guards vLLM's own routes
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # the extension is written for the other one
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # by the one token that ends a score
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(import_path()),
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    }
+    if options.device == "cpu":
+        found |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(options.cpu_cache_gib),
+            # unbound, all servers would sit on core 0
+            "VLLM_CPU_OMP_THREADS_BIND": binding(options, number),
+            "OMP_NUM_THREADS": str(options.threads),
+            "LORELEI_RESTS": "1",  # launcher.RESTS
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+    return found

@@ -1,0 +1,214 @@
+"""What is installed on this machine, what can run here, and what mends what cannot."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, get_args
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from lorelei.config.publish import PublishConfig
+from lorelei.config.rollout import RolloutConfig
+from lorelei.config.train import TrainConfig
+from lorelei.model.locate import cache_folder
+from lorelei.process import physical_cores
+from lorelei.venvs.recipe import KINDS, PACKAGE, command, packages, recipe
+
+# by which publishers a rollout engine can be reached
+_PUBLISHERS = {
+    "embedded": ("memory",),
+    "vllm": ("disk", "xccl", "http"),
+    "sglang": ("disk", "xccl", "http"),
+}
+_SMOLLM2 = "HuggingFaceTB--SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Component:
+    """Something Lorelei uses."""
+
+    name: str
+    found: str | None  # version or words; none: it is not here
+    fix: str = ""  # what to do where it is not here, or what works without it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Combination:
+    """A train engine with a rollout engine, and the publishers between them."""
+
+    train: str
+    rollout: str
+    publishers: tuple[str, ...]
+    fix: str = ""  # what is to be done first; empty: it runs
+
+    @property
+    def runs(self) -> bool:
+        return not self.fix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """All of it."""
+
+    parts: tuple[Component, ...]
+    combinations: tuple[Combination, ...]
+
+
+def diagnose() -> Diagnosis:
+    """Look at this machine. Compiles the decoder's kernels where that has not been done."""
+    return Diagnosis(parts=tuple(_parts()), combinations=tuple(_combinations()))
+
+
+def kinds(section: Any) -> tuple[str, ...]:
+    """The kinds that a tagged section of the configuration may have, in its order."""
+    members = get_args(section)
+    if not members:
+        return get_args(section.model_fields["kind"].annotation)
+    sections = (m for m in members if hasattr(m, "model_fields") or get_args(m))
+    return tuple(kind for member in sections for kind in kinds(member))
+
+
+def doctor_table(found: Diagnosis) -> Group:
+    """What there is, what can run, one under the other."""
+    missing = [part for part in found.parts if part.found is None]
+    tables = [_found(found.parts), _runs(found.combinations)]
+    if missing:
+        tables.append(_missing(missing))
+    return Group(*tables)
+
+
+def _missing(parts: Sequence[Component]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("missing", no_wrap=True)
+    table.add_column("what to do")
+    for part in parts:
+        table.add_row(Text(part.name), Text(part.fix))
+    return table
+
+
+def _found(parts: Sequence[Component]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("installed", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for part in parts:
+        if part.found is not None:
+            table.add_row(Text(part.name), Text(part.found))
+    return table
+
+
+def _runs(combinations: Sequence[Combination]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("train", "rollout", "publish"):
+        table.add_column(column, no_wrap=column != "publish")
+    table.add_column("runs here")
+    for c in combinations:
+        words = (c.train, c.rollout, " ".join(c.publishers))
+        verdict = Text("yes", style="green") if c.runs else Text(f"no: {c.fix}", style="yellow")
+        table.add_row(*map(Text, words), verdict)
+    return table
+
+
+def _parts() -> Iterator[Component]:
+    import torch
+
+    yield Component(name="lorelei", found=version("lorelei"))
+    yield Component(name="python", found=platform.python_version())
+    yield Component(name="torch", found=torch.__version__)
+    yield Component(name="device", found=_device())
+    yield _compiler()
+    yield _kernels()
+    for kind in KINDS:
+        yield _environment(kind)
+    yield _package("ray", "`pip install 'lorelei[ray]'`, for cluster: {kind: ray}")
+    model = cache_folder() / "models" / _SMOLLM2
+    there = (model / "config.json").is_file()
+    yield Component(name="SmolLM2-135M", found=_short(model) if there else None, fix="make model")
+
+
+def _device() -> str:
+    import torch
+
+    from lorelei.model.backend import default_device
+
+    device = default_device()
+    if device.type == "cuda":
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return f"{len(names)} x {names[0]}"
+    return f"{device.type}, {physical_cores()} cores of {os.cpu_count()}"
+
+
+def _short(path: Path) -> str:
+    """With ~ for the home folder."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+
+
+def _compiler() -> Component:
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    fix = "a C compiler (`apt install gcc`) makes training on a CPU faster"
+    return Component(name="C compiler", found=compiler, fix=fix)
+
+
+def _kernels() -> Component:
+    from lorelei.model.kernels.build import library
+
+    found = "compiled for this processor" if library() is not None else None
+    fix = "without a C compiler and torch's OpenMP, torch's own operations are used"
+    return Component(name="kernels", found=found, fix=fix)
+
+
+def _environment(kind: str) -> Component:
+    """A virtual environment of an engine."""
+    listed = packages(kind)
+    if listed is None:
+        return Component(name=kind, found=None, fix=command(kind))
+    made = recipe(kind)
+    number, torch = listed[PACKAGE[kind]], listed["torch"]
+    found = f"{number} ({made.build}) with torch {torch}, in {made.folder.name}"
+    return Component(name=kind, found=found)
+
+
+def _package(name: str, without: str) -> Component:
+    """A package of Lorelei's own environment."""
+    try:
+        return Component(name=name, found=version(name))
+    except PackageNotFoundError:
+        return Component(name=name, found=None, fix=without)
+
+
+def _combinations() -> Iterator[Combination]:
+    known = kinds(PublishConfig)
+    for train in kinds(TrainConfig):
+        for rollout in kinds(RolloutConfig):
+            publishers = tuple(p for p in _PUBLISHERS[rollout] if p in known)
+            yield Combination(
+                train=train,
+                rollout=rollout,
+                publishers=publishers,
+                fix=_obstacle(train) or _obstacle(rollout),
+            )
+
+
+def _obstacle(engine: str) -> str:
+    """What keeps an engine from running here."""
+    if engine not in KINDS:
+        return ""
+    servers = ("vllm", "sglang")
+    if engine in servers and recipe(engine).build == "cpu" and "avx2" not in _cpu_flags():
+        return "a processor with AVX2, or an NVIDIA GPU"
+    return "" if packages(engine) is not None else command(engine)
+
+
+def _cpu_flags() -> list[str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split() for line in lines if line.startswith("flags")), [])

@@ -1,0 +1,237 @@
+"""Reading and writing the configuration file, with dotted overrides.
+
+Relative paths of files (task.path, env.path, env.tools, reward.path, lora.init_from, and a model
+that starts with '.') are taken from the YAML file's folder, those in command-line overrides from
+the working directory; both are made absolute here. runs_dir is relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import ValidationError
+
+from lorelei.areal.file import became, is_areal, is_areal_key, leaves
+from lorelei.areal.interpolation import resolve
+from lorelei.areal.translate import Translation, translate
+from lorelei.config.errors import ConfigError, describe, shown
+from lorelei.config.run import RunConfig
+from lorelei.config.section import is_mapping
+
+Raw = dict[str, Any]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1e-4 read as a number, and without keys given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key.value!r} is given twice; remove one", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+# YAML 1.1 wants a dot and a sign in the exponent, and reads 1e-4 as text
+_Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The checked configuration of a YAML file, with overrides such as 'algo.lr=1e-4'.
+
+    Raises ConfigError: one line with the dotted field, its value, what is allowed and the fix.
+    """
+    return read_config(path, overrides).config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A configuration, and how it was made of an AReaL file."""
+
+    config: RunConfig
+    translation: Translation | None  # none: the file was ours
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+    """`load_config`, and what became of an AReaL file's keys."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read: {reason}") from error
+    data = _parse(text, str(path))
+    if data is None:  # an empty file
+        data = Raw()
+    if not is_mapping(data):
+        raise ConfigError(f"{path}: {shown(data)} is not a configuration; write key: value lines")
+    translation, theirs = None, set[str]()
+    if is_areal(data):
+        theirs = {override for override in overrides if is_areal_key(_key(override))}
+        for override in overrides:
+            if override in theirs:
+                _override(data, _from_here(override))
+        translation = translate(resolve(data))
+        data = translation.config
+    config = _absolute(data, path.resolve().parent)
+    translated = dict(leaves(deepcopy(config)))
+    for override in overrides:
+        if override in theirs:  # one of ours before it may have set what it became
+            for key in became(_key(override), translated):
+                _set(config, key, translated[key])
+        else:
+            _override(config, override)
+    if translation is not None:
+        for key, reason in translation.missing.items():
+            if key not in config:
+                raise ConfigError(f"{key}: {reason}")
+    config = _absolute(config, Path.cwd())
+    config.setdefault("name", path.stem)
+    return Loaded(config=validate(config), translation=translation)
+
+
+def validate(data: Raw) -> RunConfig:
+    """A configuration from plain values. Raises ConfigError like `load_config`."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(describe(error, data)) from error
+
+
+def dump_set(config: RunConfig) -> str:
+    """What was set, and not the defaults, as a YAML file that gives the same configuration."""
+    data = config.model_dump(mode="json", exclude_unset=True)
+    first = {key: data.pop(key) for key in ("name", "model")}
+    return yaml.safe_dump({**first, **data}, sort_keys=False, allow_unicode=True)
+
+
+def to_plain(config: RunConfig) -> Raw:
+    """JSON values with every default written out, so that later defaults change nothing.
+
+    `validate` makes a configuration with the same experiments of them.
+    """
+    data = config.model_dump(mode="json", exclude={"adapters"})
+    adapters: Raw = {}
+    for experiment in config.experiments() if config.adapters else ():
+        entry = experiment.model_dump(mode="json", exclude={"name"})
+        sampling = config.rollout.per_adapter
+        entry["rollout"] = {k: v for k, v in entry["rollout"].items() if k in sampling}
+        adapters[experiment.name] = entry
+    return {"name": config.name, "model": config.model, **data, "adapters": adapters}
+
+
+def dump_config(config: RunConfig) -> str:
+    """`to_plain` as a YAML file."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> Raw:
+    """The JSON schema of a configuration file, for editors and readers."""
+    return RunConfig.model_json_schema()
+
+
+def _parse(text: str, where: str) -> object:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{where}{line}: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
+
+
+def _from_here(override: str) -> str:
+    """An override of a path in AReaL's words, which the file's folder does not move any more."""
+    key, equals, value = override.partition("=")
+    if key.strip().endswith("path") and value.startswith((".", "~")):
+        value = _join(Path.cwd(), value)
+    return f"{key}{equals}{value}"
+
+
+def _override(config: Raw, override: str) -> None:
+    """Set one dotted key of `config`, in place."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not all(dotted.strip().split(".")):
+        raise ConfigError(f"override {override!r}: write key=value, such as algo.lr=1e-4")
+    _set(config, dotted.strip(), _parse(text, f"override {override!r}"))
+
+
+def _set(config: Raw, dotted: str, value: object) -> None:
+    """Set one dotted key of `config`, in place. Raises ConfigError below a plain value."""
+    keys = dotted.split(".")
+    section = config
+    for depth, key in enumerate(keys[:-1], start=1):
+        if section.get(key) is None:  # absent, or `key:` with nothing behind it
+            section[key] = {}
+        below = section[key]
+        if not is_mapping(below):
+            above = ".".join(keys[:depth])
+            raise ConfigError(f"{dotted}: {above} is {shown(below)}, which has no keys to set")
+        section = below
+    section[keys[-1]] = value
+
+
+def _absolute(config: Raw, folder: Path) -> Raw:
+    """A copy of `config` in which the relative paths of files start at `folder`."""
+    config = _absolute_sections(config, folder, kind_above=None)
+    model = config.get("model")
+    if isinstance(model, str) and model.startswith((".", "~")):
+        config["model"] = _join(folder, model)
+    adapters = config.get("adapters")
+    if is_mapping(adapters):
+        task = config.get("task")
+        kind = task.get("kind") if is_mapping(task) else None
+        config["adapters"] = {
+            name: _absolute_sections(entry, folder, kind) if is_mapping(entry) else entry
+            for name, entry in adapters.items()
+        }
+    return config
+
+
+def _absolute_sections(sections: Raw, folder: Path, kind_above: object) -> Raw:
+    sections = dict(sections)
+    for name, key in (
+        ("task", "path"),
+        ("env", "path"),
+        ("reward", "path"),
+        ("lora", "init_from"),
+    ):
+        section = sections.get(name)
+        if not is_mapping(section):
+            continue
+        section = dict(section)
+        # the path of an hf task is a name on the hub
+        on_hub = name == "task" and section.get("kind", kind_above) == "hf"
+        if isinstance(section.get(key), str) and section[key] and not on_hub:
+            section[key] = _join(folder, section[key])
+        if name == "env" and isinstance(tools := section.get("tools"), list):
+            section["tools"] = [_tool(folder, tool) for tool in cast(list[object], tools)]
+        sections[name] = section
+    return sections
+
+
+def _tool(folder: Path, tool: object) -> object:
+    """A function in a file; the names of built-in tools have no colon."""
+    return _join(folder, tool) if isinstance(tool, str) and ".py:" in tool else tool
+
+
+def _join(folder: Path, path: str) -> str:
+    return str((folder / Path(path).expanduser()).resolve())

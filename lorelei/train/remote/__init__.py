@@ -1,0 +1,1 @@
+"""Train engines in worker processes: the wire, the workers, restarts."""

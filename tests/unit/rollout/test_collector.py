@@ -1,0 +1,442 @@
+"""The collector: whose groups run, which are kept, and what a batch is made of.
+
+The engine here is a few lines that can be told to wait, fail and die, which a real one cannot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+
+from lorelei.env.contract import Episode, Sampler
+from lorelei.inference.contract import EngineClosed
+from lorelei.rollout.admission import Admission
+from lorelei.rollout.collector import MAX_CONSECUTIVE_FAILED_GROUPS, Collector, Lane, RolloutsFail
+from lorelei.rollout.sampler import Policy
+from lorelei.run_file import validate
+from lorelei.store.spool import Spool
+from lorelei.types import AdapterRef, Completion, GenerateRequest, Group, Prompt, SamplingParams
+from tests.tiny_runs import tiny_run
+
+T = TypeVar("T")
+
+
+class Script:
+    """A rollout engine and an environment. `wait` and `fail` get (adapter, prompt, sample)."""
+
+    def __init__(self) -> None:
+        self.wait: Callable[[str, int, int], Coroutine[Any, Any, object]] = self._soon
+        self.fail: Callable[[str, int, int], Exception | None] = lambda *_: None
+        self.reward: Callable[[str, int, int], float | None] = lambda *where: float(where[2])
+        self.started: list[tuple[str, int, int]] = []
+
+    async def _soon(self, *_: object) -> None:
+        await asyncio.sleep(0)
+
+    async def generate(self, request: GenerateRequest) -> Completion:
+        adapter, place, _, _ = request.key.replace("/", " ").split()
+        sample = int(request.key.split("/")[2])
+        where = (adapter, int(place), sample)
+        self.started.append(where)
+        version = request.adapter.version if request.adapter else 0
+        await self.wait(*where)
+        if (error := self.fail(*where)) is not None:
+            raise error
+        return Completion(
+            tokens=np.array([sample + 1], dtype=np.int32),
+            logprobs=np.array([-1.0], dtype=np.float32),
+            versions=((version, 1),),
+            finish_reason="stop",
+        )
+
+    def indices(self, adapter: str) -> list[int]:
+        """The prompts started so far, in order."""
+        return list(dict.fromkeys(i for name, i, _ in self.started if name == adapter))
+
+
+class Numbers:
+    """Prompts that are their own index."""
+
+    def prompt(self, index: int) -> Prompt:
+        tokens = np.array([index], dtype=np.int32)
+        return Prompt(id=str(index), tokens=tokens, messages=(), data={})
+
+    def eval_prompts(self, n: int) -> list[Prompt]:
+        return []
+
+
+class OneTurn:
+    """Rewards by the script."""
+
+    def __init__(self, script: Script, adapter: str) -> None:
+        self._script, self._adapter = script, adapter
+
+    async def run(self, prompt: Prompt, sample: Sampler) -> Episode:
+        turn = await sample(prompt.tokens)
+        number = int(turn.completion.tokens[0]) - 1
+        reward = self._script.reward(self._adapter, int(prompt.id), number)
+        error = None if reward is not None else "timeout: the reward took too long"
+        return Episode(turns=(turn,), reward=reward, error=error)
+
+
+def make(
+    folder: Path,
+    script: Script,
+    adapters: Mapping[str, Mapping[str, Any]] | None = None,
+    redo: tuple[int, ...] = (),
+    next_index: int = 0,
+    **sections: Any,
+) -> Collector:
+    config = validate(tiny_run(adapters=dict(adapters or {"a": {}}), **sections))
+    spool = Spool(folder)
+    lanes = [
+        Lane(
+            experiment=e,
+            source=Numbers(),
+            env=OneTurn(script, e.name),
+            policy=Policy(
+                ref=None, sampling=SamplingParams(), stream=e.name, decode=lambda tokens: ""
+            ),
+            admission=Admission(
+                batch_size=e.algo.batch_size,
+                max_staleness=e.rollout.max_head_offpolicyness,
+                max_concurrent=e.max_concurrent,
+                version=0,
+                accepted=0,
+            ),
+            next_index=next_index,
+            redo=list(redo),
+        )
+        for e in config.experiments()
+    ]
+    return Collector(lanes, script, spool)  # type: ignore[arg-type]  # it only generates
+
+
+def run(body: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(asyncio.wait_for(body, 20))
+
+
+def admit(collector: Collector, *names: str) -> None:
+    """As after a step of these adapters."""
+    collector.admit({n: version(n, collector.lanes[n].admission.version + 1) for n in names})
+
+
+def version(name: str, number: int) -> AdapterRef:
+    return AdapterRef(name=name, version=number, run_id="run", digest="0" * 64)
+
+
+async def finish(collector: Collector) -> list[dict[str, list[Group]]]:
+    """Every batch, each taken for trained on at once."""
+    batches: list[dict[str, list[Group]]] = []
+    async for batch in collector.batches():
+        batches.append(batch)
+        admit(collector, *batch)
+    await collector.close()
+    return batches
+
+
+def taken(batches: list[dict[str, list[Group]]], name: str = "a") -> list[list[int]]:
+    return [[group.index for group in batch[name]] for batch in batches if name in batch]
+
+
+def test_a_synchronous_run_takes_the_prompts_in_order(tmp_path: Path) -> None:
+    script = Script()
+    batches = run(finish(make(tmp_path, script)))
+    assert taken(batches) == [[0, 1], [2, 3], [4, 5]]
+    versions = [group.min_version for batch in batches for group in batch["a"]]
+    assert versions == [0, 0, 1, 1, 2, 2]
+    assert list(tmp_path.rglob("*")) == [], "a synchronous run has nothing to keep"
+
+
+def test_an_adapter_that_has_its_batch_never_waits_for_another(tmp_path: Path) -> None:
+    async def body() -> None:
+        script, go = Script(), asyncio.Event()
+
+        async def wait(adapter: str, *_: int) -> None:
+            if adapter == "slow":
+                await go.wait()
+
+        script.wait = wait
+        collector = make(tmp_path, script, {"slow": {}, "fast": {}})
+        seen = []
+        async for batch in collector.batches():
+            seen.append(sorted(batch))
+            admit(collector, *batch)
+            if len(seen) == 3:
+                go.set()
+        await collector.close()
+        assert seen == [["fast"]] * 3 + [["slow"]] * 3
+
+    run(body())
+
+
+def test_the_others_go_on_collecting_while_one_is_trained(tmp_path: Path) -> None:
+    async def body() -> None:
+        script = Script()
+        # prompts 0 to 3 of b fail, so that its batch needs four others
+        script.reward = lambda name, index, sample: (
+            None if name == "b" and index < 4 else float(sample)
+        )
+
+        async def wait(name: str, *_: int) -> None:
+            await asyncio.sleep(0.001 if name == "b" else 0)
+
+        script.wait = wait
+        collector = make(tmp_path, script, {"a": {}, "b": {}})
+        batches = collector.batches()
+        assert sorted(await anext(batches)) == ["a"]
+        await asyncio.sleep(0.1)  # training a
+        assert len(collector.lanes["b"].finished) == 2
+        await collector.close()
+
+    run(body())
+
+
+def test_a_failed_rollout_is_recorded_and_its_siblings_are_kept(tmp_path: Path) -> None:
+    script = Script()
+    script.fail = lambda _, index, sample: (
+        ValueError("the prompt is too long") if (index, sample) == (1, 2) else None
+    )
+    script.reward = lambda _, index, sample: None if (index, sample) == (0, 3) else float(sample)
+    collector = make(tmp_path, script)
+    first = run(finish(collector))[0]["a"]
+    assert [r.reward for r in first[0].rollouts] == [0.0, 1.0, 2.0, None]
+    assert first[0].rollouts[3].error == "timeout: the reward took too long"
+    assert [r.reward for r in first[1].rollouts] == [0.0, 1.0, None, 3.0]
+    assert first[1].rollouts[2].error == "environment raised ValueError: the prompt is too long"
+    assert collector.lanes["a"].errors == {"timeout": 1, "environment raised ValueError": 1}
+
+
+def test_a_group_with_fewer_than_two_rewards_gives_way_to_the_next_prompt(tmp_path: Path) -> None:
+    script = Script()
+    script.reward = lambda _, index, sample: float(sample) if index != 1 or sample == 0 else None
+    assert taken(run(finish(make(tmp_path, script)))) == [[0, 2], [3, 4], [5, 6]]
+
+
+@pytest.mark.parametrize(("drop", "first"), [(True, [1, 2]), (False, [0, 1])])
+def test_a_group_with_equal_rewards_gives_way_only_when_asked(
+    tmp_path: Path, drop: bool, first: list[int]
+) -> None:
+    script = Script()
+    script.reward = lambda _, index, sample: 0.5 if index == 0 else float(sample)
+    algo = {"drop_zero_variance_groups": drop}
+    assert taken(run(finish(make(tmp_path, script, algo=algo))))[0] == first
+
+
+def test_the_batch_of_a_synchronous_run_does_not_depend_on_who_is_first(tmp_path: Path) -> None:
+    def batches(seed: int) -> list[list[int]]:
+        rng, script = random.Random(seed), Script()
+
+        async def wait(*_: object) -> None:
+            await asyncio.sleep(rng.random() / 1000)
+
+        script.wait = wait
+        script.reward = lambda _, index, sample: None if index % 3 == 0 else float(sample)
+        return taken(run(finish(make(tmp_path, script, algo={"batch_size": 4}))))
+
+    assert batches(1) == batches(2) == [[1, 2, 4, 5], [7, 8, 10, 11], [13, 14, 16, 17]]
+
+
+def test_of_many_finished_groups_the_first_started_are_taken(tmp_path: Path) -> None:
+    async def body() -> None:
+        many = make(tmp_path, Script(), algo={"batch_size": 4})
+        groups = (await anext(many.batches()))["a"]
+        collector = make(tmp_path, Script(), rollout={"max_head_offpolicyness": 1})
+        lane = collector.lanes["a"]
+        lane.finished, lane.admission.accepted = groups[::-1], 4
+        assert [group.index for group in (await anext(collector.batches()))["a"]] == [0, 1]
+        assert [group.index for group in lane.finished] == [2, 3]
+        await many.close()
+        await collector.close()
+
+    run(body())
+
+
+def test_a_group_that_ends_after_its_bound_is_dropped(tmp_path: Path) -> None:
+    async def body() -> None:
+        script, late = Script(), asyncio.Event()
+
+        async def wait(_: str, index: int, sample: int) -> None:
+            await (late.wait() if index == 0 else asyncio.sleep(0))
+
+        script.wait = wait
+        collector = make(tmp_path, script, rollout={"max_head_offpolicyness": 1}, steps=6)
+        lane = collector.lanes["a"]
+        seen: list[int] = []
+        async for batch in collector.batches():
+            seen += [group.index for group in batch["a"]]
+            admit(collector, "a")
+            if lane.admission.version == 2:
+                late.set()  # sampled by version 0: two versions ago
+        await collector.close()
+        assert 0 not in seen and len(seen) == len(set(seen)) == 12
+        assert lane.errors["stale"] >= 1, "others too, when the spool is slow"
+
+    run(body())
+
+
+def test_a_finished_group_that_grows_stale_while_it_waits_is_dropped(tmp_path: Path) -> None:
+    async def body() -> None:
+        script = Script()
+        collector = make(tmp_path, script, rollout={"max_head_offpolicyness": 1}, steps=6)
+        lane = collector.lanes["a"]
+        batches = collector.batches()
+        training = {group.index for group in (await anext(batches))["a"]}
+        await asyncio.sleep(0.05)
+        waiting = {group.index for group in lane.finished}
+        assert waiting and Spool(tmp_path).read("a").keys() == training | waiting
+        collector.admit({"a": version("a", 2)})
+        assert lane.finished == [] and lane.errors["stale"] == len(waiting)
+        assert Spool(tmp_path).read("a").keys() == training
+        await collector.close()
+
+    run(body())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_trained_on_is_never_staler_than_the_bound(tmp_path: Path, seed: int) -> None:
+    async def body() -> None:
+        rng, script = random.Random(seed), Script()
+        eta, concurrent = rng.choice([0, 1, 2, 3]), rng.choice([None, 1, 3])
+
+        async def wait(*_: object) -> None:
+            for _ in range(int(rng.paretovariate(0.7)) % 200):  # now and then one takes very long
+                await asyncio.sleep(0)
+
+        script.wait = wait
+        script.fail = lambda *_: ValueError("no") if rng.random() < 0.3 else None
+        limits = {"max_head_offpolicyness": eta, "max_concurrent": concurrent, "n_samples": 3}
+        adapters = {"a": {}, "b": {"algo": {"batch_size": 3}, "steps": 5}}
+        collector = make(tmp_path, script, adapters, rollout=limits, steps=8)
+        used: dict[str, list[int]] = {"a": [], "b": []}
+        async for batch in collector.batches():
+            for name, groups in batch.items():
+                lane = collector.lanes[name]
+                assert len(groups) == lane.experiment.algo.batch_size
+                assert all(lane.admission.version - g.min_version <= eta for g in groups)
+                assert lane.admission.running <= lane.experiment.max_concurrent
+                used[name] += [group.index for group in groups]
+            for _ in range(rng.randint(0, 100)):  # training
+                await asyncio.sleep(0)
+            admit(collector, *batch)
+        assert [len(indices) for indices in used.values()] == [16, 15]
+        assert all(len(set(indices)) == len(indices) for indices in used.values())
+        for lane in collector.lanes.values():
+            assert (lane.admission.running, lane.running, lane.finished) == (0, set(), [])
+        await collector.close()
+
+    run(body())
+
+
+def test_no_group_is_started_that_the_steps_left_cannot_use(tmp_path: Path) -> None:
+    script = Script()
+    run(finish(make(tmp_path, script, rollout={"max_head_offpolicyness": 4})))
+    assert script.indices("a") == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_dead_engine_ends_the_run(tmp_path: Path) -> None:
+    script = Script()
+    script.fail = lambda _, index, sample: (
+        EngineClosed("the decode thread failed: out of memory") if index == 3 else None
+    )
+    with pytest.raises(EngineClosed, match="out of memory"):
+        run(finish(make(tmp_path, script)))
+
+
+def test_a_hopeless_task_ends_the_run_with_the_last_reason(tmp_path: Path) -> None:
+    script = Script()
+    script.reward = lambda *_: None
+    with pytest.raises(RolloutsFail) as caught:
+        run(finish(make(tmp_path, script)))
+    assert "adapter a: 64 groups in a row gave nothing to train on" in str(caught.value)
+    assert "timeout: the reward took too long" in str(caught.value)
+    assert isinstance(caught.value, ValueError), "one line for the user"
+    assert len(script.indices("a")) <= MAX_CONSECUTIVE_FAILED_GROUPS + 2, "those in flight"
+
+
+def test_a_failure_now_and_then_is_not_hopeless(tmp_path: Path) -> None:
+    script = Script()
+    script.reward = lambda _, index, sample: float(sample) if index % 50 == 0 else None
+    batches = run(finish(make(tmp_path, script)))
+    assert taken(batches) == [[0, 50], [100, 150], [200, 250]]
+
+
+def test_a_prompt_that_cannot_be_made_ends_the_run(tmp_path: Path) -> None:
+    class Broken(Numbers):
+        def prompt(self, index: int) -> Prompt:
+            if index == 2:
+                raise ValueError("task.max_prompt_tokens: the prompt of 2 has 9 tokens")
+            return super().prompt(index)
+
+    collector = make(tmp_path, Script())
+    collector.lanes["a"].source = Broken()
+    with pytest.raises(ValueError, match="max_prompt_tokens"):
+        run(finish(collector))
+
+
+def test_what_a_crash_left_undone_comes_before_new_prompts(tmp_path: Path) -> None:
+    script = Script()
+    collector = make(tmp_path, script, redo=(1, 3, 4), next_index=6)
+    assert collector.lanes["a"].pending() == [1, 3, 4]
+    assert taken(run(finish(collector))) == [[1, 3], [4, 6], [7, 8]]
+
+
+def test_pending_names_all_that_was_started_and_not_trained_on(tmp_path: Path) -> None:
+    async def body() -> None:
+        script, never = Script(), asyncio.Event()
+
+        async def wait(_: str, index: int, sample: int) -> None:
+            await (never.wait() if index in (1, 4) else asyncio.sleep(0))
+
+        script.wait = wait
+        collector = make(tmp_path, script, rollout={"max_head_offpolicyness": 2})
+        lane = collector.lanes["a"]
+        first = await anext(collector.batches())
+        await asyncio.sleep(0.05)
+        trained = [group.index for group in first["a"]]
+        assert lane.pending() == [i for i in range(lane.next_index) if i not in trained]
+        assert lane.running == {1, 4}
+        await collector.close()
+        assert lane.pending() == [i for i in range(lane.next_index) if i not in trained]
+
+    run(body())
+
+
+def test_stop_gives_no_further_batch_and_starts_no_further_group(tmp_path: Path) -> None:
+    async def body() -> None:
+        script = Script()
+        collector = make(tmp_path, script, rollout={"max_head_offpolicyness": 2}, steps=9)
+        count = 0
+        async for batch in collector.batches():
+            count += 1
+            collector.stop()
+            admit(collector, *batch)
+        before = len(script.started)
+        await asyncio.sleep(0.05)
+        assert (count, len(script.started)) == (1, before)
+        await collector.close()
+
+    run(body())
+
+
+def test_stop_does_not_wait_for_rollouts_in_flight(tmp_path: Path) -> None:
+    async def body() -> None:
+        script = Script()
+
+        async def wait(*_: object) -> None:
+            await asyncio.Event().wait()
+
+        script.wait = wait
+        collector = make(tmp_path, script)
+        asyncio.get_running_loop().call_later(0.05, collector.stop)
+        assert [batch async for batch in collector.batches()] == []
+        await collector.close()
+        assert collector.lanes["a"].pending() == [0, 1]
+
+    run(body())
