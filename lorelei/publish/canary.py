@@ -24,7 +24,9 @@ from lorelei.publish.contract import Publisher
 from lorelei.publish.random_adapter import random_adapter, untrained
 from lorelei.publish.verdict import Verdict, distance, judge, share_of_way
 from lorelei.train.step import Trainer
+from lorelei.types import BASE as BASE_POLICY
 from lorelei.types import (
+    CURRENT,
     AdapterRef,
     AdapterSpec,
     Batch,
@@ -177,7 +179,7 @@ class Canary:
             base, scored_T = await asyncio.gather(
                 self._train_logprobs({fresh: sequences})
                 if fresh is not None
-                else self._train_logprobs({name: sequences}, "reference"),
+                else self._train_logprobs({name: sequences}, BASE_POLICY),
                 self._score(sequences, None),
             )
             (base_T,) = base.values()
@@ -235,7 +237,7 @@ class Canary:
     async def _train_logprobs(
         self,
         sequences: Mapping[str, Sequence[Ints]],
-        policy: Policy = "current",
+        policy: Policy = CURRENT,
         temperature: float = 1.0,
     ) -> dict[str, Floats]:
         """What the trainer says of each adapter's tokens but the first of each sequence."""
@@ -279,13 +281,10 @@ def _batch(sequences: Mapping[str, Sequence[Ints]], temperature: float) -> Batch
     rows = [(name, tokens) for name, own in sequences.items() for tokens in own]
     segments = [Segment(tokens=t[:-1], parent=-1, start=0, adapter=name) for name, t in rows]
     target = np.concatenate([tokens[1:] for _, tokens in rows]).astype(np.int64)
-    zeros = np.zeros(len(target), dtype=np.float32)
     items = Items(
         source=np.arange(len(target)),
         target=target,
-        weight=zeros,
-        advantage=zeros,
-        behaviour=zeros,
+        weight=np.zeros(len(target), dtype=np.float32),
         temperature=np.full(len(target), temperature, dtype=np.float32),
         sequence=np.repeat(np.arange(len(rows)), [len(t) - 1 for _, t in rows]),
     )
