@@ -8,7 +8,7 @@ Shapes: S rollouts of one adapter's batch, T sampled tokens of a rollout, in the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -25,7 +25,7 @@ class Algorithm(Section):
 
     job: ClassVar[str]  # the kind of job that feeds it: rl or sft
 
-    kind: str
+    kind: Any  # a Literal in each algorithm
     batch_size: int = Field(default=4, ge=1, description="Prompts (groups), or rows, of one step.")
 
     def loss(self) -> LossSpec:

@@ -62,7 +62,7 @@ def from_algo(data: Any) -> Any:
     moved = {key: value for key, value in algo.items() if key in OptimizerConfig.model_fields}
     if not moved:
         return data
-    optimizer = data.get("optimizer") or {}
+    optimizer: Any = data.get("optimizer") or {}
     if not is_mapping(optimizer):
         return data
     for key in moved:
