@@ -227,6 +227,8 @@ def main() -> int:
             if given.record:
                 recorded[case] = found[0]
                 given.record.write_text(json.dumps(recorded, indent=1) + "\n")
+                say(f"{case}: recorded, {seconds:.0f} s")
+                continue
             old = recorded[case] if given.against else found[0]
             good &= report(case, old, found[-1], seconds)
     return 0 if good else 1
