@@ -161,16 +161,14 @@ def to_plain(config: RunConfig) -> Raw:
     `validate` makes a configuration with the same experiments of them.
     """
     data = config.model_dump(mode="json", exclude={"adapters"})
-    if not config.adapters and config.algo.job != "rl":
+    if not any(experiment.samples for experiment in config.experiments()):
         data = _without_sampling(data)
     adapters: Raw = {}
     for experiment in config.experiments() if config.adapters else ():
         entry = experiment.model_dump(mode="json", exclude={"name"})
         sampling = config.rollout.per_adapter
         entry["rollout"] = {k: v for k, v in entry["rollout"].items() if k in sampling}
-        adapters[experiment.name] = (
-            entry if experiment.algo.job == "rl" else _without_sampling(entry)
-        )
+        adapters[experiment.name] = entry if experiment.samples else _without_sampling(entry)
     return {"name": config.name, "model": config.model, **data, "adapters": adapters}
 
 

@@ -26,7 +26,11 @@ def load_function(path: str, field: str) -> Callable[..., Any]:
     module = _import(Path(file), field)
     function = getattr(module, name, None)
     if not callable(function):
-        known = [n for n, v in vars(module).items() if inspect.isfunction(v)]
+        known = [
+            n
+            for n, v in vars(module).items()
+            if (inspect.isfunction(v) or inspect.isclass(v)) and v.__module__ == module.__name__
+        ]
         raise ValueError(f"{field}: {file} has no function {name!r}; {nearest(name, known)}")
     return function
 

@@ -8,7 +8,7 @@ Shapes: S rollouts of one adapter's batch, T sampled tokens of a rollout, in the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -27,7 +27,7 @@ class Algorithm(Section):
 
     job: ClassVar[Job]  # the kind of job that feeds it
 
-    kind: str
+    kind: Any  # a Literal in each algorithm
     batch_size: int = Field(default=4, ge=1, description="Prompts (groups), or rows, of one step.")
 
     def loss(self) -> LossSpec:

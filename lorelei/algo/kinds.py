@@ -5,15 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import (
-    BeforeValidator,
-    GetJsonSchemaHandler,
-    SerializeAsAny,
-    ValidationError,
-)
+from pydantic import BeforeValidator, GetJsonSchemaHandler, SerializeAsAny, ValidationError
 from pydantic_core import CoreSchema
 
 import lorelei.algo
@@ -72,15 +66,16 @@ def class_of(kind: object) -> type[Algorithm]:
         choices = f"{nearest(str(kind), KINDS)}, or a class of yours, my_file.py:MyClass"
         raise FieldError("kind", f"{shown(kind)} is not allowed; {choices}")
     try:
-        found = cast(Callable[..., Any], load_function(kind, "kind"))
+        found = load_function(kind, "kind")
     except ValueError as error:
         line = " ".join(str(error).split())
         raise FieldError("kind", line.removeprefix("kind: ")) from error
+    name = short_name(kind)
     if not (inspect.isclass(found) and issubclass(found, Algorithm)):
-        raise FieldError("kind", f"{shown(kind)} is not a subclass of Algorithm")
+        raise FieldError("kind", f"{name} is not a subclass of Algorithm")
     if getattr(found, "job", None) not in get_args(Job):
         raise FieldError(
-            "kind", f"{shown(kind)} does not say which job feeds it; derive it from PolicyAlgorithm"
+            "kind", f"{name} says no job that feeds it; derive it from PolicyAlgorithm"
         )
     return found
 
@@ -104,15 +99,16 @@ def _check_loss(made: Algorithm) -> None:
     try:
         load_loss(made.loss())
     except NotImplementedError:
-        raise FieldError("kind", f"{shown(made.kind)} has no method `loss`") from None
+        raise FieldError("kind", f"{short_name(made.kind)} has no method `loss`") from None
     except ValueError as error:
-        raise FieldError("kind", f"{shown(made.kind)}: {error}") from error
+        raise FieldError("kind", f"{short_name(made.kind)}: {error}") from error
 
 
 def _unknown(key: str, kind: object, chosen: type[Algorithm]) -> str:
     others = [name for name, other in KINDS.items() if key in other.model_fields]
     if others:
-        return f"has no effect with kind: {kind}, only with {', '.join(others)}; remove it"
+        name = short_name(str(kind))
+        return f"has no effect with kind: {name}, only with {', '.join(others)}; remove it"
     # keys of the optimizer may stand here too
     return unknown_key(key, [*chosen.model_fields, *OptimizerConfig.model_fields])
 

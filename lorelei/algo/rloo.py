@@ -30,7 +30,7 @@ class Rloo(PolicyAlgorithm):
 
     @property
     def statistics(self) -> frozenset[Level]:
-        return super().statistics | {"group"}
+        return super().statistics | frozenset[Level](("group",))
 
     def baseline(self, values_S: Floats, groups_S: Longs) -> Floats:
         values = values_S.copy()

@@ -116,6 +116,11 @@ class Experiment(Section):
     eval: EvalConfig
 
     @property
+    def samples(self) -> bool:
+        """Whether it is trained on rollouts."""
+        return self.algo.job == "rl"
+
+    @property
     def max_concurrent(self) -> int:
         """Most groups in flight."""
         limit = self.rollout.max_concurrent

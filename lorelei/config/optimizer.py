@@ -60,7 +60,7 @@ def from_algo(data: Any, *, replace: bool = False) -> Any:
     if not is_mapping(data) or not is_mapping(algo := data.get("algo")):
         return data
     moved = {key: value for key, value in algo.items() if key in OptimizerConfig.model_fields}
-    optimizer = data.get("optimizer") or {}
+    optimizer: Any = data.get("optimizer") or {}
     if not moved or not is_mapping(optimizer):
         return data
     for key in () if replace else moved:

@@ -107,7 +107,7 @@ class RunConfig(ExperimentDefaults):
     @model_validator(mode="after")
     def _every_adapter_can_run(self) -> RunConfig:
         experiments = self.experiments()
-        if all(e.algo.job != "rl" for e in experiments):
+        if not any(e.samples for e in experiments):
             refuse_unused(self, experiments[0].algo.kind)
         if not all(e.lora.use_lora for e in experiments):
             self._check_full_fine_tuning(experiments)
