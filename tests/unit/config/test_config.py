@@ -24,6 +24,24 @@ algo: {kind: grpo, batch_size: 4}
 optimizer: {lr: 2.0e-4}
 """
 
+TAUGHT = """
+model: m/m
+task: {kind: jsonl, path: rows.jsonl, answer_field: solution}
+algo: {kind: sft, batch_size: 8}
+optimizer: {lr: 1.0e-4}
+eval: {every: 2, n_prompts: 16}
+"""
+# one adapter learns from rewards, another from answers
+BOTH = (
+    SHORT
+    + """
+reward: {kind: reasoning_gym}
+adapters:
+  sums:
+  taught: {algo: {kind: sft}, task: {kind: parquet, path: rows.parquet}, eval: {n_prompts: 3}}
+"""
+)
+
 TWO = (
     SHORT
     + """
@@ -140,9 +158,38 @@ def test_overrides_reach_new_sections_lists_and_adapters(write):
     assert [e.optimizer.lr for e in config.experiments()] == [1e-3, 2e-4]
 
 
-@pytest.mark.parametrize("text", [SHORT, TWO])
+def test_supervised_fine_tuning_needs_rows_and_no_reward(write):
+    config = load_config(write(TAUGHT))
+    (experiment,) = config.experiments()
+    assert (experiment.algo.kind, experiment.algo.batch_size) == ("sft", 8)
+    assert (experiment.samples, experiment.reward) == (False, None)
+    assert (experiment.task.answer_field, experiment.eval_size) == ("solution", 16)
+    assert experiment.optimizer.lr == 1e-4
+    # what belongs to the engine is for whoever samples from the adapter
+    assert load_config(write(TAUGHT), ["rollout.max_running=4"]).rollout.max_running == 4
+
+
+def test_an_adapter_may_be_taught_beside_one_that_is_rewarded(write):
+    sums, taught = load_config(write(BOTH)).experiments()
+    assert (sums.samples, sums.reward.kind, sums.algo.kind) == (True, "reasoning_gym", "grpo")
+    assert (taught.samples, taught.reward, taught.algo.kind) == (False, None, "sft")
+    assert taught.rollout == sums.rollout and taught.eval.n_prompts == 3
+
+
+def test_what_an_adapter_does_not_use_is_not_written_into_run_json(write):
+    plain = to_plain(load_config(write(TAUGHT)))
+    assert "reward" not in plain and "env" not in plain
+    assert "n_samples" not in plain["rollout"] and "temperature" not in plain["eval"]
+    plain = to_plain(load_config(write(BOTH)))
+    assert plain["adapters"]["sums"]["reward"]["kind"] == "reasoning_gym"
+    assert "reward" not in plain["adapters"]["taught"]
+    assert set(plain["adapters"]["taught"]["algo"]) == {"kind", "batch_size"}
+
+
+@pytest.mark.parametrize("text", [SHORT, TWO, TAUGHT, BOTH])
 def test_a_dumped_configuration_loads_as_the_same_run(write, text):
-    config = load_config(write(text), ["task.config={min_terms: 2}", "rollout.max_running=5"])
+    more = [] if text == TAUGHT else ["task.config={min_terms: 2}"]
+    config = load_config(write(text), [*more, "rollout.max_running=5"])
     again = load_config(write(dump_config(config), "other.yaml"))
     assert again.experiments() == config.experiments()
     assert again.model_copy(update={"adapters": config.adapters}) == config
