@@ -26,6 +26,7 @@ class Work:
     # {stream: policy}: log-probabilities that the losses read, taken before the first update
     policies: Mapping[str, Policy] = field(default_factory=dict[str, Policy])
     publish: bool = True  # whether inference engines get the adapter as it is then
+    last: bool = False  # whether the job has no work after it
 
     @property
     def steps(self) -> int:
