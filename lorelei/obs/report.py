@@ -75,7 +75,7 @@ def _subtitle(run_folder: Path, history: History) -> str:
     words = [
         str(config.get("model", "")),
         f"LoRA rank {rank}" if rank else "",
-        str(kind or ""),
+        str(kind or "").rpartition(":")[2],  # of a user's class without its file's folders
         f"{steps} steps" if steps != 1 else "1 step",
         f"{len(history.adapters)} adapters" if len(history.adapters) > 1 else "",
         _idle(history),

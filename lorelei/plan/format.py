@@ -124,12 +124,13 @@ def _adapters(adapters: Sequence[AdapterPlan]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("adapter", "task", "reward", "algo"):
         table.add_column(name, overflow="fold")
-    for name in ("steps", "rollouts", "rank", "trained"):  # rollouts of one step
+    of_a_step = "/".join(sorted({"rollouts" if a.reward else "rows" for a in adapters}))
+    for name in ("steps", of_a_step, "rank", "trained"):
         table.add_column(name, justify="right", no_wrap=True)
     for a in adapters:
         rank = f"{a.rank}" if a.rank else "full"
-        numbers = (f"{a.steps}", f"{a.rollouts_per_step}", rank, f"{a.parameters:,}")
-        table.add_row(*map(Text, (a.name, a.task, a.reward, a.algo, *numbers)))
+        numbers = (f"{a.steps}", f"{a.sequences_per_step}", rank, f"{a.parameters:,}")
+        table.add_row(*map(Text, (a.name, a.task, a.reward or "", a.algo, *numbers)))
     return table
 
 

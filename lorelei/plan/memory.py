@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorelei.algo.algorithm import PolicyAlgorithm
 from lorelei.config.experiment import Experiment
 from lorelei.config.run import RunConfig
 from lorelei.model.config import ModelSizes
@@ -57,15 +58,20 @@ class Footprint:
         return self.config.rollout.kind != "embedded"
 
     @property
+    def samplers(self) -> tuple[Experiment, ...]:
+        """The adapters that are trained on rollouts."""
+        return tuple(e for e in self.config.experiments() if e.samples)
+
+    @property
     def overlaps(self) -> bool:
         """Whether memory of sampling and of training is held at once.
 
         An adapter that waits for its batch goes on sampling while another trains; other processes
         keep what they freed.
         """
-        experiments = self.config.experiments()
-        stale = any(e.rollout.max_head_offpolicyness for e in experiments)
-        return stale or len(experiments) > 1 or self.config.train.workers > 1
+        stale = any(e.rollout.max_head_offpolicyness for e in self.samplers)
+        several = len(self.config.experiments()) > 1
+        return stale or several or self.config.train.workers > 1
 
 
 def estimate_memory(run: Footprint) -> dict[str, Parts]:
@@ -84,9 +90,9 @@ def estimate_memory(run: Footprint) -> dict[str, Parts]:
     }
     if not run.on_cpu:  # files are read and written by way of the CPU's memory
         del phases["loading"], phases["saving"]
-    if run.served:  # the servers sample
+    if run.served or not run.samplers:  # the servers sample, or nobody does
         del phases["sampling"], phases["evaluating"]
-    elif not any(e.eval.every for e in run.config.experiments()):
+    elif not any(e.eval.every for e in run.samplers):
         del phases["evaluating"]
     return phases
 
@@ -94,7 +100,7 @@ def estimate_memory(run: Footprint) -> dict[str, Parts]:
 def sampler_parts(run: Footprint) -> Parts:
     """Of an embedded engine whose trainer is in other processes."""
     base = {"base model": one_model_bytes(run), "published adapters": published_bytes(run)}
-    return base | _sampling(run, evaluating=any(e.eval.every for e in run.config.experiments()))
+    return base | _sampling(run, evaluating=any(e.eval.every for e in run.samplers))
 
 
 def _programs(run: Footprint) -> Parts:
@@ -103,8 +109,13 @@ def _programs(run: Footprint) -> Parts:
     workers, experiments = run.config.train.workers, run.config.experiments()
     return {
         "programs": CONTROLLER + (workers * TRAIN_WORKER if workers > 1 else 0),
-        "reward workers": sum(REWARD_WORKER[e.reward.kind] * e.reward.workers for e in experiments),
+        "reward workers": sum(map(reward_bytes, experiments)),
     }
+
+
+def reward_bytes(e: Experiment) -> int:
+    """Of an adapter's reward workers."""
+    return REWARD_WORKER[e.reward.kind] * e.reward.workers if e.reward else 0
 
 
 def base_bytes(run: Footprint) -> int:
@@ -135,7 +146,7 @@ def _trained(run: Footprint) -> Parts:
 def published_bytes(run: Footprint) -> int:
     """Of all versions that may be sampled from; servers hold them themselves."""
     # rollouts in flight use the versions they started on
-    versions = 1 + max(e.rollout.max_head_offpolicyness for e in run.config.experiments())
+    versions = 1 + max((e.rollout.max_head_offpolicyness for e in run.samplers), default=0)
     published = sum(size.published for size in run.adapters) * _FP32
     if not run.served:
         published += sum(size.serving for size in run.adapters) * BYTES[run.config.dtype]
@@ -143,6 +154,8 @@ def published_bytes(run: Footprint) -> int:
 
 
 def _sampling(run: Footprint, *, evaluating: bool) -> Parts:
+    if not run.samplers:
+        return {}
     prompts, rows = in_flight(run, evaluating=evaluating)
     # the layers of one version, merged with its adapter
     copy = max(size.merged for size in run.adapters) * BYTES[run.config.dtype]
@@ -155,7 +168,7 @@ def _sampling(run: Footprint, *, evaluating: bool) -> Parts:
 
 def in_flight(run: Footprint, *, evaluating: bool) -> tuple[int, int]:
     """(prompts, rows) that are decoded at once."""
-    experiments, limit = run.config.experiments(), run.config.rollout.max_running
+    experiments, limit = run.samplers, run.config.rollout.max_running
     groups = sum(e.max_concurrent for e in experiments)
     rows = sum(e.max_concurrent * e.rollout.n_samples for e in experiments)
     if evaluating:
@@ -237,14 +250,22 @@ def micro_batch_tokens(run: Footprint) -> int:
     """Tokens of the largest micro-batch: no more than a worker's share of an optimizer step."""
     prompt, experiments = _prompt_tokens(run), run.config.experiments()
     step = sum(_step_tokens(e, prompt) for e in experiments) // run.config.train.sizes.data
-    longest = max(e.task.max_prompt_tokens + e.rollout.max_new_tokens for e in experiments)
+    longest = max(map(_longest, experiments))
     longest = min(longest, run.config.rollout.max_context or run.model.max_positions)
     return min(step, max(run.config.train.max_tokens_per_mb, longest))
 
 
 def _step_tokens(e: Experiment, prompt: int) -> int:
+    if not isinstance(e.algo, PolicyAlgorithm):
+        return e.algo.batch_size * _longest(e)
     groups = e.algo.batch_size // e.algo.ppo_n_minibatches
     return groups * (prompt + e.rollout.n_samples * e.rollout.max_new_tokens)
+
+
+def _longest(e: Experiment) -> int:
+    """Tokens of the longest sequence; a given answer may be as long as its prompt."""
+    answer = e.rollout.max_new_tokens if e.samples else e.task.max_prompt_tokens
+    return e.task.max_prompt_tokens + answer
 
 
 def snapshot_bytes(run: Footprint) -> int:
@@ -262,8 +283,7 @@ def _prompt_tokens(run: Footprint) -> int:
 
 
 def _new_tokens(run: Footprint) -> int:
-    experiments = run.config.experiments()
-    return max(max(e.rollout.max_new_tokens, e.eval.max_new_tokens or 0) for e in experiments)
+    return max(max(e.rollout.max_new_tokens, e.eval.max_new_tokens or 0) for e in run.samplers)
 
 
 def intermediate(model: ModelSizes) -> int:

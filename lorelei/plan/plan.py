@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lorelei.algo.kinds import short_name
 from lorelei.config.errors import ConfigError
 from lorelei.config.experiment import Experiment
+from lorelei.config.reward import PythonReward
 from lorelei.config.run import RunConfig
 from lorelei.config.section import is_mapping
 from lorelei.config.task import JsonlTask, ParquetTask
@@ -34,10 +36,10 @@ class AdapterPlan:
 
     name: str
     task: str
-    reward: str
+    reward: str | None  # None: it learns from answers that are given
     algo: str
     steps: int
-    rollouts_per_step: int
+    sequences_per_step: int  # rollouts, or rows of the data
     rank: int  # 0: full fine-tuning
     modules: tuple[str, ...]  # the linear layers that get an adapter, or that are trained
     tied: Mapping[str, str]  # {module: the name of the A that it shares}
@@ -145,10 +147,11 @@ def _adapter_plan(experiment: Experiment, config: RunConfig, model: ModelInfo) -
     return AdapterPlan(
         name=experiment.name,
         task=_task_name(experiment),
-        reward=experiment.reward.kind,
-        algo=experiment.algo.kind,
+        reward=experiment.reward.kind if experiment.reward else None,
+        algo=short_name(experiment.algo.kind),
         steps=experiment.steps,
-        rollouts_per_step=experiment.algo.batch_size * experiment.rollout.n_samples,
+        sequences_per_step=experiment.algo.batch_size
+        * (experiment.rollout.n_samples if experiment.samples else 1),
         rank=spec.rank,
         modules=tuple(modules),
         tied=tied,
@@ -184,6 +187,8 @@ def _check_context(config: RunConfig, model: ModelSizes) -> None:
             f"rollout.max_context: {asked} is more than the model's {limit} positions; lower it"
         )
     for experiment in config.experiments():
+        if not experiment.samples:
+            continue
         longest = max(experiment.rollout.max_new_tokens, experiment.eval.max_new_tokens or 0)
         if longest >= (asked or limit):
             raise ConfigError(
@@ -201,7 +206,7 @@ def _check_files(config: RunConfig) -> None:
             "env.path": _file(env.path) if env.kind in ("python", "agent") else None,
             **{f"env.tools: {tool}": _file(tool) for tool in yours if ".py:" in tool},
             "task.path": task.path if isinstance(task, JsonlTask | ParquetTask) else None,
-            "reward.path": _file(reward.path) if reward.kind == "python" else None,
+            "reward.path": _file(reward.path) if isinstance(reward, PythonReward) else None,
             "lora.init_from": str(Path(start, "adapter_config.json")) if start else None,
         }
         for field, file in files.items():

@@ -208,6 +208,13 @@ def test_micro_batch_is_no_larger_than_the_step_of_a_worker(folder):
     assert memory.micro_batch_tokens(cut) == 40 + 5, "a longer sequence stands alone"
 
 
+def test_a_micro_batch_of_given_answers_counts_them_as_long_as_prompts_may_be(folder):
+    task = {"kind": "jsonl", "path": "rows.jsonl", "max_prompt_tokens": 40}
+    sft = {"task": task, "algo": {"kind": "sft", "batch_size": 3}}
+    assert memory.micro_batch_tokens(footprint(folder, **sft)) == 3 * (40 + 40)
+    assert memory.in_flight(footprint(folder, **sft), evaluating=True) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("sections", "beside"),
     [
