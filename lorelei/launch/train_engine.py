@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lorelei.config.run import RunConfig
 from lorelei.config.train import ArchonTrain, FsdpTrain, MegatronTrain
 from lorelei.model.decoder import Decoder
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.archon.engine import archon_engine
 from lorelei.train.contract import TrainEngine
 from lorelei.train.remote.engine import RemoteEngine
 from lorelei.train.remote.restarting import Restarting
@@ -34,7 +34,7 @@ def make_train_engine(
     train = config.train
     if trains_here(config):
         assert decoder is not None, "loaded for it"
-        return ArchonEngine(decoder, train.max_tokens_per_mb, train.gradient_checkpointing)
+        return archon_engine(decoder, train.max_tokens_per_mb, train.gradient_checkpointing)
     launcher: Launcher = LocalWorkers if cluster is None else cluster.launch_workers
     spec, python = _spec(config, folder), _python(config)
     return Restarting(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArchonSpec:
-    """An ArchonEngine as one of several data-parallel ranks."""
+    """An TrainEngine as one of several data-parallel ranks."""
 
     model: str  # folder of the base model
     dtype: str  # a name in model.backend.DTYPES

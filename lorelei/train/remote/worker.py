@@ -69,14 +69,14 @@ def build_engine(spec: EngineSpec, ranks: Ranks) -> TrainEngine:
     match spec:
         case ArchonSpec():
             from lorelei.model.load import load_decoder
-            from lorelei.train.archon.engine import ArchonEngine
+            from lorelei.train.archon.engine import archon_engine
 
             decoder = load_decoder(Path(spec.model), DTYPES[spec.dtype], default_device())
-            return ArchonEngine(decoder, spec.max_tokens_per_mb, spec.recompute, ranks)
+            return archon_engine(decoder, spec.max_tokens_per_mb, spec.recompute, ranks)
         case FsdpSpec():
-            from lorelei.train.fsdp.engine import FsdpEngine
+            from lorelei.train.fsdp.engine import fsdp_engine
 
-            return FsdpEngine(spec, default_device(), ranks)
+            return fsdp_engine(spec, default_device(), ranks)
         case MegatronSpec():
             from lorelei.train.megatron.start import start_engine
 
