@@ -1,4 +1,4 @@
-"""A worker process: one rank of a train engine. It obeys one private socket and nothing else."""
+"""A worker process: one rank of a train engine. It takes orders from one private socket only."""
 
 from __future__ import annotations
 
@@ -20,15 +20,9 @@ import torch.distributed as dist
 from lorelei.model.backend import DTYPES, default_device, dist_backend
 from lorelei.parallel.ranks import RankFailed, Ranks
 from lorelei.train.contract import TrainEngine
+from lorelei.train.remote.forwarding import CALLS
 from lorelei.train.remote.spec import ArchonSpec, EngineSpec, FsdpSpec, MegatronSpec
 from lorelei.train.remote.wire import NETWORK, Call, Failure, Reply, Start, receive, send
-
-METHODS = frozenset(
-    {
-        *("add_adapter", "drop_adapter", "hold", "release", "logprobs", "forward_backward"),
-        *("optim_step", "adapter_state", "snapshot", "restore", "offload", "onload"),
-    }
-)
 
 
 def main() -> None:
@@ -94,7 +88,7 @@ def _start(start: Start) -> TrainEngine:
 
 
 def _bound(engine: TrainEngine, call: Call) -> Callable[[], Any]:
-    assert call.method in METHODS, call.method
+    assert call.method in CALLS, call.method
     return lambda: getattr(engine, call.method)(*call.args)
 
 
