@@ -25,7 +25,7 @@ from lorelei.env.outcome import NoReward
 from lorelei.inference.contract import InferenceEngine
 from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.inference.server.engine import ServerEngine
-from lorelei.launch.train_engine import make_train_engine, trains_here
+from lorelei.launch.train_engine import make_train_engine
 from lorelei.loop import Loop
 from lorelei.lora.peft_folder import read_peft_folder
 from lorelei.lora.state import AdapterSnapshot, AdapterState
@@ -48,6 +48,7 @@ from lorelei.rollout.meter import Meter
 from lorelei.rollout.sampler import Policy
 from lorelei.store.run import RunStore
 from lorelei.store.spool import Spool
+from lorelei.train.kinds import trains_here
 from lorelei.train.remote.workers import LOOPBACK
 from lorelei.train.step import Trainer
 from lorelei.types import Ints, Prompt, SamplingParams

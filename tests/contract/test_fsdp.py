@@ -19,8 +19,8 @@ from transformers import MambaConfig, MambaForCausalLM
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.train.archon.engine import archon_engine
 from lorelei.train.contract import TrainEngine
+from lorelei.train.fsdp.kind import FsdpSpec
 from lorelei.train.remote.engine import RemoteEngine
-from lorelei.train.remote.spec import FsdpSpec
 from lorelei.types import AdamHyper, AdapterSpec, Batch, Rollout
 from tests.contract.oracle import PeftOracle, grpo_loss, turn_logprobs
 from tests.contract.train_engines import (

@@ -14,8 +14,8 @@ from lorelei.lora.state import AdapterState, tensor_names
 from lorelei.train.archon.engine import archon_engine
 from lorelei.train.batch import concatenate
 from lorelei.train.contract import TrainEngine
+from lorelei.train.megatron.kind import MegatronSpec
 from lorelei.train.remote.engine import RemoteEngine
-from lorelei.train.remote.spec import MegatronSpec
 from lorelei.types import BASE, AdamHyper, AdapterSpec, Batch, LossSpec, Rollout
 from lorelei.venvs.recipe import interpreter
 from tests.contract.oracle import grpo_loss, make_oracle, turn_logprobs

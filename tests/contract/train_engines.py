@@ -16,10 +16,12 @@ from torch import Tensor
 
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.train.archon.engine import archon_engine
+from lorelei.train.archon.kind import ArchonSpec
 from lorelei.train.batch import concatenate
 from lorelei.train.contract import TrainEngine
+from lorelei.train.fsdp.kind import FsdpSpec
+from lorelei.train.megatron.kind import MegatronSpec
 from lorelei.train.remote.engine import RemoteEngine
-from lorelei.train.remote.spec import ArchonSpec, FsdpSpec, MegatronSpec
 from lorelei.types import AdamHyper, AdapterSpec, Batch, LossSpec
 from lorelei.venvs.recipe import interpreter
 from tests.decoders import load_decoder

@@ -29,9 +29,9 @@ from lorelei.train.adam import AdapterOptimizer
 from lorelei.train.adapter_engine import AdapterEngine, LossOf
 from lorelei.train.fsdp.attention import Attend
 from lorelei.train.fsdp.full import HostedWeights
+from lorelei.train.fsdp.kind import FsdpSpec
 from lorelei.train.fsdp.model import HostedModel, Source
 from lorelei.train.mixed import blocks, item_tensors, run_mixed, spans, token_tensors
-from lorelei.train.remote.spec import FsdpSpec
 from lorelei.types import Batch, Segment
 
 HostedBank = AdapterBank[HostedModel]

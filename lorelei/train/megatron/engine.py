@@ -21,11 +21,11 @@ from lorelei.train.adapter_engine import AdapterEngine, LossOf
 from lorelei.train.items import dropout_seed
 from lorelei.train.layout import packed, pieces, share
 from lorelei.train.megatron.bank import ShardedBank
+from lorelei.train.megatron.kind import MegatronSpec
 from lorelei.train.megatron.model import build_model
 from lorelei.train.megatron.optimizer import ShardedOptimizer
 from lorelei.train.megatron.pipeline import Pipeline
 from lorelei.train.megatron.row import Row, make_row, padding_row
-from lorelei.train.remote.spec import MegatronSpec
 from lorelei.types import Batch
 
 

@@ -25,9 +25,9 @@ from lorelei.model.rope import frequencies
 from lorelei.parallel.mesh import Axis
 from lorelei.parallel.ranks import Ranks
 from lorelei.parallel.ulysses import to_heads, to_tokens
+from lorelei.train.megatron.kind import MegatronSpec
 from lorelei.train.megatron.mesh import MegatronMesh
 from lorelei.train.megatron.row import Row
-from lorelei.train.remote.spec import MegatronSpec
 
 _NORMS = {  # where layers have norms of their own; with Transformer Engine they are in the linears
     "decoder.layers.*.input_layernorm.weight": "model.layers.*.input_layernorm.weight",

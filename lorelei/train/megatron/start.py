@@ -13,7 +13,7 @@ from lorelei.parallel.ranks import Ranks
 from lorelei.train.contract import TrainEngine
 from lorelei.train.megatron.cpu import run_core_on_cpu, run_on_cpu
 from lorelei.train.megatron.imports import import_megatron
-from lorelei.train.remote.spec import MegatronSpec
+from lorelei.train.megatron.kind import MegatronSpec
 
 
 def start_engine(spec: MegatronSpec, ranks: Ranks) -> TrainEngine:

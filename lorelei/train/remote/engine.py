@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorelei.train.contract import EngineFailed, WorkersLost
+from lorelei.train.kind import EngineSpec
 from lorelei.train.remote.forwarding import forwards
-from lorelei.train.remote.spec import EngineSpec
 from lorelei.train.remote.wire import (
     NETWORK,
     Call,

@@ -11,17 +11,16 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from lorelei.model.backend import DTYPES, default_device, dist_backend
+from lorelei.model.backend import default_device, dist_backend
 from lorelei.parallel.ranks import RankFailed, Ranks
 from lorelei.train.contract import TrainEngine
+from lorelei.train.kinds import TRAIN
 from lorelei.train.remote.forwarding import CALLS
-from lorelei.train.remote.spec import ArchonSpec, EngineSpec, FsdpSpec, MegatronSpec
 from lorelei.train.remote.wire import NETWORK, Call, Failure, Reply, Start, receive, send
 
 
@@ -58,25 +57,6 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def build_engine(spec: EngineSpec, ranks: Ranks) -> TrainEngine:
-    """The engine of a spec on this process's device."""
-    match spec:
-        case ArchonSpec():
-            from lorelei.model.load import load_decoder
-            from lorelei.train.archon.engine import archon_engine
-
-            decoder = load_decoder(Path(spec.model), DTYPES[spec.dtype], default_device())
-            return archon_engine(decoder, spec.max_tokens_per_mb, spec.recompute, ranks)
-        case FsdpSpec():
-            from lorelei.train.fsdp.engine import fsdp_engine
-
-            return fsdp_engine(spec, default_device(), ranks)
-        case MegatronSpec():
-            from lorelei.train.megatron.start import start_engine
-
-            return start_engine(spec, ranks)
-
-
 def _start(start: Start) -> TrainEngine:
     if torch.accelerator.is_available():
         local = int(os.environ["LOCAL_RANK"])
@@ -84,7 +64,8 @@ def _start(start: Start) -> TrainEngine:
     timeout = timedelta(seconds=start.timeout)
     backend = dist_backend(default_device(), int(os.environ["LOCAL_WORLD_SIZE"]))
     dist.init_process_group(backend, timeout=timeout)
-    return build_engine(start.spec, Ranks.joined())
+    (kind,) = (kind for kind in TRAIN.values() if kind.spec is type(start.spec))
+    return kind.build(start.spec, Ranks.joined())
 
 
 def _bound(engine: TrainEngine, call: Call) -> Callable[[], Any]:
