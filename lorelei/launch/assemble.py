@@ -23,7 +23,7 @@ from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.inference.server.engine import ServerEngine
 from lorelei.jobs.registry import Registry
 from lorelei.launch.jobs import Data, DataMaker, JobMaker, Problems, Sampler
-from lorelei.launch.train_engine import make_train_engine, trains_here
+from lorelei.launch.train_engine import make_train_engine
 from lorelei.loop import Loop
 from lorelei.lora.peft_folder import read_peft_folder
 from lorelei.lora.state import AdapterSnapshot, AdapterState
@@ -42,6 +42,7 @@ from lorelei.rollout.meter import Meter
 from lorelei.store.run import RunStore
 from lorelei.store.spool import Spool
 from lorelei.train.engine_thread import EngineThread
+from lorelei.train.kinds import trains_here
 from lorelei.train.remote.workers import LOOPBACK
 from lorelei.types import Ints
 from lorelei.venvs.recipe import interpreter

@@ -44,6 +44,9 @@ class Base(Protocol):
         ...
 
 
+T = TypeVar("T")
+
+
 class ModelRoute(Route, Protocol):
     """A route that knows which layers it changes."""
 
@@ -52,6 +55,19 @@ class ModelRoute(Route, Protocol):
         ...
 
     def take(self, index: Tensor) -> ModelRoute: ...
+
+
+class Named(dict[str, T]):
+    """Adapters by name."""
+
+    def __missing__(self, name: str) -> T:
+        known = ", ".join(sorted(self)) or "none"
+        raise KeyError(f"no adapter {name!r}; there are: {known}")
+
+    def check_free(self, name: str) -> None:
+        """Raises ValueError when the name is taken."""
+        if name in self:
+            raise ValueError(f"adapter {name!r} exists already; drop it first")
 
 
 B = TypeVar("B", bound=Base)
@@ -105,7 +121,7 @@ class AdapterBank(Generic[B]):
         """copy: makes the full weights of a base."""
         self.decoder, self._copy = decoder, copy
         self._dtype = torch.promote_types(decoder.dtype, torch.float32)
-        self._adapters: dict[str, Adapter | Trained[B]] = {}
+        self._adapters = Named[Adapter | Trained[B]]()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,9 +135,6 @@ class AdapterBank(Generic[B]):
         return iter(self._adapters)
 
     def __getitem__(self, name: str) -> Adapter | Trained[B]:
-        if name not in self._adapters:
-            known = ", ".join(sorted(self._adapters)) or "none"
-            raise KeyError(f"no adapter {name!r}; there are: {known}")
         return self._adapters[name]
 
     def lora(self, name: str) -> Adapter:
@@ -136,8 +149,7 @@ class AdapterBank(Generic[B]):
         Raises ValueError when the name is taken, a target matches nothing or full weights would
         not be alone.
         """
-        if name in self._adapters:
-            raise ValueError(f"adapter {name!r} exists already; drop it first")
+        self._adapters.check_free(name)
         if self._adapters and (spec.full or self._full() is not None):
             raise ValueError(
                 f"adapter {name!r}: full fine-tuning trains one model and nothing beside it, and "
@@ -195,14 +207,18 @@ class AdapterBank(Generic[B]):
         adapter = self[name]
         return AdapterState(spec=adapter.spec, tensors=copies(adapter.tensors()))
 
-    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite an adapter's tensors. Raises ValueError unless names and shapes agree."""
+    def check(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Raises ValueError unless names and shapes are those of an adapter."""
         adapter = self[name]
-        live = adapter.tensors()
-        check_tensors(name, {n: tuple(t.shape) for n, t in live.items()}, tensors)
+        shapes = {n: tuple(t.shape) for n, t in adapter.tensors().items()}
+        check_tensors(name, shapes, tensors)
         if isinstance(adapter, Adapter):
             check_tied(name, adapter.tied, tensors)
-        for tensor_name, tensor in live.items():
+
+    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite an adapter's tensors. Raises ValueError unless names and shapes agree."""
+        self.check(name, tensors)
+        for tensor_name, tensor in self[name].tensors().items():
             set_from(tensor, tensors[tensor_name])
 
     def model(

@@ -7,11 +7,12 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorelei.model.kernels import fused
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HOST = torch.device("cpu")
 
 
 def default_device() -> torch.device:
@@ -27,6 +28,17 @@ def dist_backend(device: torch.device, local_ranks: int) -> str:
     if device.type == "cuda" and local_ranks <= torch.cuda.device_count():
         return "cpu:gloo,cuda:nccl"
     return "gloo"
+
+
+def move(model: nn.Module, device: torch.device) -> None:
+    """Copy parameters and buffers there; what they held is free, for other processes too.
+
+    Parameters stay the objects they are, and so do FSDP's shards. On a CPU nothing is gained.
+    """
+    # not .to(), which would do nothing on a CPU, where this is tested
+    model._apply(lambda tensor: tensor.to(device, copy=True))
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def fuses_attention(device: torch.device) -> bool:

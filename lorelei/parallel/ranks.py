@@ -21,33 +21,33 @@ class RankFailed(RuntimeError):
 class Ranks:
     """A torch.distributed group, or nothing when `size` is 1.
 
-    Each `team` neighbours hold one model together and work on the same tokens; a batch is shared
-    out to teams.
+    Each `group` of neighbours hold one model together and work on the same tokens; a batch is
+    shared out to groups.
     """
 
     rank: int = 0
     size: int = 1
-    team: int = 1
+    group: int = 1
 
     @classmethod
-    def joined(cls, team: int = 1) -> Ranks:
+    def joined(cls, group: int = 1) -> Ranks:
         """The default group of this process."""
-        return cls(dist.get_rank(), dist.get_world_size(), team)
+        return cls(dist.get_rank(), dist.get_world_size(), group)
 
     @property
     def share(self) -> int:
         """Which share of a batch is this rank's."""
-        return self.rank // self.team
+        return self.rank // self.group
 
     @property
     def shares(self) -> int:
         """How many a batch is cut into."""
-        return self.size // self.team
+        return self.size // self.group
 
     @property
     def is_leader(self) -> bool:
-        """Whether this rank reports for its team, so that nothing is counted twice."""
-        return self.rank % self.team == 0
+        """Whether this rank reports for its group, so that nothing is counted twice."""
+        return self.rank % self.group == 0
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:

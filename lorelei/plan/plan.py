@@ -16,7 +16,6 @@ from lorelei.config.reward import PythonReward
 from lorelei.config.run import RunConfig
 from lorelei.config.section import is_mapping
 from lorelei.config.task import JsonlTask, ParquetTask
-from lorelei.config.train import ArchonTrain
 from lorelei.lora.targets import Shape, match_targets, tied_names
 from lorelei.model.config import ModelInfo, ModelSizes
 from lorelei.model.shapes import find_shape
@@ -27,7 +26,7 @@ from lorelei.plan.memory_item import ProcessGroup
 from lorelei.plan.model_info import model_info
 from lorelei.plan.processes import process_groups
 from lorelei.plan.server_limits import check_servers
-from lorelei.plan.train_limits import check_training
+from lorelei.train.kinds import TRAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +101,7 @@ def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
     model, shapes, parameters = known.sizes, known.linears, known.parameters
     _check_context(config, model)
     _check_files(config)
-    check_training(config, model, hf_config)
+    TRAIN[config.train.kind].check(config.train, model, hf_config)
     adapters = tuple(_adapter_plan(e, config, known) for e in config.experiments())
     on_cpu, modules = hardware.on_cpu, {name for a in adapters for name in a.modules}
     check_servers(config, model, modules, on_cpu)
@@ -114,7 +113,7 @@ def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
         adapters=tuple(_size(a, model, shapes) for a in adapters),
         on_cpu=on_cpu,
     )
-    alone = isinstance(config.train, ArchonTrain) and config.cluster.kind == "local"
+    alone = TRAIN[config.train.kind].here is not None and config.cluster.kind == "local"
     phases = estimate_memory(run) if alone else {}
     processes, problems = process_groups(run, parameters, shapes, modules, hardware, phases)
     return Plan(

@@ -17,7 +17,7 @@ from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.lora.state import AdapterState
 from lorelei.publish.contract import PublishError
 from lorelei.publish.publisher import VersionPublisher
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.archon.engine import archon_engine
 from lorelei.train.contract import TrainEngine
 from lorelei.types import (
     BASE,
@@ -186,8 +186,8 @@ def test_a_snapshot_is_a_copy_and_a_misshapen_one_is_refused(full: TrainEngine) 
 
 
 @pytest.fixture
-def trainer(folder: Path) -> ArchonEngine:
-    engine = ArchonEngine(load_decoder(folder))
+def trainer(folder: Path) -> TrainEngine:
+    engine = archon_engine(load_decoder(folder))
     engine.add_adapter("a", FULL_WEIGHTS)
     train(engine, range(1))
     return engine
@@ -211,7 +211,7 @@ def bits(answer: Completion) -> tuple[bytes, bytes]:
 
 
 def test_versions_and_the_base_are_served_side_by_side_as_each_alone(
-    folder: Path, trainer: ArchonEngine
+    folder: Path, trainer: TrainEngine
 ) -> None:
     async def body() -> None:
         engine = EmbeddedEngine(load_decoder(folder), max_running=4)
@@ -242,7 +242,7 @@ def test_versions_and_the_base_are_served_side_by_side_as_each_alone(
 
 
 def test_what_is_served_is_what_was_published_whatever_the_trainer_does_next(
-    folder: Path, trainer: ArchonEngine
+    folder: Path, trainer: TrainEngine
 ) -> None:
     rollouts = some_groups(7)[0]
     tokens = [np.concatenate([r.turns[0].prompt, r.turns[0].completion.tokens]) for r in rollouts]
@@ -268,7 +268,7 @@ def test_what_is_served_is_what_was_published_whatever_the_trainer_does_next(
 
 
 def test_weights_that_do_not_fit_are_refused_and_change_nothing(
-    folder: Path, trainer: ArchonEngine
+    folder: Path, trainer: TrainEngine
 ) -> None:
     state = trainer.adapter_state("a")
     norm = "model.norm.weight"
@@ -293,7 +293,7 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(
     run(body())
 
 
-def test_a_sampler_in_bf16_refuses_fp32_weights(folder: Path, trainer: ArchonEngine) -> None:
+def test_a_sampler_in_bf16_refuses_fp32_weights(folder: Path, trainer: TrainEngine) -> None:
     async def body() -> None:
         engine = EmbeddedEngine(load_decoder(folder, torch.bfloat16))
         with pytest.raises(PublishError, match=r"need a run with dtype: float32"):
@@ -303,9 +303,7 @@ def test_a_sampler_in_bf16_refuses_fp32_weights(folder: Path, trainer: ArchonEng
     run(body())
 
 
-def test_a_published_version_sent_again_is_the_same_one(
-    folder: Path, trainer: ArchonEngine
-) -> None:
+def test_a_published_version_sent_again_is_the_same_one(folder: Path, trainer: TrainEngine) -> None:
     state = trainer.adapter_state("a")
     ref = AdapterRef(name="a", version=1, run_id="r", digest=state.digest())
 

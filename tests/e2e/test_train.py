@@ -24,7 +24,7 @@ from lorelei.model.load import load_decoder
 from lorelei.run_file import load_config
 from lorelei.store.check import check_run
 from lorelei.store.manifest import Manifest
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.archon.engine import archon_engine
 from tests.contract.reference_rollout import reference_logprobs
 from tests.episodes import random_group, weighted_batch
 from tests.tiny_runs import lorelei, make_workplace, records, start, write_run
@@ -140,7 +140,7 @@ def test_an_exported_adapter_gives_the_trainers_logprobs_in_peft(
     base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, place / "exported").eval()
     run = TrainedRun.read(place / "runs/first")
-    engine = ArchonEngine(load_decoder(place / "model"))
+    engine = archon_engine(load_decoder(place / "model"))
     state = run.state("default")
     engine.add_adapter("a", state.spec)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in state.tensors.items()}

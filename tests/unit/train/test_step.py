@@ -14,7 +14,8 @@ from lorelei.config.experiment import Experiment
 from lorelei.config.run import RunConfig
 from lorelei.model.decoder import Decoder
 from lorelei.model.load import load_decoder
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.archon.engine import archon_engine
+from lorelei.train.contract import TrainEngine
 from lorelei.train.batch import build_batch
 from lorelei.train.step import Trainer
 from lorelei.types import AdapterSpec, Batch, Group, Prompt, Rollout, StepStats
@@ -30,8 +31,8 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 
 @pytest.fixture
-def engine(decoder: Decoder) -> Iterator[ArchonEngine]:
-    made = ArchonEngine(decoder)
+def engine(decoder: Decoder) -> Iterator[TrainEngine]:
+    made = archon_engine(decoder)
     for seed, name in enumerate("abc"):
         made.add_adapter(name, SPEC, seed)
     yield made
@@ -66,7 +67,7 @@ def two_groups(adapter: str, seed: int = 0) -> list[Group]:
 
 
 def step(
-    engine: ArchonEngine,
+    engine: TrainEngine,
     plan: Mapping[str, Experiment],
     groups: Mapping[str, Sequence[Group]],
     version: int = 0,
@@ -87,7 +88,7 @@ def batch_of(experiment: Experiment, groups: Sequence[Group], part: slice = slic
     return replace(batch, items=replace(batch.items, weight=weight))
 
 
-def test_the_numbers_of_a_step_are_those_of_its_rollouts(engine: ArchonEngine) -> None:
+def test_the_numbers_of_a_step_are_those_of_its_rollouts(engine: TrainEngine) -> None:
     def sample(reward: float, count: int, version: int) -> Rollout:
         return rollout(turn([5, 6], list(range(count)), version=version), reward=reward)
 
@@ -122,11 +123,11 @@ def test_the_numbers_of_a_step_are_those_of_its_rollouts(engine: ArchonEngine) -
 
 
 def test_a_step_is_one_forward_backward_and_one_optimizer_step(
-    engine: ArchonEngine, decoder: Decoder
+    engine: TrainEngine, decoder: Decoder
 ) -> None:
     plan, groups = experiments(a={}), two_groups("a")
     stats = step(engine, plan, {"a": groups}, version=3)
-    by_hand = ArchonEngine(decoder)
+    by_hand = archon_engine(decoder)
     by_hand.add_adapter("a", SPEC, 0)
     algo = plan["a"].algo
     batch = batch_of(plan["a"], groups)
@@ -143,13 +144,13 @@ def test_a_step_is_one_forward_backward_and_one_optimizer_step(
 
 
 def test_minibatches_step_in_turn_against_the_policy_of_the_start(
-    engine: ArchonEngine, decoder: Decoder
+    engine: TrainEngine, decoder: Decoder
 ) -> None:
     # a narrow clip: it bites as soon as the first minibatch has moved the policy
     plan = experiments(a={"ppo_n_minibatches": 2, "kl_ctl": 0.2, "eps_clip": 1e-3})
     groups = two_groups("a")
     stats = step(engine, plan, {"a": groups})
-    by_hand = ArchonEngine(decoder)
+    by_hand = archon_engine(decoder)
     by_hand.add_adapter("a", SPEC, 0)
     algo = plan["a"].algo
     batches: list[Batch] = []
@@ -169,7 +170,7 @@ def test_minibatches_step_in_turn_against_the_policy_of_the_start(
 
 
 def test_adapters_of_different_algorithms_step_together_as_alone(
-    engine: ArchonEngine, decoder: Decoder
+    engine: TrainEngine, decoder: Decoder
 ) -> None:
     plan = experiments(
         a={"ppo_n_minibatches": 2, "eps": 1e-3},
@@ -182,7 +183,7 @@ def test_adapters_of_different_algorithms_step_together_as_alone(
     assert set(stats.touched) == {"a", "b"}
     assert engine.snapshot("c").state.digest() == resting
     for seed, name in enumerate("ab"):
-        alone = ArchonEngine(decoder)
+        alone = archon_engine(decoder)
         alone.add_adapter(name, SPEC, seed)
         single = step(alone, plan, {name: groups[name]})
         for field, value in single.metrics[name].items():
@@ -193,7 +194,7 @@ def test_adapters_of_different_algorithms_step_together_as_alone(
             np.testing.assert_allclose(other.tensors[tensor_name], tensor, atol=1e-5)
 
 
-def test_what_the_trainer_itself_would_have_said_is_no_mismatch(engine: ArchonEngine) -> None:
+def test_what_the_trainer_itself_would_have_said_is_no_mismatch(engine: TrainEngine) -> None:
     plan, groups = experiments(a={}), two_groups("a")
     batch = batch_of(plan["a"], groups)
     logprobs = iter(engine.logprobs(batch, "current").logprobs)
@@ -212,13 +213,13 @@ def test_what_the_trainer_itself_would_have_said_is_no_mismatch(engine: ArchonEn
 
 
 def test_rollouts_without_a_reward_are_not_trained_on(
-    engine: ArchonEngine, decoder: Decoder
+    engine: TrainEngine, decoder: Decoder
 ) -> None:
     plan, groups = experiments(a={}), two_groups("a")
     bad = replace(random_group(np.random.default_rng(7), 6, [3])[0], reward=None, error="timeout")
     worse = [replace(g, rollouts=(*g.rollouts, bad)) for g in groups]
     stats = step(engine, plan, {"a": worse})
-    clean = ArchonEngine(decoder)
+    clean = archon_engine(decoder)
     clean.add_adapter("a", SPEC, 0)
     step(clean, plan, {"a": groups})
     assert stats.metrics["a"]["failed_rollouts"] == 2

@@ -7,19 +7,13 @@ from typing import Any
 
 from megatron.core import parallel_state as state
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Axis:
-    """One kind of parallelism: how many ranks share in it, which this one is, and their group."""
-
-    size: int
-    rank: int
-    group: Any
+from lorelei.parallel.mesh import Axis
+from lorelei.parallel.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """The axes that an adapter is split or repeated over."""
+class MegatronMesh:
+    """The axes that a model and its adapters are split or repeated over."""
 
     tensor: Axis
     pipeline: Axis
@@ -30,9 +24,10 @@ class Layout:
     expert_tensor: Axis
     expert_replicas: Axis  # they hold the same experts
     sequence_parallel: bool
+    world: Ranks
 
     @classmethod
-    def current(cls, sequence_parallel: bool) -> Layout:
+    def current(cls, sequence_parallel: bool, world: Ranks) -> MegatronMesh:
         """Of Megatron's global state, once it is initialised."""
 
         def axis(group: Any) -> Axis:
@@ -48,11 +43,8 @@ class Layout:
             expert_tensor=axis(state.get_expert_tensor_parallel_group()),
             expert_replicas=axis(state.get_expert_data_parallel_group()),
             sequence_parallel=sequence_parallel,
+            world=world,
         )
-
-    @property
-    def first_stage(self) -> bool:
-        return self.pipeline.rank == 0
 
     @property
     def last_stage(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lorelei.train.moving import HOST, move
+from lorelei.model.backend import HOST, move
 
 
 def test_parameters_stay_the_objects_they_are_and_their_numbers_move() -> None:

@@ -1,18 +1,18 @@
-"""Context parallelism: each rank has a run of a row's tokens, and some of the heads in attention.
+"""Sequence parallelism: each process has a run of a row's tokens, and some heads in attention.
 
-Shapes: T tokens of the row, t of this rank; H heads, h of this rank; d head size; I items of the
-row, i whose sources are here.
-Source: Jacobs et al., 2023 (DeepSpeed-Ulysses, arXiv 2309.14509).
+Shapes: T tokens of the row, t of this process; H heads, h of this process; d head size; I items of
+the row, i whose sources are here.
+Source: Jacobs et al., 2023 (DeepSpeed Ulysses, arXiv 2309.14509).
 """
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
-from lorelei.train.megatron.layout import Axis
+from lorelei.parallel.collectives import exchanged
+from lorelei.parallel.mesh import Axis
 
 
 def to_heads(x_tHd: Tensor, axis: Axis) -> Tensor:
@@ -20,8 +20,8 @@ def to_heads(x_tHd: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x_tHd
     t, heads, d = x_tHd.shape
-    by_rank = x_tHd.view(t, axis.size, heads // axis.size, d).transpose(0, 1).contiguous()
-    return mappings.all_to_all(axis.group, by_rank.flatten(0, 1))
+    parts = x_tHd.reshape(t, axis.size, heads // axis.size, d).transpose(0, 1)
+    return exchanged(parts, axis).flatten(0, 1)
 
 
 def to_tokens(x_Thd: Tensor, axis: Axis) -> Tensor:
@@ -29,9 +29,8 @@ def to_tokens(x_Thd: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x_Thd
     tokens, heads, d = x_Thd.shape
-    by_rank = mappings.all_to_all(axis.group, x_Thd.contiguous())
-    by_rank = by_rank.view(axis.size, tokens // axis.size, heads, d)
-    return by_rank.transpose(0, 1).flatten(1, 2)
+    parts = exchanged(x_Thd.reshape(axis.size, tokens // axis.size, heads, d), axis)
+    return parts.transpose(0, 1).flatten(1, 2)
 
 
 def of_all_items(
@@ -44,4 +43,5 @@ def of_all_items(
     both = torch.zeros(2, count, dtype=logprobs_i.dtype, device=logprobs_i.device)
     both[:, here_i] = torch.stack([logprobs_i.detach(), entropy_i])
     dist.all_reduce(both, group=axis.group)
+    # put in once more, with their gradient: every process has the same loss of all items
     return both[0].index_put((here_i,), logprobs_i), both[1]
