@@ -142,7 +142,8 @@ class Stage:
     async def publish(self) -> AdapterRef:
         """Publish what the trainer has as the next version."""
         self.version += 1
-        return (await self.publisher.publish(self.trainer, {NAME: self.version}))[NAME]
+        states = {NAME: self.trainer.adapter_state(NAME)}
+        return (await self.publisher.publish({NAME: self.version}, states))[NAME]
 
 
 @asynccontextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lorelei.lora.state import AdapterState
 from lorelei.obs.console import Console
 from lorelei.publish.canary import Canary
 from lorelei.publish.contract import Publisher
@@ -67,7 +68,7 @@ async def run(loop: Loop) -> None:
         pending = await _stage(loop, versions)  # files durable, not yet true
         clock.lap("checkpoint")
         touched = {name: versions[name] for name in stats.touched}
-        refs = await loop.publisher.publish(loop.trainer.engine, touched)
+        refs = await loop.publisher.publish(touched, await _states(loop, touched))
         clock.lap("publish")
         served = await loop.canary.check(refs) if loop.canary else {}
         clock.lap("canary")
@@ -97,7 +98,7 @@ async def begin(loop: Loop) -> None:
     if loop.canary:
         for record in await loop.canary.prove():
             loop.store.append_metrics(record)
-    refs = await loop.publisher.publish(loop.trainer.engine, loop.versions)
+    refs = await loop.publisher.publish(loop.versions, await _states(loop, loop.versions))
     if loop.canary:
         await loop.canary.check(refs)
     if loop.store.latest is None:
@@ -131,6 +132,11 @@ async def evaluate(loop: Loop, refs: Mapping[str, AdapterRef]) -> None:
                 f"{scores.errors[0]}"
             )
         loop.console.evaluated(name, ref.version, scores.means)
+
+
+async def _states(loop: Loop, names: Iterable[str]) -> dict[str, AdapterState]:
+    engine = loop.trainer.engine
+    return {name: await loop.trainer.call(engine.adapter_state, name) for name in names}
 
 
 def _evaluation_due(loop: Loop, name: str, ref: AdapterRef) -> bool:

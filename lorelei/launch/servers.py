@@ -37,12 +37,12 @@ def make_server_engine(
     model: ModelInfo,
     tokenizer: PreTrainedTokenizerBase,
     logs: Path,
-    place: Launcher = LOCAL,
+    launcher: Launcher = LOCAL,
     device: Device | None = None,
 ) -> ServerEngine:
     """Not started yet. folder: of the model. logs: a folder for what the servers print.
 
-    place: where they are started. device: of that place; none: this machine's.
+    launcher: starts them. device: of its machines; None: this machine's.
     """
     sizes = model.sizes
     context = min(rollout.max_context or sizes.max_positions, sizes.max_positions)
@@ -55,12 +55,12 @@ def make_server_engine(
         urls=rollout.urls,
         token=os.environ.get(TOKEN),
         max_running=rollout.max_running,
-        place=place,
+        launcher=launcher,
     )
 
 
 def serve(config: RunConfig, host: str, port: int) -> NoReturn:
-    """Become the rollout server of a run. Raises ValueError for what a user can mend."""
+    """Become the rollout server of a run. Raises ValueError for user-fixable errors."""
     rollout = config.rollout
     if rollout.kind == "embedded":
         raise ValueError("rollout.kind: 'embedded' is no server; use vllm or sglang")

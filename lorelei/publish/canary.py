@@ -152,7 +152,8 @@ class Canary:
         try:
             await self._compare_bases(who, names, own)
             right_T, signal = await self._scale_up(own, names)
-            ref = (await self._publisher.publish(engine, {own: 0}))[own]
+            states = {own: await call(engine.adapter_state, own)}
+            ref = (await self._publisher.publish({own: 0}, states))[own]
             try:
                 found = await self._judge_random(who, ref, names, right_T, signal)
                 sampled = [

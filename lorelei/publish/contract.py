@@ -1,11 +1,11 @@
-"""The Publisher contract: how a new adapter version reaches a rollout engine."""
+"""The Publisher contract: how a new adapter version reaches an inference engine."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Protocol
 
-from lorelei.train.contract import TrainEngine
+from lorelei.lora.state import AdapterState
 from lorelei.types import AdapterRef
 
 
@@ -14,13 +14,14 @@ class PublishError(RuntimeError):
 
 
 class Publisher(Protocol):
-    """Moves adapters, and nothing else, from a train engine to rollout engines."""
+    """Moves adapters, and nothing else, to the replicas of an inference engine."""
 
     async def publish(
-        self, source: TrainEngine, versions: Mapping[str, int]
+        self, versions: Mapping[str, int], states: Mapping[str, AdapterState]
     ) -> dict[str, AdapterRef]:
         """Send {adapter: version number} and return when every replica can serve them.
 
+        states: what each of these versions is; nothing may change the tensors before the return.
         Raises PublishError; then none of the new versions may be used.
         """
         ...

@@ -1,4 +1,4 @@
-"""The publisher: each new version to one rollout engine, all of them or none."""
+"""The publisher: each new version to one inference engine, all of them or none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from lorelei.inference.server.client import ServerTrouble
 from lorelei.lora.state import AdapterState
 from lorelei.publish.contract import PublishError
 from lorelei.publish.page import wrong_digest
-from lorelei.train.contract import TrainEngine
 from lorelei.types import AdapterRef
 
 
@@ -23,7 +22,7 @@ class Transport(Protocol):
         ...
 
     async def unload(self, ref: AdapterRef) -> None:
-        """Forget it, once nothing in flight uses it, and whatever it took on the way."""
+        """Forget it and its files, once nothing in flight uses it."""
         ...
 
     @property
@@ -32,7 +31,7 @@ class Transport(Protocol):
         ...
 
     async def close(self) -> None:
-        """Give up what was kept between versions."""
+        """Give up what was kept between versions: folders, groups."""
         ...
 
 
@@ -66,12 +65,12 @@ class VersionPublisher:
         self._transport: Transport = transport or Direct(engine)
 
     async def publish(
-        self, source: TrainEngine, versions: Mapping[str, int]
+        self, versions: Mapping[str, int], states: Mapping[str, AdapterState]
     ) -> dict[str, AdapterRef]:
         refs: dict[str, AdapterRef] = {}
         try:
             for name, version in versions.items():
-                refs[name] = await self._publish_one(source, name, version)
+                refs[name] = await self._publish_one(name, version, states[name])
         except BaseException:
             # all or none: a cancelled publication leaves nothing behind either
             for ref in refs.values():
@@ -79,14 +78,13 @@ class VersionPublisher:
             raise
         return refs
 
-    async def _publish_one(self, source: TrainEngine, name: str, version: int) -> AdapterRef:
-        state = await asyncio.to_thread(source.adapter_state, name)
+    async def _publish_one(self, name: str, version: int, state: AdapterState) -> AdapterRef:
         digest = await asyncio.to_thread(state.digest)
         ref = AdapterRef(name=name, version=version, run_id=self._run_id, digest=digest)
         try:
             installed = await self._transport.send(ref, state)
         except ValueError as error:
-            raise PublishError(f"{ref}: the rollout engine refuses it: {error}") from error
+            raise PublishError(f"{ref}: the inference engine refuses it: {error}") from error
         except ServerTrouble as error:
             raise PublishError(f"{ref}: it does not arrive: {error}") from error
         if installed is not None and installed != digest:
