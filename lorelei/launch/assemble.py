@@ -102,7 +102,7 @@ async def build(
     for name, source in sources.items():
         _check_prompts([source.prompt(0), *held_out[name]], model, config.rollout.max_context)
     stops = stop_token_ids(folder, tokenizer)
-    context = min(config.rollout.max_context or model.max_positions, model.max_positions)
+    context = model.context(config.rollout.max_context)
     chat = ChatTemplate(tokenizer=tokenizer, stop_token_ids=stops)
     endpoint = await _endpoint(experiments, chat, stack)
     envs = {e.name: _env(e, chat, context, endpoint, stack) for e in experiments}
@@ -352,7 +352,7 @@ def _lane(e: Experiment, parts: RunComponents, store: RunStore, spool: Spool) ->
 
 def _check_prompts(prompts: Sequence[Prompt], model: ModelSizes, asked: int | None) -> None:
     """A sample of the prompts; a longer one that comes later fails its own rollouts."""
-    context = min(asked or model.max_positions, model.max_positions)
+    context = model.context(asked)
     for prompt in prompts:
         if (largest := prompt.tokens.max()) >= model.vocab:
             raise ValueError(

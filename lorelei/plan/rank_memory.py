@@ -9,15 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorelei.config.train import ArchonTrain, FsdpTrain, MegatronTrain
-from lorelei.plan.memory import (
-    BYTES,
-    GPU_LOGITS,
-    LOGITS_CHUNK,
-    Footprint,
-    block_elements,
-    intermediate,
-    micro_batch_tokens,
-)
+from lorelei.model.config import BYTES, CHUNK_ELEMENTS, GPU_LOGITS
+from lorelei.plan.memory import Footprint, block_elements, intermediate, micro_batch_tokens
 from lorelei.plan.memory_item import MemoryItem
 
 _FP32 = 4
@@ -166,7 +159,7 @@ def _working(run: Footprint, stage: Stage) -> Iterator[MemoryItem]:
         how = f"{flight}{words}{stage.layers} layers x {block:,} numbers x {each} bytes"
         what = f"{words}{6 * intermediate(model) // sizes.tensor:,} numbers of one MLP"
     yield MemoryItem(name="activations", bytes=kept, how=how)
-    logits = 3 * LOGITS_CHUNK * (1 if run.on_cpu else GPU_LOGITS) * _FP32 if stage.head else 0
+    logits = 3 * CHUNK_ELEMENTS * (1 if run.on_cpu else GPU_LOGITS) * _FP32 if stage.head else 0
     if logits > scratch:
         what = f"3 chunks of logits x {logits // 3 // _FP32:,} x {_FP32} bytes"
     else:

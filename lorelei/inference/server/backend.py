@@ -22,7 +22,6 @@ class Facts:
     max_rank: int  # of an adapter
     workers: int  # processes that hold the model: receivers of a broadcast
     device: str  # "cpu" or "cuda"
-    stops_strings: bool  # whether it can watch for stop strings itself
 
 
 class ServerBackend(Protocol):

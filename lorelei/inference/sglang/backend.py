@@ -10,7 +10,8 @@ from lorelei.inference.server.client import QUICK, READ_TIMEOUT, Client
 from lorelei.inference.server.options import ServerOptions
 from lorelei.inference.server.process import LOOPBACK, Launch
 from lorelei.inference.sglang import command
-from lorelei.inference.sglang.command import LAUNCHER, SPARE
+from lorelei.inference.sglang.command import LAUNCHER
+from lorelei.inference.sglang.kind import SPARE
 from lorelei.types import GenerateRequest
 
 
