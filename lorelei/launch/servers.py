@@ -1,4 +1,4 @@
-"""The engine of rollout servers, built from a run's configuration."""
+"""The engine of inference servers, built from a run's configuration."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def make_server_engine(
 
 
 def serve(config: RunConfig, host: str, port: int) -> NoReturn:
-    """Become the rollout server of a run. Raises ValueError for user-fixable errors."""
+    """Become the inference server of a run. Raises ValueError for user-fixable errors."""
     rollout = config.rollout
     if rollout.kind == "embedded":
         raise ValueError("rollout.kind: 'embedded' is no server; use vllm or sglang")

@@ -48,14 +48,14 @@ class Footprint:
 
     @property
     def served(self) -> bool:
-        """Whether servers sample, in processes of their own."""
+        """Whether servers sample, in separate processes."""
         return self.config.rollout.kind != "embedded"
 
     @property
     def overlaps(self) -> bool:
         """Whether memory of sampling and of training is held at once.
 
-        An adapter that waits for its batch goes on sampling while another trains; other processes
+        An adapter that waits for its batch keeps sampling while another trains; other processes
         keep what they freed.
         """
         experiments = self.config.experiments()
@@ -77,7 +77,7 @@ def estimate_memory(run: Footprint) -> dict[str, Parts]:
         "training": held | beside | _training(run),
         "saving": held | beside | {"snapshots": snapshot_bytes(run)},
     }
-    if not run.on_cpu:  # files are read and written by way of the CPU's memory
+    if not run.on_cpu:  # files are read and written through the CPU's memory
         del phases["loading"], phases["saving"]
     if run.served:  # the servers sample
         del phases["sampling"], phases["evaluating"]
@@ -111,7 +111,7 @@ def base_bytes(run: Footprint) -> int:
 
 def one_model_bytes(run: Footprint) -> int:
     """The base model as our own decoder holds it."""
-    # packed for multiplication, a tied lm_head is a matrix of its own besides the embedding
+    # packed for multiplication, a tied lm_head is a second matrix besides the embedding
     tied = tied_head(run.model) if _packs(run) else 0
     return (run.base + tied) * BYTES[run.config.dtype]
 
@@ -269,5 +269,5 @@ def intermediate(model: ModelSizes) -> int:
 
 
 def _packs(run: Footprint) -> bool:
-    """Whether matrices are kept in layouts of their own, see model.backend."""
+    """Whether matrices are kept packed, see model.backend."""
     return run.on_cpu and run.config.dtype == "float32"

@@ -50,7 +50,7 @@ def form(group: Group, rank: int) -> Any:
 
 
 def _address_toward(host: str) -> str:
-    """This machine's address on the way to another one. Nothing is sent."""
+    """This machine's address as seen from `host`. Nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))
         return probe.getsockname()[0]

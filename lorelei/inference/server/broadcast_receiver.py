@@ -1,4 +1,4 @@
-"""Receiving an adapter by broadcast while the server goes on decoding. Runs inside servers."""
+"""Receives adapters by broadcast while the server decodes. Runs inside servers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorelei.inference.server.broadcast import Group
 
 
 class PendingGroup:
-    """A broadcast group that forms in the background: the engine goes on decoding."""
+    """A broadcast group that forms in the background."""
 
     def __init__(self, group: Group, rank: int, device: torch.device) -> None:
         self.device = device

@@ -22,7 +22,7 @@ _REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abo
 
 
 class ServerTrouble(RuntimeError):
-    """The server or the way to it failed: the same call may work later, or elsewhere."""
+    """The server or its connection failed: the same call may work later, or elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,8 +28,8 @@ T = TypeVar("T")
 class ServerEngine:
     """Implements InferenceEngine. All calls come from one event loop.
 
-    Servers that are started here are stopped by `close`; those attached to go on running, without
-    the adapters that were loaded for us.
+    Servers that are started here are stopped by `close`; those attached to keep running, without
+    the adapters that were loaded by this engine.
     """
 
     def __init__(

@@ -122,7 +122,7 @@ class Router:
         self.dispatch()
 
     def dismiss(self, adapter: str | None = None) -> None:
-        """Answer None to all who wait, or to those of one adapter."""
+        """Answer None to all waiting requests, or to those of one adapter."""
         waiting, self._waiting = self._waiting, deque()
         for future, key in waiting:
             if adapter not in (None, key[0]):

@@ -129,7 +129,7 @@ class Requests:
             ]
 
     def dismiss(self, adapter: AdapterRef | None, names: Iterable[str]) -> None:
-        """What waits is answered empty, what runs is not asked again when it ends.
+        """Waiting requests are answered empty; running ones are not asked again when they end.
 
         adapter: only that version's requests; None: those of the base and of all `names`.
         """
@@ -138,7 +138,7 @@ class Requests:
         self._router.dismiss(name)
 
     async def end(self, adapter: AdapterRef | None, tell: Callable[[], Awaitable[None]]) -> None:
-        """Until nothing runs that ran when the call came: a request may still be on its way."""
+        """Repeat `tell` until nothing runs that ran at the call: a request may not be there yet."""
         meant = {t for t in self._running if adapter is None or t.adapter == adapter}
         for _ in range(100):
             await tell()
@@ -147,7 +147,7 @@ class Requests:
             await asyncio.sleep(0.02)
 
     def put_off(self) -> None:
-        """What is ended from now on is asked again, with the same random numbers."""
+        """Requests that are ended from now on are asked again, with the same random numbers."""
         self._put_off += 1
 
     async def _again(

@@ -30,8 +30,8 @@ class SglangBackend:
         return command.launch(self.options, number, port, token, host)
 
     def seed(self, request: GenerateRequest) -> int:
-        # our sampler counts positions from the start of the sequence, so that the stream of an
-        # answer that was interrupted goes on where it was
+        # our sampler counts positions from the start of the sequence, so that an interrupted
+        # answer continues its stream
         return stream_seed(request.sampling.seed, request.key)
 
     async def facts(self, client: Client) -> Facts:

@@ -28,12 +28,12 @@ def launch(
 
 
 def check_model(options: ServerOptions) -> None:
-    """Raises FieldError for adapters that would end the server."""
+    """Raises FieldError for adapters that would crash the server."""
     inner = {*INNER} & {*options.target_modules}
     if options.device == "cpu" and inner and options.sizes.moe is not None:
         raise FieldError(
             "lora.target_modules",
-            f"{', '.join(sorted(inner))} of a mixture of experts end SGLang's CPU server at its "
+            f"{', '.join(sorted(inner))} of a mixture of experts crash SGLang's CPU server at its "
             "first request; target q_proj, k_proj, v_proj and o_proj only, or use "
             "rollout: {kind: embedded}",
         )

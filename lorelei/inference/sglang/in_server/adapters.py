@@ -1,6 +1,6 @@
-"""Adapters that arrive as bytes or by broadcast, and the digest of what SGLang installed.
+"""Payloads of adapters, opened in SGLang's scheduler processes, and digests of what it installed.
 
-SGLang's own route of tensors carries our orders to every scheduler process, as bytes without
+SGLang's own route for tensors carries our orders to every scheduler process, as bytes without
 pickle; its pickles are refused. Written for SGLang 0.5.23.
 """
 
@@ -178,7 +178,7 @@ def _check(tensors: Mapping[str, Tensor], rank: int, model: Any) -> None:
         module = name.removesuffix(_SUFFIXES[0]).removesuffix(_SUFFIXES[1])
         projection = module.rsplit(".", 1)[-1]
         if module == name or not name.startswith(PREFIX) or projection not in features:
-            raise Refused(f"{name}: SGLang has no place for this tensor")
+            raise Refused(f"{name}: SGLang has no layer for this tensor")
         inputs, outputs = features[projection]
         if ".experts." in name and inner_of_experts is not None:
             if projection == "down_proj":

@@ -1,4 +1,4 @@
-"""Starts SGLang's server with our hooks, under SGLang's interpreter.
+"""Starts SGLang's server with our hooks, in SGLang's virtual environment.
 
 `python -m lorelei.inference.sglang.in_server.launcher ARGUMENTS OF SGLANG`. SGLang spawns its
 processes, and each of them imports this module again.
