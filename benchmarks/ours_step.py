@@ -54,7 +54,8 @@ async def main(
     publisher = VersionPublisher(rollout, "bench")
     sampling = SamplingParams(max_new_tokens=case.new_tokens)
     meter = Meter()
-    ref = (await publisher.publish(engine, {"default": 0}))["default"]
+    states = {"default": engine.adapter_state("default")}
+    ref = (await publisher.publish({"default": 0}, states))["default"]
     for step in range(steps):
         with meter.phase("step"):
             prompts = [
@@ -102,7 +103,8 @@ async def main(
             with meter.phase("train"):
                 await trainer.step({"default": groups}, {"default": step})
             with meter.phase("publish"):
-                old, ref = ref, (await publisher.publish(engine, {"default": step + 1}))["default"]
+                states = {"default": engine.adapter_state("default")}
+                old, ref = ref, (await publisher.publish({"default": step + 1}, states))["default"]
                 await publisher.retire(old)
         prompt_tokens = sum(len(t) for t in prompts)
         meter.emit(generated=sum(len(c.tokens) for c in completions), prompt=prompt_tokens)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorelei.model.config import GPU_LOGITS, flash_heads
 from lorelei.model.kernels import fused
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,7 +50,7 @@ def fuses_attention(device: torch.device) -> bool:
 def flashes(x: Tensor) -> bool:
     """Whether CUDA's fused attention takes tensors like x [..., d] (see model.flash_attention)."""
     halves = x.dtype in (torch.bfloat16, torch.float16)
-    return halves and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256 and _has_flash(x.device)
+    return halves and flash_heads(x.shape[-1]) and _has_flash(x.device)
 
 
 @cache
@@ -66,7 +67,7 @@ def fuses_rms_norm(x: Tensor) -> bool:
 
 def logits_factor(device: torch.device) -> int:
     """How many times the logits of a CPU's chunk to hold at once: a GPU needs long products."""
-    return 16 if device.type == "cuda" else 1
+    return GPU_LOGITS if device.type == "cuda" else 1
 
 
 @dataclass(slots=True)

@@ -21,6 +21,11 @@ ROPE_TYPES = {  # and the fields that each needs
 }
 
 
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a number
+CHUNK_ELEMENTS = 1 << 23  # logits held at once on a CPU: 32 MiB in fp32
+GPU_LOGITS = 16  # times as many on a GPU, which needs long products
+
+
 class UnsupportedModel(ValueError):
     """The checkpoint is of an architecture or variant that an engine does not build."""
 
@@ -34,6 +39,11 @@ class ForeignModel(UnsupportedModel):
             f"rollout.kind embedded, which build {', '.join(FAMILIES)}; use train.kind: fsdp with "
             "rollout.kind: vllm or sglang"
         )
+
+
+def flash_heads(head_dim: int) -> bool:
+    """Whether CUDA's fused attention takes heads of this size, in half precision."""
+    return head_dim % 8 == 0 and head_dim <= 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +77,17 @@ class ModelSizes:
     qk_norm: bool
     max_positions: int
     moe: MoeConfig | None
-    window: int | None = None  # tokens that some layers see, the last included; none: all see all
+    window: int | None = None  # tokens that some layers attend to; None: full attention
     softcap: float | None = None  # of the attention's scores
+
+    def context(self, most: int | None) -> int:
+        """Most tokens of a sequence where `most` are asked for; None: all positions."""
+        return min(most or self.max_positions, self.max_positions)
+
+    def cache_bytes(self, dtype: str, processes: int = 1) -> int:
+        """Keys and values of one token, on each of `processes` that share the heads."""
+        heads = -(-self.kv_heads // processes)
+        return self.layers * 2 * heads * self.head_dim * BYTES[dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

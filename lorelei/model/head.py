@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lorelei.model.backend import logits_factor
+from lorelei.model.config import CHUNK_ELEMENTS
 from lorelei.model.kernels import fused
 from lorelei.model.linear import FrozenLinear, Route
-
-CHUNK_ELEMENTS = 1 << 23  # logits held at once on a CPU: 32 MiB in fp32
 
 
 def target_logprobs(

@@ -16,16 +16,16 @@ from lorelei.config.reward import PythonReward
 from lorelei.config.run import RunConfig
 from lorelei.config.section import is_mapping
 from lorelei.config.task import JsonlTask, ParquetTask
+from lorelei.inference.kinds import INFERENCE
 from lorelei.lora.targets import Shape, match_targets, tied_names
-from lorelei.model.config import ModelInfo, ModelSizes
+from lorelei.model.config import BYTES, ModelInfo, ModelSizes
 from lorelei.model.shapes import find_shape
 from lorelei.plan.adapter_size import AdapterSize, full_size, lora_size, trained_size
 from lorelei.plan.hardware import Hardware, this_machine
-from lorelei.plan.memory import BYTES, Footprint, estimate_memory
+from lorelei.plan.memory import Footprint, estimate_memory
 from lorelei.plan.memory_item import ProcessGroup
 from lorelei.plan.model_info import model_info
 from lorelei.plan.processes import process_groups
-from lorelei.plan.server_limits import check_servers
 from lorelei.train.kinds import TRAIN
 
 
@@ -84,7 +84,7 @@ class Plan:
 
 
 def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
-    """Look the model up and say what the run would do. hardware: none for this machine.
+    """Look the model up and say what the run would do. hardware: None: this machine.
 
     Raises ValueError (one line) for a model that is nowhere or not supported, for targets that
     match nothing, for completions that the model has no room for, and for too few devices.
@@ -104,7 +104,7 @@ def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
     TRAIN[config.train.kind].check(config.train, model, hf_config)
     adapters = tuple(_adapter_plan(e, config, known) for e in config.experiments())
     on_cpu, modules = hardware.on_cpu, {name for a in adapters for name in a.modules}
-    check_servers(config, model, modules, on_cpu)
+    INFERENCE[config.rollout.kind].check(config, model, sorted(modules), on_cpu)
     run = Footprint(
         config=config,
         model=model,

@@ -7,15 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from lorelei.plan.memory import (
-    BYTES,
-    GPU_LOGITS,
-    LOGITS_CHUNK,
-    Footprint,
-    block_elements,
-    intermediate,
-    micro_batch_tokens,
-)
+from lorelei.model.config import BYTES, CHUNK_ELEMENTS, GPU_LOGITS
+from lorelei.plan.memory import Footprint, block_elements, intermediate, micro_batch_tokens
 from lorelei.plan.memory_item import MemoryItem
 from lorelei.train.kind import BaseModel, RankShare
 from lorelei.train.kinds import TRAIN
@@ -72,7 +65,7 @@ def _working(run: Footprint, share: RankShare) -> Iterator[MemoryItem]:
         how = f"{flight}{words}{share.layers} layers x {block:,} numbers x {each} bytes"
         what = f"{words}{6 * intermediate(model) // sizes.tensor:,} numbers of one MLP"
     yield MemoryItem(name="activations", bytes=kept, how=how)
-    logits = 3 * LOGITS_CHUNK * (1 if run.on_cpu else GPU_LOGITS) * _FP32 if share.head else 0
+    logits = 3 * CHUNK_ELEMENTS * (1 if run.on_cpu else GPU_LOGITS) * _FP32 if share.head else 0
     if logits > scratch:
         what = f"3 chunks of logits x {logits // 3 // _FP32:,} x {_FP32} bytes"
     else:

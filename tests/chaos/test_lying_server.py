@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 
 from lorelei import loop as the_loop
 from lorelei.inference.server.client import Client
-from lorelei.inference.sglang.backend import SglangBackend
 from lorelei.launch.assemble import build, make_loop, make_trainer
 from lorelei.loop import Loop
 from lorelei.obs.console import Console
@@ -187,6 +186,6 @@ async def adapters(server: str) -> tuple[str, ...]:
     """What the server holds."""
     client = Client(server, TOKEN)
     try:
-        return (await SglangBackend(None).status(client)).adapters
+        return (await client.status()).adapters
     finally:
         await client.close()

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from lorelei import loop as the_loop
 from lorelei.launch.assemble import build, make_loop, make_trainer
 from lorelei.loop import Loop
+from lorelei.lora.state import AdapterState
 from lorelei.obs.console import Console
 from lorelei.publish.contract import PublishError
 from lorelei.publish.publisher import VersionPublisher
@@ -24,7 +25,6 @@ from lorelei.store.check import check_run
 from lorelei.store.index import list_runs
 from lorelei.store.manifest import manifest_paths
 from lorelei.store.run import RunStore
-from lorelei.train.contract import TrainEngine
 from lorelei.types import AdapterRef
 from tests.tiny_runs import make_workplace, records, write_run
 
@@ -183,11 +183,11 @@ class Unlucky(VersionPublisher):
     bad: int = 2
 
     async def publish(
-        self, source: TrainEngine, versions: Mapping[str, int]
+        self, versions: Mapping[str, int], states: Mapping[str, AdapterState]
     ) -> dict[str, AdapterRef]:
         if self.bad in versions.values():
             raise PublishError("the engine installed another digest")
-        return await super().publish(source, versions)
+        return await super().publish(versions, states)
 
 
 def test_a_step_whose_version_cannot_be_published_did_not_happen(
