@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lorelei.launch.trained import TrainedRun
+from lorelei.cli.trained_run import TrainedRun
 from lorelei.lora.peft_folder import write_peft_folder
 from lorelei.model.load import load_decoder
 from lorelei.store.check import check_run

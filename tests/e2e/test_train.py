@@ -17,8 +17,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from lorelei.cli.trained_run import TrainedRun
 from lorelei.launch import local
-from lorelei.launch.trained import TrainedRun
 from lorelei.lora.state import AdapterSnapshot
 from lorelei.model.load import load_decoder
 from lorelei.run_file import load_config
