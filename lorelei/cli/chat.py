@@ -11,9 +11,8 @@ import typer
 from lorelei.cli.arguments import AdapterName, RunFolder, prepare_run
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from lorelei.cli.trained_run import TrainedRun
+    from lorelei.model.tokenizer import Tokenizer
     from lorelei.types import AdapterRef, Ints, SamplingParams
 
 
@@ -89,7 +88,7 @@ def _answers(
             runner.run(engine.close())
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Ints:
+def _tokens(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> Ints:
     import numpy as np
 
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

@@ -33,7 +33,8 @@ class RowSource:
             raise ValueError(f"task: {name} has no rows")
         self._seed = seed
         rendered = [renderer.prompt(f"{name}/{i}", row) for i, row in enumerate(rows)]
-        order = [rendered[i] for i in permutation(len(rows), EVAL_SEED, 0)]
+        places: list[int] = permutation(len(rows), EVAL_SEED, 0).tolist()
+        order = [rendered[i] for i in places]
         self._held_out = order[:eval_size]
         held_out_keys = {question_key(p.messages) for p in self._held_out}
         self._train = [p for p in order if question_key(p.messages) not in held_out_keys]

@@ -12,11 +12,11 @@ from lorelei.data.renderer import Renderer
 from lorelei.data.rows import RowSource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from lorelei.model.tokenizer import Tokenizer
 
 
 def make_source(
-    task: TaskConfig, tokenizer: PreTrainedTokenizerBase, seed: int, *, eval_size: int
+    task: TaskConfig, tokenizer: Tokenizer, seed: int, *, eval_size: int
 ) -> PromptSource:
     """The prompts of a task, of which `eval_size` are held out.
 

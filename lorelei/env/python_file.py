@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from lorelei.config.errors import shown
-from lorelei.data.chat import ChatTemplate, Message
+from lorelei.data.chat import ChatTemplate, Message, is_message
 from lorelei.env.contract import Episode, Sampler
 from lorelei.env.conversation import Conversation
 from lorelei.env.outcome import given, scored
@@ -68,17 +68,14 @@ def _messages(said: object) -> list[Message] | None:
     """What follows an answer; None for what is not messages."""
     if isinstance(said, str):
         return [{"role": "user", "content": said}]
-    if isinstance(said, Mapping):
-        said = [said]
-    if not isinstance(said, list):
+    if not isinstance(said, list | Mapping):
         return None
-    for message in said:
-        good = isinstance(message, Mapping) and all(
-            isinstance(message.get(k), str) for k in ("role", "content")
-        )
-        if not good:
+    messages: list[Message] = []
+    for message in cast(list[object], said if isinstance(said, list) else [said]):
+        if not is_message(message):
             raise ValueError(
                 f"env.path: the function returned the message {shown(message)}; "
                 "each needs the strings 'role' and 'content'"
             )
-    return [dict(message) for message in said]
+        messages.append(dict(message))
+    return messages

@@ -14,8 +14,9 @@ async def call_within(seconds: float, function: Callable[..., Any], /, **values:
     Raises TimeoutError after the deadline (a thread cannot be killed: it runs on, unheard), and
     what the function raises.
     """
+    deadline = asyncio.timeout(seconds)
     try:
-        async with asyncio.timeout(seconds) as deadline:
+        async with deadline:
             if inspect.iscoroutinefunction(function):
                 return await function(**values)
             return await asyncio.to_thread(function, **values)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorelei.lora.state import AdapterState
+from lorelei.model.autograd import Function
 from lorelei.model.decoder import Decoder
 from lorelei.model.linear import FrozenLinear, FusedInput, lifted
 from lorelei.model.norm import RmsNorm
@@ -66,7 +67,7 @@ class FullRoute:
         trained = self._weights.layers[layer]
         # norms outside of a linear layer, the embedding and routers are autograd's
         norm = (lift.weight,) if isinstance(lift, RmsNorm) else ()
-        return _FullLinear.apply(x_TD, layer, lift, *trained, *norm)  # type: ignore[no-any-return]
+        return _FullLinear.apply(x_TD, layer, lift, *trained, *norm)
 
     def adapts(self, layer: FrozenLinear) -> bool:
         """Whether the layer is trained."""
@@ -76,7 +77,7 @@ class FullRoute:
         return self
 
 
-class _FullLinear(torch.autograd.Function):
+class _FullLinear(Function):
     """Keeps x before its lift."""
 
     @staticmethod

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorelei.model.autograd import Function
 from lorelei.model.backend import add_product
 from lorelei.model.linear import FrozenLinear, FusedInput, lifted
 
@@ -68,10 +69,10 @@ def lora_linear(
 ) -> Tensor:
     """x [T, D'] -> [T, O] of lift(x) [T, D]. The gradient reaches x, A and B, never W."""
     weights = [w for span in spans for part in span.parts for w in (part.a, part.b)]
-    return _LoraLinear.apply(x, layer, spans, lift, *weights)  # type: ignore[no-any-return]
+    return _LoraLinear.apply(x, layer, spans, lift, *weights)
 
 
-class _LoraLinear(torch.autograd.Function):
+class _LoraLinear(Function):
     """Keeps x before its lift, and lift(x) @ A.T; products with W and their gradients never."""
 
     @staticmethod

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorelei.model.autograd import Function
 from lorelei.model.backend import flashes, fuses_attention
 from lorelei.model.flash_attention import Level, flash_with_lse, levels, packed_flash
 from lorelei.model.kernels import fused
@@ -109,9 +110,9 @@ class PackedAttention:
         if fused.attends(q_THd):
             if self._trees is None:
                 self._trees = trees(self._blocks)
-            return _TreeAttention.apply(q_THd, k_TKd, v_TKd, self._trees)  # type: ignore[no-any-return]
+            return _TreeAttention.apply(q_THd, k_TKd, v_TKd, self._trees)
         if fuses_attention(q_THd.device):
-            return _BlockAttention.apply(q_THd, k_TKd, v_TKd, self._blocks)  # type: ignore[no-any-return]
+            return _BlockAttention.apply(q_THd, k_TKd, v_TKd, self._blocks)
         if flashes(q_THd):
             if self._levels is None:  # the same for every layer
                 self._levels = levels(self._blocks, q_THd.device)
@@ -169,7 +170,7 @@ def trees(blocks: Sequence[Block]) -> fused.Trees:
     )
 
 
-class _TreeAttention(torch.autograd.Function):
+class _TreeAttention(Function):
     """By the kernel. q, k and v are parts of one tensor, which is kept whole."""
 
     @staticmethod
@@ -186,7 +187,7 @@ class _TreeAttention(torch.autograd.Function):
         return *fused.tree_attention_backward(q, k, v, ctx.trees, out, lse, grads[0]), None
 
 
-class _BlockAttention(torch.autograd.Function):
+class _BlockAttention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Block, ...]) -> Tensor:
         v = v.contiguous()  # kept for the backward pass: a view would keep all of q, k and v

@@ -67,7 +67,9 @@ class ModelSizes:
     qk_norm: bool
     max_positions: int
     moe: MoeConfig | None
-    window: int | None = None  # tokens that some layers see, the last included; none: all see all
+    window: int | None = (
+        None  # tokens that some layers see, the last included; None: full attention
+    )
     softcap: float | None = None  # of the attention's scores
 
 
@@ -108,7 +110,8 @@ class DecoderConfig(ModelSizes):
     def _of_family(cls, architecture: str, family: str, hf: Mapping[str, Any]) -> DecoderConfig:
         heads = hf["num_attention_heads"]
         default_head_dim = 128 if family == "qwen3" else hf["hidden_size"] // heads
-        eos = hf.get("eos_token_id")
+        eos: int | list[int] | None = hf.get("eos_token_id")
+        eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         return cls(
             architecture=architecture,
             vocab=hf["vocab_size"],
@@ -123,13 +126,13 @@ class DecoderConfig(ModelSizes):
             qk_norm=family.startswith("qwen3"),
             max_positions=hf.get("max_position_embeddings", 2048),
             rope=_rope(hf),
-            eos_token_ids=tuple(eos if isinstance(eos, list) else [eos] if eos is not None else []),
+            eos_token_ids=tuple(eos_ids),
             moe=_moe(hf) if family == "qwen3_moe" else None,
         )
 
 
 def _architecture(hf: Mapping[str, Any]) -> str:
-    names = hf.get("architectures") or []
+    names: list[str] = hf.get("architectures") or []
     if not names:  # GGUF and some tests carry only the model type
         by_type = {family: name for name, family in FAMILIES.items()}
         names = [by_type.get(str(hf.get("model_type")), str(hf.get("model_type")))]

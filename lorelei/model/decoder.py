@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from lorelei.model.autograd import checkpoint
 from lorelei.model.config import DecoderConfig
 from lorelei.model.linear import FrozenLinear, Route
 from lorelei.model.mlp import Mlp, Moe
@@ -120,7 +120,7 @@ class Decoder:
         heads, kv, d = config.heads, config.kv_heads, config.head_dim
         qkv_THd = qkv.view(len(x_TD), heads + 2 * kv, d)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k, v = qkv_THd.split([heads, kv, kv], dim=1)
+            q, k, v = torch.split(qkv_THd, [heads, kv, kv], dim=1)
             q = rotate(rms_norm(q, layer.q_norm), angles)
             k = rotate(rms_norm(k, layer.k_norm), angles)
         else:

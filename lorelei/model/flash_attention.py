@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorelei.model.autograd import Function
+
 if TYPE_CHECKING:
     from lorelei.model.attention import Block
 
@@ -76,10 +78,10 @@ def _ends(spans: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
 
 def packed_flash(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, levels: tuple[Level, ...]) -> Tensor:
     """Attention of a packed batch -> [T, H, d]. bf16 or fp16."""
-    return _PackedFlash.apply(q_THd, k_TKd, v_TKd, levels)  # type: ignore[no-any-return]
+    return _PackedFlash.apply(q_THd, k_TKd, v_TKd, levels)
 
 
-class _PackedFlash(torch.autograd.Function):
+class _PackedFlash(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, levels: tuple[Level, ...]) -> Tensor:
         v = v.contiguous()  # kept for the backward pass: a view would keep all of q, k and v

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from lorelei.model.autograd import Function, checkpoint
 from lorelei.model.backend import logits_factor
 from lorelei.model.kernels import fused
 from lorelei.model.linear import FrozenLinear, Route
@@ -28,10 +28,10 @@ def target_logprobs(
     loss, so it is computed in the forward pass while the chunk's logits are at hand, and the
     backward pass multiplies it by one number an item. The entropy carries no gradient.
     """
-    return _TargetLogprobs.apply(hidden_ID, head, target_I, temperature_I)  # type: ignore[no-any-return]
+    return _TargetLogprobs.apply(hidden_ID, head, target_I, temperature_I)
 
 
-class _TargetLogprobs(torch.autograd.Function):
+class _TargetLogprobs(Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ID: Tensor, head: FrozenLinear, target_I: Tensor, temperature_I: Tensor

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lorelei.obs.records import EvalRecord, StepRecord, eval_record, step_record
 
@@ -78,5 +78,5 @@ def _objects(path: Path) -> list[Mapping[str, Any]]:
             raise ValueError(f"{path}:{number}: not JSON ({error}); delete this line") from error
         if not isinstance(value, dict):
             raise ValueError(f"{path}:{number}: {line[:40]!r} is not a JSON object; delete it")
-        objects.append(value)
+        objects.append(cast(Mapping[str, Any], value))
     return objects

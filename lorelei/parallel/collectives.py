@@ -2,6 +2,8 @@
 
 A team of one exchanges nothing.
 """
+# pyright: reportUnknownMemberType=false
+# torch.distributed declares no types
 
 from __future__ import annotations
 
@@ -11,32 +13,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lorelei.model.autograd import Function
 from lorelei.parallel.mesh import Team
 
 
 def spread(x: Tensor, team: Team) -> Tensor:
     """x, the same everywhere, where each process goes on with other parts of a matrix."""
-    return x if team.size == 1 else _Spread.apply(x, team)  # type: ignore[no-any-return]
+    return x if team.size == 1 else _Spread.apply(x, team)
 
 
 def summed(x: Tensor, team: Team) -> Tensor:
     """The sum of every process's x; what follows is the same everywhere."""
-    return x if team.size == 1 else _Summed.apply(x, team)  # type: ignore[no-any-return]
+    return x if team.size == 1 else _Summed.apply(x, team)
 
 
 def gathered(x: Tensor, team: Team) -> Tensor:
     """[..., n] of each process -> [..., n * size]; what follows is the same everywhere."""
-    return x if team.size == 1 else _Gathered.apply(x, team)  # type: ignore[no-any-return]
+    return x if team.size == 1 else _Gathered.apply(x, team)
 
 
 def divided(x: Tensor, team: Team) -> Tensor:
     """[..., n * size], the same everywhere -> this process's [..., n]."""
-    return x if team.size == 1 else _Divided.apply(x, team)  # type: ignore[no-any-return]
+    return x if team.size == 1 else _Divided.apply(x, team)
 
 
 def exchanged(x: Tensor, team: Team) -> Tensor:
     """[size, ...]: entry i goes to process i; what comes back from process i is entry i."""
-    return x if team.size == 1 else _Exchanged.apply(x, team)  # type: ignore[no-any-return]
+    return x if team.size == 1 else _Exchanged.apply(x, team)
 
 
 def _sum(x: Tensor, team: Team) -> Tensor:
@@ -62,7 +65,7 @@ def _exchange(x: Tensor, team: Team) -> Tensor:
     return got
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
         ctx.team = team
@@ -73,7 +76,7 @@ class _Spread(torch.autograd.Function):
         return _sum(grads[0], ctx.team), None
 
 
-class _Summed(torch.autograd.Function):
+class _Summed(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
         return _sum(x, team)
@@ -83,7 +86,7 @@ class _Summed(torch.autograd.Function):
         return grads[0], None
 
 
-class _Gathered(torch.autograd.Function):
+class _Gathered(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
         ctx.team = team
@@ -94,7 +97,7 @@ class _Gathered(torch.autograd.Function):
         return _own(grads[0], ctx.team), None
 
 
-class _Divided(torch.autograd.Function):
+class _Divided(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
         ctx.team = team
@@ -105,7 +108,7 @@ class _Divided(torch.autograd.Function):
         return _gather(grads[0], ctx.team), None
 
 
-class _Exchanged(torch.autograd.Function):
+class _Exchanged(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
         ctx.team = team

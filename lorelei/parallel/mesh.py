@@ -1,8 +1,11 @@
 """How the processes of an engine share the work: who holds which part of the model."""
+# pyright: reportUnknownMemberType=false
+# torch.distributed declares no types
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -15,7 +18,7 @@ class Team:
 
     rank: int
     size: int
-    group: dist.ProcessGroup | None  # none: this process alone
+    group: dist.ProcessGroup | None  # None: this process alone
 
     def part(self, length: int) -> tuple[int, int]:
         """[start, stop) of this process's equal part."""
@@ -32,7 +35,7 @@ class Mesh:
     matrices.
     """
 
-    shards: DeviceMesh | None  # over which the base is sharded; none: nothing to shard over
+    shards: DeviceMesh | None  # over which the base is sharded; None: nothing to shard over
     shard: int
     sequence: Team
     tensor: Team
@@ -48,22 +51,27 @@ class Mesh:
         rank, world = dist.get_rank(), dist.get_world_size()
         shards = world // tensor
         everyone = torch.arange(world)
+        sequences = everyone.view(-1, sequence, tensor).mT.flatten(0, 1)
         mesh = DeviceMesh(
             device.type, everyone.view(shards, tensor), mesh_dim_names=("shards", "tensor")
         )
         return cls(
             shards=mesh["shards"] if shards > 1 or offloaded else None,
             shard=rank // tensor,
-            sequence=_team(rank, everyone.view(-1, sequence, tensor).mT.flatten(0, 1).tolist()),
-            tensor=_team(rank, everyone.view(-1, tensor).tolist()),
+            sequence=_team(rank, sequences),
+            tensor=_team(rank, everyone.view(-1, tensor)),
         )
 
 
-def _team(rank: int, teams: list[list[int]]) -> Team:
-    """The team with this rank; every process makes every group, in the same order."""
-    if len(teams[0]) == 1:
+def _team(rank: int, teams: torch.Tensor) -> Team:
+    """The team, a row of `teams`, with this rank.
+
+    Every process makes every group, in the same order: torch.distributed needs it.
+    """
+    if teams.shape[1] == 1:
         return Team(rank=0, size=1, group=None)
-    groups = [(ranks, dist.new_group(ranks)) for ranks in teams]
+    rows = cast(list[list[int]], teams.tolist())
+    groups = [(ranks, dist.new_group(ranks)) for ranks in rows]
     ranks, group = next((r, g) for r, g in groups if rank in r)
     assert isinstance(group, dist.ProcessGroup)
     return Team(rank=ranks.index(rank), size=len(ranks), group=group)

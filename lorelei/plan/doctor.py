@@ -211,4 +211,4 @@ def _obstacle(engine: str) -> str:
 def _cpu_flags() -> list[str]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split() for line in lines if line.startswith("flags")), [])
+    return next((line.split() for line in lines if line.startswith("flags")), list[str]())

@@ -8,7 +8,7 @@ import sys
 from ast import literal_eval
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import create_dataset
@@ -97,7 +97,7 @@ def _dataset(name: str, config: str) -> ProceduralDataset:
 
 def _tuples(value: Any) -> Any:
     if isinstance(value, list):
-        return tuple(_tuples(v) for v in value)
+        return tuple(_tuples(v) for v in cast(list[Any], value))
     if isinstance(value, dict):
-        return {k: _tuples(v) for k, v in value.items()}
+        return {k: _tuples(v) for k, v in cast(dict[str, Any], value).items()}
     return value

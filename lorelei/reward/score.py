@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from numbers import Real
+from typing import cast
 
 
 class NotANumber(ValueError):
@@ -13,9 +14,11 @@ class NotANumber(ValueError):
 
 def read_score(scored: object) -> tuple[float, dict[str, float]]:
     """(value, metrics) of a number or of (number, {metric: number}). Raises NotANumber."""
-    value, metrics = scored, {}
-    if isinstance(scored, tuple) and len(scored) == 2 and isinstance(scored[1], Mapping):
-        value, metrics = scored
+    value: object = scored
+    metrics: Mapping[object, object] = {}
+    pair = cast(tuple[object, ...], scored) if isinstance(scored, tuple) else ()
+    if len(pair) == 2 and isinstance(pair[1], Mapping):
+        value, metrics = pair[0], cast(Mapping[object, object], pair[1])
     numbers = {str(k): _finite(v, f"metric {k} ") for k, v in metrics.items()}
     return _finite(value), numbers
 

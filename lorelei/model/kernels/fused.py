@@ -59,7 +59,7 @@ def whole_rows(x_THd: Tensor) -> Tensor:
 
 
 @cache
-def _kernel(name: str) -> Callable[..., None]:
+def _kernel(name: str) -> Callable[..., Any]:
     kernel = getattr(library(), name)
     kernel.argtypes, kernel.restype = _SIGNATURES[name], _LONG if name == "lanes" else None
     return kernel
@@ -68,7 +68,8 @@ def _kernel(name: str) -> Callable[..., None]:
 @cache
 def lanes() -> int:
     """The columns of a product come in multiples of this number."""
-    return _kernel("lanes")()
+    count: int = _kernel("lanes")()
+    return count
 
 
 def pack(weight_OD: Tensor) -> Tensor:
@@ -335,7 +336,8 @@ def tree_attention_backward(
         *_tree_shape(q_THd, k_TKd, trees),
     )
     tokens, kv_heads, d = k_TKd.shape
-    return dq, *(x.view(tokens, kv_heads, -1, d).sum(2) for x in (dk, dv))
+    dk, dv = (x.view(tokens, kv_heads, -1, d).sum(2) for x in (dk, dv))
+    return dq, dk, dv
 
 
 def _factors(*tensors: Tensor) -> tuple[int, ...]:
