@@ -18,7 +18,7 @@ from acceptance.record import Line
 from acceptance.table import table
 from lorelei.lora.targets import FUSED
 from lorelei.train.contract import TrainEngine
-from lorelei.types import AdamHyper, AdapterSpec, Batch, Rollout
+from lorelei.types import BASE, AdamHyper, AdapterSpec, Batch, Rollout
 from tests.contract.oracle import Oracle, grpo_loss, make_oracle, turn_logprobs
 from tests.contract.train_engines import GRPO, MEGATRON, adapters, look, make_engine
 from tests.episodes import random_group, weighted_batch
@@ -75,13 +75,13 @@ def _row(engine: TrainEngine, case: Case, folder: Path) -> Line:
     for words, targets in TARGETS.items():
         spec = AdapterSpec(rank=4, alpha=8, target_modules=targets)
         with adapters(engine, a=spec):
-            base = engine.logprobs(batch, "reference").logprobs
+            base = engine.logprobs(batch, BASE).logprobs
             oracle = make_oracle(
                 case.family, folder, torch.float32, spec, engine.adapter_state("a").tensors
             )
             errors = _errors(engine, batch, groups, oracle)
             errors["steps"] = _after_steps(engine, [groups, more], oracle)
-            again = engine.logprobs(batch, "reference").logprobs
+            again = engine.logprobs(batch, BASE).logprobs
         found[words] = errors
         problems += [
             f"{words}: {name} differ by {error:.1e}, {LIMIT:g} is allowed"

@@ -19,14 +19,14 @@ from benchmarks.cases import ALPHA, LR, RANK, toy_reward
 from benchmarks.gpu_cases import GpuCase, case_of, device, weight
 from benchmarks.gpu_watch import Watch, copy_bandwidth, kernel_seconds
 from lorelei.algo.advantage import normalise
-from lorelei.algo.aggregate import item_weights
+from lorelei.algo.loss import item_weights
 from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.model.config import DecoderConfig
 from lorelei.model.decoder import Decoder
 from lorelei.model.load import Checkpoint, build_decoder
 from lorelei.publish.publisher import VersionPublisher
 from lorelei.train.archon.engine import ArchonEngine
-from lorelei.train.batch import build_batch
+from lorelei.train.batch import rollout_batch
 from lorelei.types import (
     AdamHyper,
     AdapterRef,
@@ -46,9 +46,7 @@ from lorelei.types import (
 NAME = "default"
 SPEC = AdapterSpec(rank=RANK, alpha=ALPHA)
 # the first update of a batch: the ratio is 1 and nothing is clipped
-LOSSES = {
-    NAME: LossSpec(path="lorelei.algo.grpo:loss", params={"decoupled": False, "recompute": True})
-}
+LOSSES = {NAME: LossSpec(path="lorelei.algo.grpo:recomputed_loss", params={})}
 HYPER = {NAME: AdamHyper(lr=LR)}
 
 
@@ -78,10 +76,9 @@ def plain_batch(case: GpuCase) -> Batch:
             source=(starts + np.arange(half - 1, case.length - 1)).reshape(-1),
             target=tokens[:, half:].reshape(-1).astype(np.int64),
             weight=ones / count,
-            advantage=ones,
-            behaviour=-ones,
             temperature=ones,
             sequence=np.repeat(np.arange(case.sequences), case.length - half),
+            streams={"advantage": ones, "behaviour": -ones},
         ),
     )
 
@@ -177,7 +174,11 @@ def group_batch(case: GpuCase, prompts: Ints, completions: Sequence[Completion])
     ]
     numbers = np.repeat(np.arange(case.groups), case.samples)
     values = normalise(np.array(rewards, dtype=np.float32), numbers, "group", "group")
-    batch = build_batch(NAME, groups, np.split(values, case.groups), 1.0)
+    credit = [
+        [np.full(r.sampled_tokens, v, np.float32) for r, v in zip(group, own, strict=True)]
+        for group, own in zip(groups, np.split(values, case.groups), strict=True)
+    ]
+    batch = rollout_batch(NAME, groups, {"advantage": credit}, 1.0)
     weights = item_weights(batch.items.sequence, "sequence")
     return replace(batch, items=replace(batch.items, weight=weights))
 

@@ -10,22 +10,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import ALPHA, MODEL, RANK
-from lorelei.algo.aggregate import item_weights
+from lorelei.algo.loss import item_weights
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.decoder import Decoder
 from lorelei.model.load import load_decoder
 from lorelei.model.locate import resolve_model
 from lorelei.train.archon.engine import ArchonEngine
-from lorelei.train.batch import build_batch
+from lorelei.train.batch import rollout_batch
 from lorelei.train.layout import flatten
 from lorelei.types import AdamHyper, AdapterSpec, Batch, Completion, LossSpec, Rollout, Turn
 
 ADAPTER = "default"
 SPEC = AdapterSpec(rank=RANK, alpha=ALPHA)
 # the ratio is 1 and nothing is clipped: the gradient is that of the first update of a batch
-LOSSES = {
-    ADAPTER: LossSpec(path="lorelei.algo.grpo:loss", params={"decoupled": False, "recompute": True})
-}
+LOSSES = {ADAPTER: LossSpec(path="lorelei.algo.grpo:recomputed_loss", params={})}
 # the first moment of a step with beta1 = 0 is the gradient; lr = 0 leaves the weights alone
 LOOK = AdamHyper(lr=0.0, beta1=0.0, max_grad_norm=0.0)
 
@@ -44,12 +42,16 @@ class TrainCase:
         """Random tokens; not shared: every sample is a plain sequence with its own prompt."""
         draw = np.random.default_rng(0)
         groups = [self._rollouts(draw) for _ in range(self.groups)]
-        advantages = [draw.normal(size=self.samples).astype(np.float32) for _ in groups]
+        advantages = [
+            [np.full(self.new_tokens, a, np.float32) for a in draw.normal(size=self.samples)]
+            for _ in groups
+        ]
         if not shared:
             alone = [[rollout] for group in groups for rollout in group]
-            batch = flatten(build_batch(ADAPTER, alone, np.concatenate(advantages)[:, None], 1.0))
+            apart = [[advantage] for own in advantages for advantage in own]
+            batch = flatten(rollout_batch(ADAPTER, alone, {"advantage": apart}, 1.0))
         else:
-            batch = build_batch(ADAPTER, groups, advantages, 1.0)
+            batch = rollout_batch(ADAPTER, groups, {"advantage": advantages}, 1.0)
         weight = item_weights(batch.items.sequence, "sequence")
         return replace(batch, items=replace(batch.items, weight=weight))
 

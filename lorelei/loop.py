@@ -1,240 +1,297 @@
-"""The one loop. Synchronous training is staleness 0; one adapter is the case N = 1."""
+"""The one loop: a scheduler over a live registry of jobs.
+
+    ready works -> one mixed pass -> stage -> publish -> canary -> tell -> commit -> admit
+
+Consumes the works that the registry's jobs have ready; produces committed steps; waits for the
+first work. It knows no task and no score: jobs do. One adapter is the case N = 1, and synchronous
+training is the case in which a job has no work before its new version is admitted.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from lorelei.jobs.job import Job
+from lorelei.jobs.registry import Registry
+from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.obs.console import Console
-from lorelei.publish.canary import Canary
+from lorelei.publish.canary import Canary, Watched
 from lorelei.publish.contract import Publisher
-from lorelei.rollout.collector import Collector, Lane, RolloutsFail
-from lorelei.rollout.evaluate import Evaluator
 from lorelei.store.manifest import AdapterRecord
 from lorelei.store.run import Pending, RunStore
-from lorelei.store.spool import Spool
-from lorelei.train.step import Trainer
-from lorelei.types import AdapterRef, Group
+from lorelei.train.contract import TrainEngine
+from lorelei.train.engine_thread import EngineThread
+from lorelei.train.step import run_works
+from lorelei.train.work import Result, Work
+from lorelei.types import AdapterRef
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Loop:
     """What the loop drives, and the little it remembers."""
 
-    collector: Collector
-    trainer: Trainer
+    registry: Registry
+    thread: EngineThread
     publisher: Publisher
-    canary: Canary | None  # none: it was turned off
+    canary: Canary | None  # None: it was turned off
     store: RunStore
-    spool: Spool
     console: Console
-    evaluators: Mapping[str, Evaluator]
     checkpoint_every: int
-    step: int = 0  # steps finished, whichever adapters they touched
-    scores: dict[str, float] = field(default_factory=dict[str, float])  # last held-out, by adapter
-    reward: float | None = None  # of the last batch
+    gauges: Callable[[float], Mapping[str, float]]  # more of a step's record, by its seconds
+    step: int = 0  # commits and steps so far, whichever adapters they touched
+    refs: dict[str, AdapterRef] = field(default_factory=dict[str, AdapterRef])  # that are served
     unsaved: set[str] = field(default_factory=set[str])  # adapters that moved since the manifest
-    consumed: list[Group] = field(default_factory=list[Group])  # groups trained on since then
+    # adapters of the manifest that no job trains now
+    resting: dict[str, AdapterRecord] = field(default_factory=dict[str, AdapterRecord])
     retiring: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
+    between_steps: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
-    def lanes(self) -> Mapping[str, Lane]:
-        return self.collector.lanes
+    def engine(self) -> TrainEngine:
+        return self.thread.engine
 
-    @property
-    def versions(self) -> dict[str, int]:
-        """The adapter versions that new rollouts start on."""
-        return {name: lane.admission.version for name, lane in self.lanes.items()}
+    def watched(self, names: Sequence[str]) -> dict[str, Watched]:
+        """What the canary knows of those adapters that it watches."""
+        found = {name: self.registry[name].watched for name in names}
+        return {name: one for name, one in found.items() if one is not None}
 
 
 async def run(loop: Loop) -> None:
-    """Train until every adapter has its steps, or the collector was stopped.
+    """Train until no job has work, or the registry was stopped.
 
-    A step is committed or it did not happen: a crash before the commit redoes it.
+    A step is committed or it did not happen: a crash before the commit redoes it. Raises what a
+    failed job raised, after the others have ended.
     """
     clock = _Clock()
-    async for batch in loop.collector.batches():
-        clock.lap("rollout")
-        stats = await loop.trainer.step(batch, loop.versions)
-        clock.lap("train")
-        loop.step += 1
-        versions = loop.versions | {name: loop.versions[name] + 1 for name in stats.touched}
-        loop.unsaved |= set(stats.touched)
-        loop.reward = sum(m["reward"] for m in stats.metrics.values()) / len(stats.metrics)
-        loop.consumed += [group for groups in batch.values() for group in groups]
-        pending = await _stage(loop, versions)  # files durable, not yet true
-        clock.lap("checkpoint")
-        touched = {name: versions[name] for name in stats.touched}
-        refs = await loop.publisher.publish(loop.trainer.engine, touched)
-        clock.lap("publish")
-        served = await loop.canary.check(refs) if loop.canary else {}
-        clock.lap("canary")
-        _log_rollouts(loop, batch, versions)
-        await evaluate(loop, {n: r for n, r in refs.items() if _evaluation_due(loop, n, r)})
-        clock.lap("eval")
-        metrics = {name: {**stats.metrics[name], **served.get(name, {})} for name in batch}
-        _log_step(loop, batch, metrics, versions, clock.reset())
-        await _commit(loop, pending, refs)  # the commit makes the step true
-        clock.lap("checkpoint")
-        replaced = loop.collector.admit(refs)  # opens room: new rollouts start on them
-        await loop.collector.interrupt(replaced)
-        _retire(loop, replaced)
-    if loop.unsaved:  # stopped between two checkpoints
-        pending = await _stage(loop, loop.versions, now=True)
-        await _commit(loop, pending, {})
-    await loop.collector.close()  # what is still sampled would keep versions from retiring
+    async for works in loop.registry.ready():
+        clock.lap("wait")
+        async with loop.between_steps:
+            await _step(loop, works, clock)
+    async with loop.between_steps:
+        if loop.unsaved:  # stopped between two checkpoints
+            await _save(loop)
+    for job in loop.registry:  # what still runs would keep versions from retiring
+        await job.close()
     await asyncio.gather(*loop.retiring)
+    for error in loop.registry.failed.values():
+        raise error
 
 
 async def begin(loop: Loop) -> None:
-    """Publish the versions a run starts or resumes on, and open the door for rollouts.
+    """Publish the versions that a run starts or resumes on, and let its jobs begin.
 
-    A new run evaluates them and commits step 0, so that a crash at any time can be resumed.
-    Raises CanaryFailed when the rollout engine serves something else.
+    The jobs of a new run evaluate them, and step 0 is committed, so that a crash at any time can
+    be resumed. Raises CanaryFailed when the inference engine serves something else.
     """
-    if loop.canary:
-        for record in await loop.canary.prove():
-            loop.store.append_metrics(record)
-    refs = await loop.publisher.publish(loop.trainer.engine, loop.versions)
-    if loop.canary:
-        await loop.canary.check(refs)
+    names = [job.name for job in loop.registry]
+    await _introduce(loop, names)
     if loop.store.latest is None:
-        await evaluate(loop, {name: refs[name] for name in loop.evaluators})
-        loop.unsaved |= set(loop.lanes)
-        pending = await _stage(loop, loop.versions, now=True)
-        await _commit(loop, pending, refs)
-    loop.collector.admit(refs)
+        for name in names:
+            await loop.registry[name].begin(loop.refs[name])
+        loop.unsaved |= set(names)
+        await _save(loop)
+    for name in names:
+        await loop.registry[name].admit(loop.refs[name])
 
 
-async def evaluate(loop: Loop, refs: Mapping[str, AdapterRef]) -> None:
-    """Held-out scores of these versions, to the log and the console.
+async def add(loop: Loop, job: Job, start: AdapterSnapshot | None = None) -> None:
+    """Train one more adapter from now on, fresh or from a snapshot. It is committed on return.
 
-    Raises RolloutsFail when a run begins and not one problem can be scored.
+    An adapter that rests in the run goes on where it stood. Raises ValueError for a name that is
+    taken or a shape that does not fit, and CanaryFailed; then nothing has changed.
     """
-    for name, ref in refs.items():
-        scores = await loop.evaluators[name].run(ref)
-        if ref.version == 0 and len(scores.errors) == scores.n:
-            raise RolloutsFail(
-                f"adapter {name}: none of {scores.n} held-out problems could be scored; the first "
-                f"one: {scores.errors[0]}"
-            )
-        loop.scores[name] = scores.means["strict" if "strict" in scores.means else "reward"]
-        record = {"kind": "eval", "step": ref.version, "adapter": name, "scores": scores.means}
-        loop.store.append_metrics(
-            {**record, "n": scores.n, "errors": len(scores.errors), "seconds": scores.seconds}
-        )
-        if scores.errors:
-            loop.console.warn(
-                f"{len(scores.errors)} of {scores.n} held-out problems were not scored: "
-                f"{scores.errors[0]}"
-            )
-        loop.console.evaluated(name, ref.version, scores.means)
+    async with loop.between_steps:
+        engine, call = loop.engine, loop.thread.call
+        rested = loop.resting.get(job.name)
+        if start is None and rested is not None:
+            start = await asyncio.to_thread(loop.store.load, job.name)
+            job.restore(rested.version, rested.state)
+        loop.registry.add(job)
+        loop.registry.pause(job.name)
+        try:
+            await call(engine.add_adapter, job.name, job.spec, job.seed)
+            try:
+                if start is not None:
+                    await call(engine.restore, job.name, start)
+                await _introduce(loop, [job.name])
+                if rested is None:
+                    await job.begin(loop.refs[job.name])
+            except BaseException:
+                await call(engine.drop_adapter, job.name)
+                raise
+        except BaseException:
+            loop.registry.remove(job.name)
+            if (ref := loop.refs.pop(job.name, None)) is not None:
+                _retire(loop, ref)
+            raise
+        loop.resting.pop(job.name, None)
+        loop.unsaved.add(job.name)
+        loop.step += 1
+        await _save(loop)
+        await job.admit(loop.refs[job.name])
+        loop.registry.resume(job.name)
 
 
-def _evaluation_due(loop: Loop, name: str, ref: AdapterRef) -> bool:
-    experiment = loop.lanes[name].experiment
-    due = ref.version % max(experiment.eval.every, 1) == 0 or ref.version == experiment.steps
-    return name in loop.evaluators and due
+async def remove(loop: Loop, name: str) -> None:
+    """Train an adapter no more and forget it, now; earlier checkpoints still have it.
+
+    Raises KeyError naming the adapters there are.
+    """
+    async with loop.between_steps:
+        job = loop.registry.remove(name)
+        await job.close()
+        await loop.thread.call(loop.engine.drop_adapter, name)
+        _retire(loop, loop.refs.pop(name))
+        loop.unsaved.discard(name)
+        loop.step += 1
+        await _save(loop)
 
 
-async def _stage(loop: Loop, versions: Mapping[str, int], now: bool = False) -> Pending | None:
-    finished = all(versions[name] >= lane.experiment.steps for name, lane in loop.lanes.items())
-    if not (now or finished or loop.step % loop.checkpoint_every == 0):
-        return None
-    engine = loop.trainer.engine
-    snapshots = {n: await loop.trainer.call(engine.snapshot, n) for n in sorted(loop.unsaved)}
+async def _step(loop: Loop, works: Sequence[Work], clock: _Clock) -> None:
+    # a job may have been removed while the loop was between two steps
+    works = [work for work in works if work.adapter in loop.registry]
+    if not works:
+        return
+    results = await loop.thread.call(run_works, loop.engine, works)
+    clock.lap("train")
+    moved = {r.adapter: r for r in results if r.work.steps}
+    loop.step += bool(moved)
+    loop.unsaved |= moved.keys()
+    published = {name: _next_version(loop, r) for name, r in moved.items() if r.work.publish}
+    due = _checkpoint_due(loop, works) if moved else False
+    states, snapshots = await _leave(loop, moved, published, due)
+    pending = await _stage(loop, snapshots, published) if due else None  # durable, not yet true
+    clock.lap("checkpoint")
+    refs = await loop.publisher.publish(published, states)
+    clock.lap("publish")
+    served = await loop.canary.check(refs, loop.watched(list(refs))) if loop.canary else {}
+    clock.lap("canary")
+    metrics = {r.adapter: await _tell(loop, r, refs, served) for r in results}
+    clock.lap("eval")
+    _log_step(loop, metrics, clock.reset())
+    if pending is not None:
+        await _commit(loop, pending, refs)  # the commit makes the step true
+    clock.lap("checkpoint")
+    replaced = [loop.refs[name] for name in refs if name in loop.refs]
+    loop.refs |= refs
+    for result in results:  # opens room: what they sample next is of the new versions
+        await loop.registry[result.adapter].admit(refs.get(result.adapter))
+    for ref in replaced:
+        _retire(loop, ref)
+
+
+def _next_version(loop: Loop, result: Result) -> int:
+    return loop.registry[result.adapter].version + 1
+
+
+def _checkpoint_due(loop: Loop, works: Sequence[Work]) -> bool:
+    last = {work.adapter for work in works if work.last}
+    ends = all(job.done or job.name in last for job in loop.registry)
+    return ends or loop.step % loop.checkpoint_every == 0
+
+
+async def _leave(
+    loop: Loop, moved: Mapping[str, Result], published: Mapping[str, int], due: bool
+) -> tuple[dict[str, AdapterState], dict[str, AdapterSnapshot]]:
+    """(states to publish, snapshots to stage): each adapter leaves the engine once."""
+    engine, call = loop.engine, loop.thread.call
+    names = sorted(loop.unsaved) if due else []
+    snapshots = {name: await call(engine.snapshot, name) for name in names}
+    states = {
+        name: snapshots[name].state if due else await call(engine.adapter_state, name)
+        for name in published
+    }
+    return states, snapshots
+
+
+async def _introduce(loop: Loop, names: Sequence[str]) -> None:
+    """Prove that adapters are served as themselves, and publish the versions they stand at."""
+    watched = loop.watched(names)
+    if loop.canary:
+        for record in await loop.canary.prove(watched):
+            loop.store.append_metrics(record)
+    versions = {name: loop.registry[name].version for name in names}
+    states = {name: await loop.thread.call(loop.engine.adapter_state, name) for name in names}
+    refs = await loop.publisher.publish(versions, states)
+    if loop.canary:
+        await loop.canary.check(refs, watched)
+    loop.refs |= refs
+
+
+async def _tell(
+    loop: Loop,
+    result: Result,
+    refs: Mapping[str, AdapterRef],
+    served: Mapping[str, Mapping[str, float]],
+) -> dict[str, Any]:
+    name = result.adapter
+    metrics = await loop.registry[name].tell(result, refs.get(name))
+    return {**metrics, **served.get(name, {})}
+
+
+async def _save(loop: Loop) -> None:
+    """A checkpoint of all that moved since the last one."""
+    names = sorted(loop.unsaved)
+    snapshots = {name: await loop.thread.call(loop.engine.snapshot, name) for name in names}
+    refs = {name: ref for name, ref in loop.refs.items() if name in loop.registry}
+    await _commit(loop, await _stage(loop, snapshots, {}), refs)
+
+
+async def _stage(
+    loop: Loop, snapshots: Mapping[str, AdapterSnapshot], published: Mapping[str, int]
+) -> Pending:
     latest = loop.store.latest.adapters if loop.store.latest else {}
     records = {
-        name: AdapterRecord(
-            version=versions[name],
-            optimizer_step=snapshots[name].step
-            if name in snapshots
-            else latest[name].record.optimizer_step,
-            data_position=lane.next_index,
-            admission={"pending": lane.pending()},
+        job.name: AdapterRecord(
+            version=published.get(job.name, job.version),
+            optimizer_step=snapshots[job.name].step
+            if job.name in snapshots
+            else latest[job.name].record.optimizer_step,
+            state=job.state(),
         )
-        for name, lane in loop.lanes.items()
+        for job in loop.registry
     }
-    state = {"reward": loop.reward, "finished": finished}
-    return await asyncio.to_thread(loop.store.stage, loop.step, snapshots, records, state)
+    records |= loop.resting
+    return await asyncio.to_thread(loop.store.stage, loop.step, snapshots, records, {})
 
 
-async def _commit(loop: Loop, pending: Pending | None, refs: Mapping[str, AdapterRef]) -> None:
-    if pending is None:
-        return
-    older = {n: lane.policy.ref for n, lane in loop.lanes.items() if lane.policy.ref is not None}
-    state = {"score": dict(loop.scores)}
-    # the scores of this very step came after the staging
-    await asyncio.to_thread(loop.store.commit, pending, {**older, **refs}, state)
+async def _commit(loop: Loop, pending: Pending, refs: Mapping[str, AdapterRef]) -> None:
+    older = {n: ref for n, ref in loop.refs.items() if n in loop.registry}
+    # what the jobs were told came after the staging
+    states = {job.name: job.state() for job in loop.registry}
+    state = {"finished": loop.registry.finished}
+    await asyncio.to_thread(loop.store.commit, pending, {**older, **refs}, states, state)
     loop.unsaved.clear()
-    for group in loop.consumed:
-        loop.spool.remove(group.adapter, [group.index])
-    loop.consumed.clear()
+    for job in loop.registry:
+        job.saved()
 
 
-def _retire(loop: Loop, refs: Sequence[AdapterRef]) -> None:
-    """Forget replaced versions when what is in flight has drained; nobody waits for it."""
-    for ref in refs:
-        task = asyncio.create_task(loop.publisher.retire(ref))
-        loop.retiring.add(task)
-        task.add_done_callback(loop.retiring.discard)
+def _retire(loop: Loop, ref: AdapterRef) -> None:
+    """Forget a replaced version when what is in flight has drained; nobody waits for it."""
+    task = asyncio.create_task(loop.publisher.retire(ref))
+    loop.retiring.add(task)
+    task.add_done_callback(loop.retiring.discard)
 
 
 def _log_step(
-    loop: Loop,
-    batch: Mapping[str, Sequence[Group]],
-    metrics: Mapping[str, Mapping[str, float]],
-    versions: Mapping[str, int],
-    seconds: Mapping[str, float],
+    loop: Loop, metrics: Mapping[str, Mapping[str, Any]], seconds: Mapping[str, float]
 ) -> None:
-    idle = {
-        "trainer_idle": seconds["rollout"] / seconds["step"],
-        "rollout_idle": min(loop.collector.meter.lap() / seconds["step"], 1.0),
+    shared = {
+        "trainer_idle": seconds["wait"] / seconds["step"],
+        **loop.gauges(seconds["step"]),
+        **loop.publisher.metrics,
+        "seconds": dict(seconds),
     }
-    for name, groups in batch.items():
-        lane = loop.lanes[name]
-        stale = lane.errors["stale"]
-        record = {
-            "kind": "step",
-            "step": versions[name],
-            "adapter": name,
-            "version": versions[name],
-            "time": time.time(),
-            **metrics[name],
-            **loop.publisher.metrics,
-            **idle,
-            "dropped_stale": stale / (stale + len(groups)),
-            "errors": dict(lane.errors),
-            "seconds": dict(seconds),
-        }
-        lane.errors.clear()
+    for name, own in metrics.items():
+        version = loop.registry[name].version
+        who = {"kind": "step", "adapter": name, "version": version, "time": time.time()}
+        record = {**who, **own, **shared}
         loop.store.append_metrics(record)
         loop.console.step(record)
-
-
-def _log_rollouts(
-    loop: Loop, batch: Mapping[str, Sequence[Group]], versions: Mapping[str, int]
-) -> None:
-    loop.store.append_rollouts(
-        {
-            "step": versions[group.adapter],
-            "adapter": group.adapter,
-            "prompt_id": group.prompt.id,
-            "sample": rollout.sample,
-            "reward": rollout.reward,
-            "error": rollout.error,
-            "version": group.min_version,
-            "finish_reason": rollout.turns[-1].completion.finish_reason if rollout.turns else None,
-            "prompt": group.prompt.messages[-1]["content"],
-            "completion": "\n".join(turn.text for turn in rollout.turns),
-            "metrics": dict(rollout.metrics),
-        }
-        for groups in batch.values()
-        for group in groups
-        for rollout in group.rollouts
-    )
 
 
 class _Clock:
@@ -252,6 +309,6 @@ class _Clock:
     def reset(self) -> dict[str, float]:
         """The phases so far and their sum as 'step'; the next step starts now."""
         now = time.perf_counter()
-        laps = {**self._laps, "step": now - self._start}
+        laps = {"wait": 0.0, **self._laps, "step": now - self._start}
         self._start, self._laps = now, {}
         return laps

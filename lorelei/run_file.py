@@ -20,7 +20,9 @@ from pydantic import ValidationError
 from lorelei.areal.file import became, is_areal, is_areal_key, leaves
 from lorelei.areal.interpolation import resolve
 from lorelei.areal.translate import Translation, translate
-from lorelei.config.errors import ConfigError, describe, shown
+from lorelei.config.errors import ConfigError, FieldError, describe, shown
+from lorelei.config.experiment import SAMPLED
+from lorelei.config.optimizer import from_algo
 from lorelei.config.run import RunConfig
 from lorelei.config.section import is_mapping
 
@@ -107,9 +109,20 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
 def validate(data: Raw) -> RunConfig:
     """A configuration from plain values. Raises ConfigError like `load_config`."""
     try:
+        data = _with_optimizers(data)  # errors name the keys where they belong
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(describe(error, data)) from error
+    except FieldError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _with_optimizers(data: Raw) -> Raw:
+    data = from_algo(data)
+    adapters = data.get("adapters")
+    if not is_mapping(adapters):
+        return data
+    return {**data, "adapters": {name: from_algo(entry) for name, entry in adapters.items()}}
 
 
 def dump_set(config: RunConfig) -> str:
@@ -125,13 +138,26 @@ def to_plain(config: RunConfig) -> Raw:
     `validate` makes a configuration with the same experiments of them.
     """
     data = config.model_dump(mode="json", exclude={"adapters"})
+    if not config.adapters and config.algo.job != "rl":
+        data = _without_sampling(data)
     adapters: Raw = {}
     for experiment in config.experiments() if config.adapters else ():
         entry = experiment.model_dump(mode="json", exclude={"name"})
         sampling = config.rollout.per_adapter
         entry["rollout"] = {k: v for k, v in entry["rollout"].items() if k in sampling}
-        adapters[experiment.name] = entry
+        adapters[experiment.name] = (
+            entry if experiment.algo.job == "rl" else _without_sampling(entry)
+        )
     return {"name": config.name, "model": config.model, **data, "adapters": adapters}
+
+
+def _without_sampling(sections: Raw) -> Raw:
+    """The sections of an adapter that samples nothing, without what means nothing to it."""
+    kept = {name: section for name, section in sections.items() if name not in SAMPLED}
+    for name, keys in SAMPLED.items():
+        if keys is not None and is_mapping(section := sections.get(name)):
+            kept[name] = {k: v for k, v in section.items() if k not in keys}
+    return kept
 
 
 def dump_config(config: RunConfig) -> str:

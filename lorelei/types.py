@@ -5,7 +5,7 @@ Shapes: T tokens, P prompt tokens, I prediction items, G rollouts of a group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +17,9 @@ Longs = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 FinishReason = Literal["stop", "length", "abort"]
-Policy = Literal["current", "reference"]
+Policy = str  # whose log-probabilities: CURRENT, BASE, or a name that the train engine holds
+CURRENT: Policy = "current"  # each segment's own adapter, as it is trained
+BASE: Policy = "base"  # the base model, no adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,9 +142,13 @@ class Rollout:
     seconds: float = 0.0
 
     @property
+    def sampled_tokens(self) -> int:
+        return sum(len(turn.completion.tokens) for turn in self.turns)
+
+    @property
     def trainable(self) -> bool:
         """Whether there is a reward and at least one sampled token."""
-        return self.reward is not None and any(len(t.completion.tokens) for t in self.turns)
+        return self.reward is not None and self.sampled_tokens > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +175,15 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A sequence that is given, and which of its tokens are to be learnt."""
+
+    id: str
+    tokens: Ints  # [T]
+    predicted: NDArray[np.bool_]  # [T]; the first token cannot be predicted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
     """A run of tokens that continues its parent segment (or starts a sequence).
 
@@ -187,19 +202,19 @@ class Items:
     """Aligned arrays [I]: one predicted token each.
 
     `source` indexes the concatenation of all segments of the batch: the position whose output
-    predicts `target`. `weight` holds every normaliser, so that a loss is a plain sum. The optional
-    arrays are NaN for the items of an adapter that has none.
+    predicts `target`. `weight` holds every normaliser, so that a loss is a plain sum. `streams`
+    are what losses read besides, by the names that they declare: advantage; behaviour, proximal,
+    reference (log-probabilities of the policy that sampled, of the one at the start of the update,
+    of a frozen one); ... Where adapters of a batch have different ones, a stream is NaN for the
+    items of an adapter without it.
     """
 
     source: Longs
     target: Longs
     weight: Floats
-    advantage: Floats
-    behaviour: Floats  # log-probability when sampled
     temperature: Floats
-    sequence: Longs  # rollout number within the batch
-    proximal: Floats | None = None  # log-probability at the start of the update
-    reference: Floats | None = None
+    sequence: Longs  # number of the rollout, or of another sequence, within the batch
+    streams: Mapping[str, Floats] = field(default_factory=dict[str, Floats])
 
     def __len__(self) -> int:
         return len(self.source)
@@ -222,8 +237,9 @@ class Batch:
 class LossSpec:
     """A loss by import path and frozen parameters, so that it can travel to other processes."""
 
-    path: str  # "package.module:function"
+    path: str  # "package.module:function", or "/folder/file.py:function"
     params: Mapping[str, float | bool | str | None]
+    streams: tuple[str, ...] = ()  # that an item must have; others may be read where they are there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,14 +279,3 @@ class OptimStats:
 
     grad_norm: float  # before clipping
     step: int  # optimizer steps taken, this one included
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepStats:
-    """What one pass of the loop did, by adapter."""
-
-    touched: tuple[str, ...]
-    metrics: Mapping[str, Mapping[str, float]]
-
-
-Messages = Sequence[Mapping[str, str]]

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from lorelei.algo.aggregate import item_weights
-from lorelei.train.batch import build_batch
-from lorelei.types import Batch, Completion, Rollout, Turn
+from lorelei.algo.loss import item_weights
+from lorelei.train.batch import rollout_batch
+from lorelei.types import Batch, Completion, Floats, Rollout, Turn
 
 VOCAB = 300
 
@@ -57,11 +57,21 @@ def random_group(
     )
 
 
+def constant(
+    groups: Sequence[Sequence[Rollout]], values: Sequence[Sequence[float] | Floats]
+) -> list[list[Floats]]:
+    """A number for each rollout, as one for each of its sampled tokens."""
+    return [
+        [np.full(r.sampled_tokens, v, np.float32) for r, v in zip(group, own, strict=True)]
+        for group, own in zip(groups, values, strict=True)
+    ]
+
+
 def weighted_batch(
     adapter: str, groups: Sequence[Sequence[Rollout]], temperature: float = 1.0
 ) -> Batch:
     """The batch of groups, their rewards as advantages; every rollout counts the same."""
-    advantages = [np.array([r.reward for r in group], dtype=np.float32) for group in groups]
-    batch = build_batch(adapter, groups, advantages, temperature)
+    advantages = constant(groups, [[r.reward or 0.0 for r in group] for group in groups])
+    batch = rollout_batch(adapter, groups, {"advantage": advantages}, temperature)
     weights = item_weights(batch.items.sequence, "sequence")
     return replace(batch, items=replace(batch.items, weight=weights))

@@ -1,1 +1,1 @@
-"""Advantages, ratio losses and aggregations: pure functions; an algorithm is a preset of them."""
+"""Algorithms, one a file: settings, credit, streams and loss. No torch at load."""

@@ -10,13 +10,30 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from lorelei.config.section import Section
 from lorelei.types import Floats, Longs
 
 Level = Literal["group", "batch", "none"]
 Doubles = NDArray[np.float64]
 
 EPSILON = 1e-6  # keeps a group of equal rewards at 0 / epsilon = 0
+
+
+class NormConfig(Section):
+    """Over which rollouts a mean is subtracted and a standard deviation divided out."""
+
+    mean_level: Level = Field(default="group", description="Where the mean is taken.")
+    std_level: Level = Field(default="group", description="Where the deviation is taken.")
+
+    @property
+    def levels(self) -> frozenset[Level]:
+        return frozenset((self.mean_level, self.std_level))
+
+    def __call__(self, values_S: Floats, groups_S: Longs) -> Floats:
+        """[S] normalised. groups_S: the number of each rollout's group."""
+        return normalise(values_S, groups_S, self.mean_level, self.std_level)
 
 
 def normalise(values_S: Floats, groups_S: Longs, mean_level: Level, std_level: Level) -> Floats:

@@ -1,58 +1,180 @@
-"""GRPO's clipped ratio loss, in its plain and its decoupled form.
+"""GRPO: advantages by group and a clipped ratio loss, plain, recomputed or decoupled.
 
 Source: Shao et al., 2024 (arXiv 2402.03300); the decoupling of behaviour and proximal policy:
 Hilton et al., 2021 (arXiv 2110.00641), used for asynchronous RL by AReaL (arXiv 2505.24298);
 the separate upper clip: DAPO (arXiv 2503.14476). Shapes: I items.
+
+All three forms are -min(ratio A, clip(ratio) A) * w, plus kl_ctl * KL(current, reference):
+
+    decoupled    ratio = current / proximal,  w = proximal / behaviour
+    recomputed   ratio = current / proximal,  w = 1   the trainer's word counts, not the sampler's
+    plain        ratio = current / behaviour, w = 1
+
+In all of them w = 0 for items whose proximal / behaviour lies outside [lower, upper].
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
-from lorelei.algo.loss import LossItems, LossResult, kl_estimate
+from pydantic import Field, model_validator
+
+from lorelei.algo.algorithm import PolicyAlgorithm
+from lorelei.algo.loss import LossItems, LossResult, kl_estimate, loss_path
+from lorelei.config.errors import FieldError
+from lorelei.config.section import Section
+from lorelei.types import CURRENT, LossSpec, Policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def loss(
+class RejectionSampling(Section):
+    """Tokens whose ratio of proximal to behaviour probability is outside are left out."""
+
+    metric: Literal["ratio"] = Field(default="ratio", description="What the bounds are on.")
+    upper: float | None = Field(default=None, gt=0, description="Highest ratio kept.")
+    lower: float | None = Field(default=None, ge=0, description="Lowest ratio kept.")
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> RejectionSampling:
+        if self.upper is None and self.lower is None:
+            raise FieldError("upper", "give upper, lower or both")
+        if self.upper is not None and self.lower is not None and self.lower >= self.upper:
+            raise FieldError("lower", f"{self.lower} is not below upper: {self.upper}")
+        return self
+
+
+class Grpo(PolicyAlgorithm):
+    """Group-relative advantages and a clipped ratio."""
+
+    kind: Literal["grpo"] = Field(default="grpo", description="Which algorithm.")
+    eps_clip: float = Field(default=0.2, gt=0, lt=1, description="Ratios below 1 - it are clipped.")
+    eps_clip_higher: float | None = Field(
+        default=None, gt=0, description="Ratios above 1 + it are clipped. Default: eps_clip."
+    )
+    use_decoupled_loss: bool = Field(
+        default=True, description="Clip around the proximal policy, weigh by proximal / behaviour."
+    )
+    recompute_logprob: bool | None = Field(
+        default=None,
+        description="The trainer computes the log-probabilities at the start of an update itself. "
+        "Without the decoupled loss the ratio is then to these. Default: use_decoupled_loss.",
+    )
+    rejection_sampling: RejectionSampling | None = Field(
+        default=None, description="Leave out tokens that are too far off-policy."
+    )
+
+    @model_validator(mode="after")
+    def _has_its_proximal(self) -> Grpo:
+        if self.use_decoupled_loss and self.recompute_logprob is False:
+            raise FieldError(
+                "recompute_logprob",
+                "false leaves use_decoupled_loss without proximal log-probabilities; "
+                "set use_decoupled_loss: false too, or recompute_logprob: true",
+            )
+        return self
+
+    @property
+    def policies(self) -> Mapping[str, Policy]:
+        """With one optimizer step a batch the proximal policy is the current one: no extra pass."""
+        recompute = self.use_decoupled_loss or bool(self.recompute_logprob)
+        proximal = {"proximal": CURRENT} if recompute and self.ppo_n_minibatches > 1 else {}
+        return {**super().policies, **proximal}
+
+    def loss(self) -> LossSpec:
+        if self.use_decoupled_loss:
+            function = decoupled_loss
+        else:
+            function = recomputed_loss if self.recompute_logprob else plain_loss
+        params = {"eps_clip": self.eps_clip, "kl_ctl": self.kl_ctl}
+        if self.eps_clip_higher is not None:
+            params["eps_clip_higher"] = self.eps_clip_higher
+        bounds = self.rejection_sampling
+        if bounds is not None and bounds.upper is not None:
+            params["upper"] = bounds.upper
+        if bounds is not None and bounds.lower is not None:
+            params["lower"] = bounds.lower
+        path = loss_path(function)
+        return LossSpec(path=path, params=params, streams=("advantage", "behaviour"))
+
+
+def decoupled_loss(
     current_I: Tensor,
     items: LossItems,
     *,
+    upper: float = float("inf"),
+    lower: float = 0.0,
+    **clip: float,
+) -> LossResult:
+    """The form for batches that older versions sampled. clip: see `_clipped`."""
+    proximal, correction, kept = _off_policy(current_I, items, upper, lower)
+    weight = correction.where(kept, correction.new_zeros(()))
+    return _clipped(current_I, proximal, items, kept, weight, **clip)
+
+
+def recomputed_loss(
+    current_I: Tensor,
+    items: LossItems,
+    *,
+    upper: float = float("inf"),
+    lower: float = 0.0,
+    **clip: float,
+) -> LossResult:
+    """The ratio to the trainer's own log-probabilities at the start of the update."""
+    proximal, _, kept = _off_policy(current_I, items, upper, lower)
+    return _clipped(current_I, proximal, items, kept, kept, **clip)
+
+
+def plain_loss(
+    current_I: Tensor,
+    items: LossItems,
+    *,
+    upper: float = float("inf"),
+    lower: float = 0.0,
+    **clip: float,
+) -> LossResult:
+    """The ratio to the log-probabilities that the sampler gave."""
+    _, _, kept = _off_policy(current_I, items, upper, lower)
+    return _clipped(current_I, items.streams["behaviour"], items, kept, kept, **clip)
+
+
+def _off_policy(
+    current_I: Tensor, items: LossItems, upper: float, lower: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Proximal log-probabilities, proximal / behaviour, and whether that is within the bounds."""
+    # no stream: the policy has not moved since the start of the update
+    proximal = items.streams.get("proximal", current_I.detach())
+    correction = (proximal - items.streams["behaviour"]).exp()
+    return proximal, correction, (correction <= upper) & (correction >= lower)
+
+
+def _clipped(
+    current_I: Tensor,
+    anchor_I: Tensor,
+    items: LossItems,
+    kept_I: Tensor,
+    weight_I: Tensor,
+    *,
     eps_clip: float = 0.2,
     eps_clip_higher: float | None = None,
-    decoupled: bool = True,
-    recompute: bool = False,
-    reject_above: float | None = None,
-    reject_below: float | None = None,
     kl_ctl: float = 0.0,
 ) -> LossResult:
-    """Weighted sum of -min(ratio A, clip(ratio) A), plus kl_ctl * KL(current, reference).
-
-    decoupled: the ratio is current / proximal, and each item is weighted by proximal / behaviour;
-    otherwise the ratio is current / behaviour, or current / proximal with `recompute`, which takes
-    the trainer's word for what the sampler's probabilities were. Items whose
-    proximal / behaviour lies outside [reject_below, reject_above] give no loss and no gradient.
-    """
-    proximal = items.proximal if items.proximal is not None else current_I.detach()
-    correction = (proximal - items.behaviour).exp()
-    kept = torch.ones_like(correction, dtype=torch.bool)
-    if reject_above is not None:
-        kept = kept & (correction <= reject_above)
-    if reject_below is not None:
-        kept = kept & (correction >= reject_below)
+    """Ratios to the anchor below 1 - eps_clip and above 1 + eps_clip_higher (or eps_clip) clip."""
     # what is rejected may be infinite; it is replaced before the exp, because 0 * inf is not 0
-    zero = torch.zeros_like(correction)
-    anchor = proximal if decoupled or recompute else items.behaviour
-    ratio = torch.where(kept, current_I - anchor, zero).exp()
+    zero = current_I.new_zeros(())
+    advantage = items.streams["advantage"]
+    ratio = (current_I - anchor_I).where(kept_I, zero).exp()
     high = eps_clip if eps_clip_higher is None else eps_clip_higher
     clipped = ratio.clamp(1 - eps_clip, 1 + high)
-    item_loss = -torch.minimum(ratio * items.advantage, clipped * items.advantage)
-    item_loss = item_loss * (torch.where(kept, correction, zero) if decoupled else kept)
+    item_loss = -(ratio * advantage).minimum(clipped * advantage) * weight_I
     metrics = {
         "clipped": ((ratio != clipped) * items.weight).sum().detach(),
-        "rejected": (~kept * items.weight).sum(),
+        "rejected": (~kept_I * items.weight).sum(),
     }
-    if items.reference is not None:
-        kl = kl_estimate(torch.where(kept, items.reference - current_I, zero))
+    if (reference := items.streams.get("reference")) is not None:
+        kl = kl_estimate((reference - current_I).where(kept_I, zero))
         item_loss = item_loss + kl_ctl * kl
         metrics["kl_reference"] = (kl.detach() * items.weight).sum()
     return LossResult(total=(item_loss * items.weight).sum(), metrics=metrics)

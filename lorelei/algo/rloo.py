@@ -1,15 +1,47 @@
 """RLOO: leave-one-out advantages and the REINFORCE loss on them.
 
-Source: Ahmadian et al., 2024 (arXiv 2402.14740). Shapes: G rollouts of a group, I items.
+Source: Ahmadian et al., 2024 (arXiv 2402.14740). Shapes: S rollouts, G of one group, I items.
 """
 
 from __future__ import annotations
 
-import numpy as np
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
-from lorelei.algo.loss import LossItems, LossResult, kl_estimate
-from lorelei.types import Floats
+import numpy as np
+from pydantic import Field
+
+from lorelei.algo.advantage import Level, NormConfig
+from lorelei.algo.algorithm import PolicyAlgorithm
+from lorelei.algo.loss import LossItems, LossResult, kl_estimate, loss_path
+from lorelei.types import Floats, Longs, LossSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Rloo(PolicyAlgorithm):
+    """Each reward less the mean of the others of its group."""
+
+    kind: Literal["rloo"] = Field(description="Which algorithm.")
+    adv_norm: NormConfig | None = Field(
+        default=None,
+        description="Normalise advantages. Default: not, the baseline is the normalisation.",
+    )
+
+    @property
+    def statistics(self) -> frozenset[Level]:
+        return super().statistics | frozenset[Level](("group",))
+
+    def baseline(self, values_S: Floats, groups_S: Longs) -> Floats:
+        values = values_S.copy()
+        for group in np.unique(groups_S):
+            members = groups_S == group
+            values[members] = leave_one_out(values[members])
+        return values
+
+    def loss(self) -> LossSpec:
+        params = {"kl_ctl": self.kl_ctl}
+        return LossSpec(path=loss_path(loss), params=params, streams=("advantage", "behaviour"))
 
 
 def leave_one_out(rewards_G: Floats) -> Floats:
@@ -25,10 +57,10 @@ def leave_one_out(rewards_G: Floats) -> Floats:
 
 def loss(current_I: Tensor, items: LossItems, *, kl_ctl: float = 0.0) -> LossResult:
     """Weighted sum of -ratio A; ratio = current / behaviour is 1 on policy: REINFORCE."""
-    item_loss = -(current_I - items.behaviour).exp() * items.advantage
+    item_loss = -(current_I - items.streams["behaviour"]).exp() * items.streams["advantage"]
     metrics: dict[str, Tensor] = {}
-    if items.reference is not None:
-        kl = kl_estimate(items.reference - current_I)
+    if (reference := items.streams.get("reference")) is not None:
+        kl = kl_estimate(reference - current_I)
         item_loss = item_loss + kl_ctl * kl
         metrics["kl_reference"] = (kl.detach() * items.weight).sum()
     return LossResult(total=(item_loss * items.weight).sum(), metrics=metrics)

@@ -7,11 +7,14 @@ from typing import Any, ClassVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from lorelei.config.algo import AlgoConfig
+from lorelei.algo.algorithm import Algorithm, PolicyAlgorithm
+from lorelei.algo.grpo import Grpo
+from lorelei.algo.kinds import KINDS, AlgoConfig
 from lorelei.config.env import EnvConfig, SingleTurnEnv
 from lorelei.config.errors import ConfigError, FieldError, describe
 from lorelei.config.evaluation import EvalConfig
 from lorelei.config.lora import LoraConfig
+from lorelei.config.optimizer import OptimizerConfig, from_algo
 from lorelei.config.reward import EnvReward, ReasoningGymReward, RewardConfig
 from lorelei.config.rollout import (
     EmbeddedRollout,
@@ -49,9 +52,17 @@ class ExperimentDefaults(Section):
         description="What scores a rollout. Default: the task's own scorer; where it has none, "
         "what an environment of kind python or agent gives.",
     )
-    algo: AlgoConfig = Field(default_factory=AlgoConfig, description="How it learns.")
+    algo: AlgoConfig = Field(default_factory=Grpo, description="What it learns from, and how.")
+    optimizer: OptimizerConfig = Field(
+        default_factory=OptimizerConfig, description="AdamW and its schedule."
+    )
     rollout: RolloutConfig = Field(default_factory=EmbeddedRollout, description="How it samples.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="How it is evaluated.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _optimizer_of_algo(cls, data: Any) -> Any:
+        return from_algo(data)
 
 
 class AdapterOverrides(Section):
@@ -69,11 +80,17 @@ class AdapterOverrides(Section):
     env: Raw = Field(default_factory=Raw, description="Overrides of `env`.")
     reward: Raw = Field(default_factory=Raw, description="Overrides of `reward`.")
     algo: Raw = Field(default_factory=Raw, description="Overrides of `algo`.")
+    optimizer: Raw = Field(default_factory=Raw, description="Overrides of `optimizer`.")
     rollout: Raw = Field(
         default_factory=Raw,
         description=f"Overrides of `rollout`: {', '.join(sorted(Sampling.per_adapter))}.",
     )
     eval: Raw = Field(default_factory=Raw, description="Overrides of `eval`.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _optimizer_of_algo(cls, data: Any) -> Any:
+        return from_algo(data)
 
     @model_validator(mode="after")
     def _only_sampling(self) -> AdapterOverrides:
@@ -92,10 +109,16 @@ class Experiment(Section):
     lora: LoraConfig
     task: TaskConfig
     env: EnvConfig
-    reward: RewardConfig
+    reward: RewardConfig | None  # None: nothing is sampled, so nothing is scored
     algo: AlgoConfig
+    optimizer: OptimizerConfig
     rollout: RolloutConfig
     eval: EvalConfig
+
+    @property
+    def samples(self) -> bool:
+        """Whether it is trained on rollouts."""
+        return self.algo.job == "rl"
 
     @property
     def max_concurrent(self) -> int:
@@ -112,7 +135,8 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:
-        _check_statistics(self.algo, self.rollout)
+        if isinstance(self.algo, PolicyAlgorithm):
+            _check_statistics(self.algo, self.rollout)
         if isinstance(self.reward, ReasoningGymReward) and self.task.kind != "reasoning_gym":
             raise FieldError(
                 "reward.kind",
@@ -151,7 +175,10 @@ def resolve(name: str, defaults: ExperimentDefaults, overrides: AdapterOverrides
     if merged.task is None:
         raise ConfigError(f"{dotted}task: is required, such as {{kind: reasoning_gym, name: ...}}")
     reward = merged.reward
-    if reward is None:
+    if merged.algo.job != "rl":
+        _refuse_unused(merged, overrides if prefix else defaults, dotted)
+        reward = None
+    elif reward is None:
         if isinstance(merged.task, ReasoningGymTask):
             reward = ReasoningGymReward(kind="reasoning_gym")
         elif merged.env.kind in _OWN_REWARD:
@@ -171,6 +198,11 @@ def resolve(name: str, defaults: ExperimentDefaults, overrides: AdapterOverrides
 def _merge_sections(base: Raw, over: Raw) -> Raw:
     """`over` on top of `base`, without what means nothing to another task or reward."""
     base = dict(base)
+    own = over.get("algo", {}).get("kind")
+    if own is not None and own != base.get("algo", {}).get("kind"):
+        # what this algorithm does not have means nothing to it
+        fields = KINDS[own].model_fields if own in KINDS else Algorithm.model_fields
+        base["algo"] = {k: v for k, v in base.get("algo", {}).items() if k in fields}
     for section in ("task", "env", "reward"):
         below, above = base.get(section), over.get(section)
         if below is None or above is None:
@@ -194,7 +226,30 @@ def _merge(base: Raw, over: Raw) -> Raw:
     return merged
 
 
-def _check_statistics(algo: AlgoConfig, rollout: RolloutConfig) -> None:
+SAMPLED: Mapping[str, frozenset[str] | None] = {
+    # what means nothing where nothing is sampled; None: the whole section
+    "reward": None,
+    "env": None,
+    "rollout": Sampling.per_adapter,
+    "eval": frozenset({"max_new_tokens", "temperature", "top_k", "top_p", "min_p"}),
+}
+
+
+def _refuse_unused(merged: ExperimentDefaults, given: Section, dotted: str) -> None:
+    """Raises ConfigError for what was given to an adapter that samples nothing."""
+    kind = merged.algo.kind
+    for name, keys in SAMPLED.items():
+        section = getattr(given, name)
+        if name not in given.model_fields_set or section is None:
+            continue
+        found = set(section) if is_mapping(section) else section.model_fields_set
+        unused = sorted(found if keys is None else found & keys)
+        if unused:
+            key = name if keys is None else f"{name}.{unused[0]}"
+            raise ConfigError(f"{dotted}{key}: has no effect with algo.kind: {kind}; remove it")
+
+
+def _check_statistics(algo: PolicyAlgorithm, rollout: RolloutConfig) -> None:
     if "group" in algo.statistics and rollout.n_samples < 2:
         raise FieldError(
             "rollout.n_samples",

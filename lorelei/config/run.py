@@ -62,7 +62,7 @@ class RunConfig(ExperimentDefaults):
     adapters: dict[Name, AdapterOverrides] = Field(
         default_factory=dict[Name, AdapterOverrides],
         description="Several adapters at once: {name: overrides of seed, steps, lora, task, env, "
-        "reward, algo, rollout, eval}. Default: one, called 'default'.",
+        "reward, algo, optimizer, rollout, eval}. Default: one, called 'default'.",
     )
 
     @field_validator("adapters", mode="before")
@@ -144,20 +144,20 @@ class RunConfig(ExperimentDefaults):
                 "adapter, an old one or another's"
             )
         for experiment in self.experiments():
-            algo, where = experiment.algo, f"adapter {experiment.name}: algo"
-            if not experiment.lora.use_lora and algo.lr > HIGH_FULL_LR:
+            optimizer, where = experiment.optimizer, f"adapter {experiment.name}: optimizer"
+            if not experiment.lora.use_lora and optimizer.lr > HIGH_FULL_LR:
                 found.append(
-                    f"{where}.lr: {algo.lr:g} is a rate for LoRA; "
+                    f"{where}.lr: {optimizer.lr:g} is a rate for LoRA; "
                     "full fine-tuning wants about ten times less, 1e-6 to 1e-4"
                 )
-            if experiment.lora.use_lora and algo.lr < LOW_LORA_LR:
+            if experiment.lora.use_lora and optimizer.lr < LOW_LORA_LR:
                 found.append(
-                    f"{where}.lr: {algo.lr:g} is a rate for full fine-tuning; "
+                    f"{where}.lr: {optimizer.lr:g} is a rate for full fine-tuning; "
                     "LoRA wants about ten times more, 1e-5 to 1e-3"
                 )
-            if algo.warmup_steps >= experiment.steps:
+            if optimizer.warmup_steps >= experiment.steps:
                 found.append(
-                    f"{where}.warmup_steps: {algo.warmup_steps} of {experiment.steps} steps; "
-                    "the rate never reaches algo.lr"
+                    f"{where}.warmup_steps: {optimizer.warmup_steps} of {experiment.steps} steps; "
+                    "the rate never reaches optimizer.lr"
                 )
         return found

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from lorelei.data.order import item_at, permutation
 from lorelei.data.renderer import Renderer, question_key
 from lorelei.types import Prompt
+
+T = TypeVar("T")
 
 # The held-out rows are the same whatever the seed, so that runs can be compared.
 EVAL_SEED = 0
@@ -53,7 +55,7 @@ class RowSource:
         return first_held_out(self._held_out, n)
 
 
-def first_held_out(held_out: list[Prompt], n: int) -> list[Prompt]:
+def first_held_out(held_out: list[T], n: int) -> list[T]:
     """The first `n`, or a ValueError when there are fewer."""
     if n > len(held_out):
         raise ValueError(

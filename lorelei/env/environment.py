@@ -7,7 +7,7 @@ from lorelei.data.chat import ChatTemplate
 from lorelei.env.contract import Endpoint, Env
 from lorelei.env.single_turn import SingleTurn
 from lorelei.reward.contract import Reward
-from lorelei.reward.user_file import load_function
+from lorelei.user_file import load_function
 
 
 def make_env(

@@ -14,8 +14,8 @@ from lorelei.env.conversation import Conversation
 from lorelei.env.outcome import given, scored
 from lorelei.env.your_code import call_within
 from lorelei.reward.contract import Reward
-from lorelei.reward.user_file import accepted
 from lorelei.types import Prompt
+from lorelei.user_file import accepted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,40 +17,33 @@ from lorelei.config.rollout import EmbeddedRollout, SglangRollout, VllmRollout
 from lorelei.config.run import RunConfig
 from lorelei.config.train import MegatronTrain
 from lorelei.data.chat import ChatTemplate
-from lorelei.data.contract import PromptSource
-from lorelei.data.source import make_source
-from lorelei.env.contract import Endpoint, Env
-from lorelei.env.environment import make_env
-from lorelei.env.outcome import NoReward
+from lorelei.env.contract import Endpoint
 from lorelei.inference.contract import InferenceEngine
 from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.inference.server.engine import ServerEngine
+from lorelei.jobs.registry import Registry
+from lorelei.launch.jobs import Data, DataMaker, JobMaker, Problems, Sampler
 from lorelei.launch.train_engine import make_train_engine, trains_here
 from lorelei.loop import Loop
 from lorelei.lora.peft_folder import read_peft_folder
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.backend import DTYPES, default_device
-from lorelei.model.config import ModelInfo, ModelSizes
+from lorelei.model.config import ModelInfo
 from lorelei.model.decoder import Decoder
 from lorelei.model.load import load_decoder, read_config
 from lorelei.model.locate import resolve_model
 from lorelei.model.tokenizer import load_tokenizer, stop_token_ids
 from lorelei.obs.console import Console
 from lorelei.plan.model_info import model_info
-from lorelei.publish.canary import Canary, Watched, fixed_tokens
-from lorelei.publish.contract import Publisher
+from lorelei.publish.canary import Canary
 from lorelei.publish.publisher import Transport, VersionPublisher
-from lorelei.reward.pool import make_pool
-from lorelei.rollout.admission import Admission
-from lorelei.rollout.collector import Collector, Lane
 from lorelei.rollout.evaluate import Evaluator
 from lorelei.rollout.meter import Meter
-from lorelei.rollout.sampler import Policy
 from lorelei.store.run import RunStore
 from lorelei.store.spool import Spool
+from lorelei.train.engine_thread import EngineThread
 from lorelei.train.remote.workers import LOOPBACK
-from lorelei.train.step import Trainer
-from lorelei.types import Ints, Prompt, SamplingParams
+from lorelei.types import Ints
 from lorelei.venvs.recipe import interpreter
 
 if TYPE_CHECKING:
@@ -66,13 +59,8 @@ class RunComponents:
     folder: Path  # of the model
     decoder: Decoder | None  # none: no engine in this process computes with the model
     device: torch.device  # of this process
-    rollout: InferenceEngine
-    sources: Mapping[str, PromptSource]
-    held_out: Mapping[str, list[Prompt]]
-    envs: Mapping[str, Env]
-    tasks: Mapping[str, str]  # for people
-    decode: Callable[[Ints], str]
-    stop_token_ids: tuple[int, ...]
+    data: Mapping[str, Data]  # by adapter
+    sampler: Sampler
     cluster: Cluster | None  # none: this machine alone
 
 
@@ -90,22 +78,18 @@ async def build(
         interpreter("megatron")  # or what is missing is said before anything is loaded
     folder = resolve_model(config.model)
     known = model_info(config, folder, read_config(folder))
-    model = known.sizes
     tokenizer = load_tokenizer(folder)
-    sources = {
-        e.name: make_source(e.task, tokenizer, e.seed, eval_size=e.eval_size) for e in experiments
-    }
-    held_out = {
-        e.name: sources[e.name].eval_prompts(e.eval.n_prompts) if e.eval.every else []
-        for e in experiments
-    }
-    for name, source in sources.items():
-        _check_prompts([source.prompt(0), *held_out[name]], model, config.rollout.max_context)
     stops = stop_token_ids(folder, tokenizer)
-    context = min(config.rollout.max_context or model.max_positions, model.max_positions)
     chat = ChatTemplate(tokenizer=tokenizer, stop_token_ids=stops)
+    maker = DataMaker(
+        tokenizer=tokenizer,
+        chat=chat,
+        model=known.sizes,
+        max_context=config.rollout.max_context,
+        stack=stack,
+    )
     endpoint = await _endpoint(experiments, chat, stack)
-    envs = {e.name: _env(e, chat, context, endpoint, stack) for e in experiments}
+    data = {e.name: maker.data(e, endpoint) for e in experiments}
     cluster = _cluster(config, training)
     if cluster is not None:
         stack.callback(cluster.close)
@@ -122,13 +106,8 @@ async def build(
         folder=folder,
         decoder=decoder,
         device=device,
-        rollout=rollout,
-        sources=sources,
-        held_out=held_out,
-        envs=envs,
-        tasks={e.name: task_words(e) for e in experiments},
-        decode=decoder_of(tokenizer),
-        stop_token_ids=stops,
+        data=data,
+        sampler=Sampler(engine=rollout, decode=decoder_of(tokenizer), stop_token_ids=stops),
         cluster=cluster,
     )
 
@@ -162,60 +141,68 @@ async def _endpoint(
     return endpoint
 
 
-def _env(
-    e: Experiment,
-    chat: ChatTemplate,
-    context: int,
-    endpoint: Endpoint | None,
-    stack: AsyncExitStack,
-) -> Env:
-    """The environment of an adapter, and its reward's workers, which the stack ends."""
-    if e.reward.kind == "env":
-        reward = NoReward()
-    else:
-        reward = make_pool(e.reward)
-        stack.callback(reward.close)
-    return make_env(
-        e.env, reward=reward, chat=chat, context=context, endpoint=endpoint, model=e.name
-    )
+def make_thread(
+    config: RunConfig, parts: RunComponents, stack: AsyncExitStack, store: RunStore | None
+) -> EngineThread:
+    """The train engine with the run's adapters, all fresh; the stack closes it.
 
-
-def make_trainer(config: RunConfig, parts: RunComponents, stack: AsyncExitStack) -> Trainer:
-    """The trainer with the run's adapters, all fresh; the stack closes it."""
-    experiments = config.experiments()
+    store: of a run that goes on, whose adapters are those of its last checkpoint.
+    """
     engine = make_train_engine(config, parts.folder, parts.decoder, parts.cluster)
-    trainer = Trainer(engine, {e.name: e for e in experiments})
-    stack.callback(trainer.close)
-    for e in experiments:
+    thread = EngineThread(engine)
+    stack.callback(thread.close)
+    for e in _trained(config, store):
         engine.add_adapter(e.name, e.lora.spec(), e.seed)
-    return trainer
+    return thread
+
+
+def _trained(config: RunConfig, store: RunStore | None) -> list[Experiment]:
+    """The adapters of a new run, or those that a checkpoint still has."""
+    latest = store.latest if store else None
+    return [e for e in config.experiments() if latest is None or e.name in latest.adapters]
 
 
 def make_loop(
-    config: RunConfig, parts: RunComponents, trainer: Trainer, store: RunStore, console: Console
+    config: RunConfig,
+    parts: RunComponents,
+    thread: EngineThread,
+    store: RunStore,
+    console: Console,
 ) -> Loop:
     """The loop of a new run, or of one that goes on where its last manifest says."""
-    spool, meter = Spool(store.folder), Meter()
+    meter = Meter()
     publisher = VersionPublisher(
-        parts.rollout, store.run_id, _transport(config, parts, store, console.warn)
+        parts.sampler.engine, store.run_id, _transport(config, parts, store, console.warn)
     )
-    lanes = [_lane(e, parts, store, spool) for e in config.experiments()]
-    for warning in (*store.warnings, *spool.warnings):
-        console.warn(warning)
-    state = store.latest.state if store.latest else {}
-    return Loop(
-        collector=Collector(lanes, parts.rollout, spool, meter),
-        trainer=trainer,
-        publisher=publisher,
-        canary=_canary(config, parts, trainer, publisher, store.run_id),
+    entries = store.latest.adapters if store.latest else {}
+    maker = JobMaker(
+        config=config,
+        data=parts.data,
+        sampler=parts.sampler,
+        thread=thread,
         store=store,
-        spool=spool,
+        spool=Spool(store.folder),
         console=console,
-        evaluators=evaluators(config, parts, meter),
+        meter=meter,
+    )
+    jobs = {e.name: maker.job(e) for e in _trained(config, store)}
+    for name in entries.keys() & jobs.keys():
+        jobs[name].restore(entries[name].record.version, entries[name].record.state)
+    for warning in (*store.warnings, *maker.spool.warnings):
+        console.warn(warning)
+    canary = Canary(thread, parts.sampler.engine, publisher, store.run_id)
+    return Loop(
+        registry=Registry(jobs.values(), console.warn),
+        thread=thread,
+        publisher=publisher,
+        canary=canary if config.publish.canary.enabled else None,
+        store=store,
+        console=console,
         checkpoint_every=config.checkpoint.every,
+        gauges=lambda seconds: {"rollout_idle": min(meter.lap() / seconds, 1.0)},
         step=store.latest.step if store.latest else 0,
-        scores=dict(state.get("score", {})),
-        reward=state.get("reward"),
+        # their jobs were added to the live run, by somebody who may add them again
+        resting={n: e.record for n, e in entries.items() if n not in jobs},
     )
 
 
@@ -250,7 +237,7 @@ def _transport(
     config: RunConfig, parts: RunComponents, store: RunStore, warn: Callable[[str], None]
 ) -> Transport | None:
     """How versions travel; none: by the engine's own `load`."""
-    publish, engine = config.publish, parts.rollout
+    publish, engine = config.publish, parts.sampler.engine
     match publish:
         case MemoryPublish() | HttpPublish():
             return None
@@ -268,122 +255,13 @@ def _transport(
             return Xccl(engine, parts.device, publish.host or known, publish.timeout, warn)
 
 
-def _canary(
-    config: RunConfig, parts: RunComponents, trainer: Trainer, publisher: Publisher, run_id: str
-) -> Canary | None:
-    if not config.publish.canary.enabled:
-        return None
-    count = config.publish.canary.tokens or (64 if config.dtype == "float32" else 512)
-    watched: dict[str, Watched] = {}
-    for e in config.experiments():
-        source = parts.sources[e.name]
-        prompts = parts.held_out[e.name] or map(source.prompt, range(count))
-        watched[e.name] = Watched(
-            spec=e.lora.spec(),
-            temperature=e.rollout.temperature,
-            sequences=fixed_tokens(prompts, count),
-        )
-    return Canary(watched, trainer, parts.rollout, publisher, run_id)
-
-
-def evaluators(
-    config: RunConfig, parts: RunComponents, meter: Meter | None = None
-) -> dict[str, Evaluator]:
-    """The evaluator of every adapter that holds problems out."""
-    meter = meter or Meter()
+def evaluators(config: RunConfig, parts: RunComponents) -> dict[str, Evaluator]:
+    """The evaluator of every adapter that samples and holds problems out."""
     return {
-        e.name: Evaluator(
-            engine=parts.rollout,
-            prompts=parts.held_out[e.name],
-            env=parts.envs[e.name],
-            policy=_eval_policy(e, parts),
-            meter=meter,
-        )
+        e.name: parts.sampler.evaluator(e, data, Meter())
         for e in config.experiments()
-        if e.eval.every
+        if e.eval.every and isinstance(data := parts.data[e.name], Problems)
     }
-
-
-def _lane(e: Experiment, parts: RunComponents, store: RunStore, spool: Spool) -> Lane:
-    """An adapter's lane; groups that a crash left finished are kept, others start again."""
-    entry = store.latest.adapters[e.name] if store.latest else None
-    version = entry.record.version if entry else 0
-    position = entry.record.data_position if entry else 0
-    owed = {int(i) for i in entry.record.admission["pending"]} if entry else set[int]()
-    found = spool.read(e.name)
-    kept = {
-        index: group
-        for index, group in found.items()
-        # a version that was rolled back with the crash is not one to learn from
-        if (index in owed or index >= position) and group.newest_version <= version
-    }
-    spool.remove(e.name, found.keys() - kept.keys())
-    next_index = max([position, *(index + 1 for index in kept)])
-    redo = sorted((owed | set(range(position, next_index))) - kept.keys())
-    return Lane(
-        experiment=e,
-        source=parts.sources[e.name],
-        env=parts.envs[e.name],
-        policy=Policy(
-            ref=None,
-            sampling=SamplingParams(
-                temperature=e.rollout.temperature,
-                max_new_tokens=e.rollout.max_new_tokens,
-                stop_token_ids=parts.stop_token_ids,
-                stop_strings=e.rollout.stop_strings,
-                seed=e.seed,
-            ),
-            stream=e.name,
-            decode=parts.decode,
-            interruptible=e.rollout.interruptible,
-        ),
-        admission=Admission(
-            batch_size=e.algo.batch_size,
-            max_staleness=e.rollout.max_head_offpolicyness,
-            max_concurrent=e.max_concurrent,
-            version=version,
-            accepted=version * e.algo.batch_size + len(kept),
-        ),
-        next_index=next_index,
-        redo=redo,
-        finished=list(kept.values()),
-    )
-
-
-def _check_prompts(prompts: Sequence[Prompt], model: ModelSizes, asked: int | None) -> None:
-    """A sample of the prompts; a longer one that comes later fails its own rollouts."""
-    context = min(asked or model.max_positions, model.max_positions)
-    for prompt in prompts:
-        if (largest := prompt.tokens.max()) >= model.vocab:
-            raise ValueError(
-                f"model: its tokenizer makes token {largest} of the prompt {prompt.id}, the model "
-                f"has {model.vocab}; get the tokenizer files of this very model"
-            )
-        if len(prompt.tokens) >= context:
-            raise ValueError(
-                f"task: the prompt of {prompt.id} has {len(prompt.tokens)} tokens and leaves no "
-                f"room to answer in a context of {context}; shorten such problems"
-                + (", or raise rollout.max_context" if context < model.max_positions else "")
-            )
-
-
-def _eval_policy(e: Experiment, parts: RunComponents) -> Policy:
-    return Policy(
-        ref=None,
-        sampling=SamplingParams(
-            temperature=e.eval.temperature,
-            max_new_tokens=e.eval.max_new_tokens or e.rollout.max_new_tokens,
-            stop_token_ids=parts.stop_token_ids,
-            stop_strings=e.rollout.stop_strings,
-            seed=e.seed,
-            top_k=e.eval.top_k,
-            top_p=e.eval.top_p,
-            min_p=e.eval.min_p,
-        ),
-        stream=f"{e.name}/eval",
-        decode=parts.decode,
-        training=False,
-    )
 
 
 def warm_starts(config: RunConfig) -> dict[str, AdapterSnapshot]:

@@ -13,7 +13,14 @@ from lorelei import loop as the_loop
 from lorelei.config.run import RunConfig
 from lorelei.inference.contract import EngineClosed
 from lorelei.inference.server.client import ServerTrouble
-from lorelei.launch.assemble import RunComponents, build, make_loop, make_trainer, warm_starts
+from lorelei.launch.assemble import (
+    RunComponents,
+    build,
+    make_loop,
+    make_thread,
+    task_words,
+    warm_starts,
+)
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot
 from lorelei.obs.console import Console
@@ -61,22 +68,24 @@ async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None
         if store is None or store.latest is None:
             starts, origin = warm_starts(config), "lora.init_from"
         else:
-            starts, origin = {n: store.load(n) for n in store.latest.adapters}, str(folder)
+            known = {e.name for e in config.experiments()} & store.latest.adapters.keys()
+            starts, origin = {name: store.load(name) for name in sorted(known)}, str(folder)
         try:
             parts = await build(config, stack, folder / "logs")
         except (EngineClosed, ServerTrouble) as error:  # of servers that do not start
             raise Broken(str(error)) from error
-        trainer = make_trainer(config, parts, stack)
-        _restore(trainer.engine, starts, origin)
+        thread = make_thread(config, parts, stack, store)
+        _restore(thread.engine, starts, origin)
         if store is None:  # last: what is refused before leaves nothing behind
             store = RunStore.create(folder, to_plain(config), keep=config.checkpoint.keep)
             stack.callback(store.close)
         console = stack.enter_context(Console({e.name: e.steps for e in config.experiments()}))
-        if isinstance(trainer.engine, Restarting):
-            trainer.engine.tell = console.warn
-        loop = make_loop(config, parts, trainer, store, console)
+        if isinstance(thread.engine, Restarting):
+            thread.engine.tell = console.warn
+        loop = make_loop(config, parts, thread, store, console)
         stack.push_async_callback(loop.publisher.close)
-        stack.push_async_callback(loop.collector.close)
+        for job in loop.registry:
+            stack.push_async_callback(job.close)
         console.resumed(read_metrics(folder / "metrics.jsonl"))
         console.started(_opening(config, parts, loop))
         try:
@@ -89,7 +98,7 @@ async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None
             else:
                 console.finished(_closing(store, finished=False))
             raise error if isinstance(error, ValueError) else Broken(str(error)) from error
-        finished = all(lane.done for lane in loop.lanes.values())
+        finished = loop.registry.finished
         console.finished(_closing(store, finished))
         if stopped is not None and not finished:
             raise Stopped(stopped)
@@ -112,7 +121,7 @@ async def _run(loop: Loop) -> int | None:
         received.append(number)
         events.remove_signal_handler(number)
         loop.console.note("stopping after this step; a second signal stops at once")
-        loop.collector.stop()
+        loop.registry.stop()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         events.add_signal_handler(number, stop, number)
@@ -134,9 +143,11 @@ def _opening(config: RunConfig, parts: RunComponents, loop: Loop) -> list[str]:
         lines.append(f"resuming after step {loop.step}")
     for e in config.experiments():
         trained = f"rank {e.lora.lora_rank}" if e.lora.use_lora else "all weights"
+        batch = f"{e.algo.batch_size} prompts x {e.rollout.n_samples} samples"
+        if not e.samples:
+            batch = f"{e.algo.batch_size} rows"
         lines.append(
-            f"  {e.name}: {e.algo.kind} on {parts.tasks[e.name]}, {trained}, "
-            f"{e.algo.batch_size} prompts x {e.rollout.n_samples} samples, {e.steps} steps"
+            f"  {e.name}: {e.algo.kind} on {task_words(e)}, {trained}, {batch}, {e.steps} steps"
         )
     return lines
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from lorelei.train.contract import TrainEngine
+from lorelei.lora.state import AdapterState
 from lorelei.types import AdapterRef
 
 
@@ -14,14 +14,15 @@ class PublishError(RuntimeError):
 
 
 class Publisher(Protocol):
-    """Moves adapters, and nothing else, from a train engine to rollout engines."""
+    """Moves adapters, and nothing else, to inference engines."""
 
     async def publish(
-        self, source: TrainEngine, versions: Mapping[str, int]
+        self, versions: Mapping[str, int], states: Mapping[str, AdapterState]
     ) -> dict[str, AdapterRef]:
         """Send {adapter: version number} and return when every replica can serve them.
 
-        Raises PublishError; then none of the new versions may be used.
+        states: the tensors of each. Raises PublishError; then none of the new versions may be
+        used.
         """
         ...
 

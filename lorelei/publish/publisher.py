@@ -11,7 +11,6 @@ from lorelei.inference.server.client import ServerTrouble
 from lorelei.lora.state import AdapterState
 from lorelei.publish.contract import PublishError
 from lorelei.publish.page import wrong_digest
-from lorelei.train.contract import TrainEngine
 from lorelei.types import AdapterRef
 
 
@@ -66,12 +65,12 @@ class VersionPublisher:
         self._transport: Transport = transport or Direct(engine)
 
     async def publish(
-        self, source: TrainEngine, versions: Mapping[str, int]
+        self, versions: Mapping[str, int], states: Mapping[str, AdapterState]
     ) -> dict[str, AdapterRef]:
         refs: dict[str, AdapterRef] = {}
         try:
             for name, version in versions.items():
-                refs[name] = await self._publish_one(source, name, version)
+                refs[name] = await self._publish_one(name, version, states[name])
         except BaseException:
             # all or none: a cancelled publication leaves nothing behind either
             for ref in refs.values():
@@ -79,8 +78,7 @@ class VersionPublisher:
             raise
         return refs
 
-    async def _publish_one(self, source: TrainEngine, name: str, version: int) -> AdapterRef:
-        state = await asyncio.to_thread(source.adapter_state, name)
+    async def _publish_one(self, name: str, version: int, state: AdapterState) -> AdapterRef:
         digest = await asyncio.to_thread(state.digest)
         ref = AdapterRef(name=name, version=version, run_id=self._run_id, digest=digest)
         try:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from lorelei.config.errors import shown
 from lorelei.reward.contract import Scorer
-from lorelei.reward.user_file import accepted, load_function
+from lorelei.user_file import accepted, load_function
 
 
 def load(path: str) -> Scorer:

@@ -1,8 +1,8 @@
-"""Keeps rollouts running for every adapter and gives complete batches.
+"""Keeps rollouts of one adapter running and gives complete batches.
 
-Each adapter has its own data order, admission and batch; none waits for another. A failed rollout
-is data with a reason: its siblings live on, and a group of which too little is left gives its
-room back.
+Consumes prompts of a source and the versions that are admitted; produces batches of groups; waits
+for environments, which wait for the inference engine and the reward. A failed rollout is data with
+a reason: its siblings live on, and a group of which too little is left gives its room back.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from lorelei.algo.algorithm import PolicyAlgorithm
 from lorelei.config.experiment import Experiment
 from lorelei.data.contract import PromptSource
 from lorelei.env.contract import Env
@@ -23,201 +24,184 @@ from lorelei.rollout.sampler import EngineSampler, Policy
 from lorelei.store.spool import Spool
 from lorelei.types import AdapterRef, Group, Prompt, Rollout
 
-MAX_CONSECUTIVE_FAILED_GROUPS = (
-    64  # groups that failed in a row before the run stops with the last reason
-)
+MAX_CONSECUTIVE_FAILED_GROUPS = 64  # before the adapter's job fails with the last reason
 
 
 class RolloutsFail(ValueError):
     """Group after group fails: something is wrong with the task, the reward or the model."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Lane:
-    """One adapter's way through the collector."""
+@dataclass(slots=True, kw_only=True, eq=False)
+class Collector:
+    """Starts groups where admission has room; see `batch`."""
 
     experiment: Experiment
+    algo: PolicyAlgorithm
     source: PromptSource
     env: Env
     policy: Policy
     admission: Admission
-    next_index: int
+    engine: InferenceEngine
+    spool: Spool
+    meter: Meter = field(default_factory=Meter)
+    next_index: int = 0
     redo: list[int] = field(default_factory=list[int])  # started before a crash, not finished
     running: set[int] = field(default_factory=set[int])
     finished: list[Group] = field(default_factory=list[Group])
-    failed_in_a_row: int = 0
+    taken: list[Group] = field(default_factory=list[Group])  # given out, not yet trained on
     errors: Counter[str] = field(default_factory=Counter[str])
+    _trained: list[int] = field(default_factory=list[int])  # since the last checkpoint
+    _failed_in_a_row: int = 0
+    _closing: bool = False
+    _failure: BaseException | None = None
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]])
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
-    def done(self) -> bool:
-        return self.admission.version >= self.experiment.steps
-
-    @property
-    def ready(self) -> bool:
-        return not self.done and len(self.finished) >= self.experiment.algo.batch_size
+    def name(self) -> str:
+        return self.experiment.name
 
     @property
     def oldest(self) -> int:
         """The oldest version whose rollouts may be trained on now."""
         return self.admission.version - self.experiment.rollout.max_head_offpolicyness
 
-    def room(self) -> int:
-        """How many more groups may start: what admission allows and the steps left can use."""
-        total = self.experiment.steps * self.experiment.algo.batch_size
-        unstarted = total - self.admission.accepted - self.admission.running
-        return min(self.admission.capacity(), unstarted)
-
     def pending(self) -> list[int]:
         """Indices below `next_index` that were not trained on: what a resumed run still owes."""
-        return sorted({*self.redo, *self.running, *(group.index for group in self.finished)})
+        waiting = (group.index for group in (*self.finished, *self.taken))
+        return sorted({*self.redo, *self.running, *waiting})
 
-    def start(self) -> int:
-        """Take the next index and count it as running."""
-        index = self.redo.pop(0) if self.redo else self.next_index
-        self.next_index = max(self.next_index, index + 1)
-        self.running.add(index)
-        self.admission.start()
-        return index
+    async def batch(self) -> list[Group]:
+        """The next batch of groups, as soon as it is complete.
 
-
-class Collector:
-    """Starts groups where admission has room; see `batches`."""
-
-    def __init__(
-        self,
-        lanes: Iterable[Lane],
-        engine: InferenceEngine,
-        spool: Spool,
-        meter: Meter | None = None,
-    ) -> None:
-        self.lanes = {lane.experiment.name: lane for lane in lanes}
-        self.meter = meter or Meter()
-        self._engine, self._spool = engine, spool
-        self._stopping = False
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._changed = asyncio.Event()
-        self._failure: BaseException | None = None
-
-    async def batches(self) -> AsyncIterator[dict[str, list[Group]]]:
-        """Complete batches by adapter until every adapter has its steps.
-
-        Whatever is complete comes together; the other adapters go on collecting. Between two
-        batches the caller trains, publishes and calls `admit`.
+        Between two batches the caller trains, calls `trained`, publishes and calls `admit`.
+        Raises RolloutsFail, and what the inference engine raises when it is closed.
         """
-        while not self._stopping and not all(lane.done for lane in self.lanes.values()):
-            self._start_groups()
-            while not any(lane.ready for lane in self.lanes.values()):
-                await self._wait()
-                if self._stopping:
-                    return
-            yield {name: self._take(lane) for name, lane in self.lanes.items() if lane.ready}
+        self._start_groups()
+        while len(self.finished) < self.algo.batch_size:
+            await self._changed.wait()
+            self._changed.clear()
+            if self._failure is not None:
+                raise self._failure
+        # in the order they were started: the oldest would be the first to grow stale
+        self.finished.sort(key=lambda group: group.index)
+        size = self.algo.batch_size
+        self.taken, self.finished = self.finished[:size], self.finished[size:]
+        return self.taken
 
-    def admit(self, refs: Mapping[str, AdapterRef]) -> list[AdapterRef]:
-        """New rollouts use these versions from now on. Returns the versions they replace."""
-        replaced: list[AdapterRef] = []
-        for name, ref in refs.items():
-            lane = self.lanes[name]
-            if lane.policy.ref is not None:
-                replaced.append(lane.policy.ref)
-            lane.policy.ref = ref
-            lane.admission.version = ref.version
-            self._drop_stale(lane)
-        return replaced
+    def trained(self) -> None:
+        """The batch that was given out is trained on."""
+        self._trained += [group.index for group in self.taken]
+        self.taken = []
 
-    async def interrupt(self, replaced: Iterable[AdapterRef]) -> None:
-        """Move what is sampled from replaced versions to the newest ones, where a run asks for it.
+    def forget_trained(self) -> None:
+        """A checkpoint holds what was trained on: no crash needs its rollouts any more."""
+        self.spool.remove(self.name, self._trained)
+        self._trained = []
 
-        Requests go on behind the tokens they have, see rollout.sampler.
+    def restore(self, version: int, next_index: int, pending: Sequence[int]) -> None:
+        """Go on where a checkpoint was taken.
+
+        Groups that a crash left finished are kept; what else was owed is sampled again.
         """
-        for ref in replaced:
-            if self.lanes[ref.name].policy.interruptible:
-                await self._engine.abort(ref)
+        owed = set(pending)
+        found = self.spool.read(self.name)
+        kept = {
+            index: group
+            for index, group in found.items()
+            # a version that was rolled back with the crash is not one to learn from
+            if (index in owed or index >= next_index) and group.newest_version <= version
+        }
+        self.spool.remove(self.name, found.keys() - kept.keys())
+        self.finished = list(kept.values())
+        self.next_index = max([next_index, *(index + 1 for index in kept)])
+        self.redo = sorted((owed | set(range(next_index, self.next_index))) - kept.keys())
+        self.admission.version = version
+        self.admission.accepted = version * self.algo.batch_size + len(kept)
 
-    def stop(self) -> None:
-        """Let `batches` end instead of giving another batch."""
-        self._stopping = True
-        self._changed.set()
+    def admit(self, ref: AdapterRef) -> None:
+        """New rollouts use this version from now on."""
+        self.policy.ref = ref
+        self.admission.version = ref.version
+        self._drop_stale()
+        self._start_groups()
 
     async def close(self) -> None:
         """Stop all running groups; what is finished stays in `finished`. Idempotent."""
-        self._stopping = True
+        self._closing = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _wait(self) -> None:
-        await self._changed.wait()
-        self._changed.clear()
-        if self._failure is not None:
-            raise self._failure
-
-    def _take(self, lane: Lane) -> list[Group]:
-        size = lane.experiment.algo.batch_size
-        # in the order they were started: the oldest would be the first to grow stale
-        lane.finished.sort(key=lambda group: group.index)
-        taken, lane.finished = lane.finished[:size], lane.finished[size:]
-        return taken
-
-    def _drop_stale(self, lane: Lane) -> None:
-        fresh = [group for group in lane.finished if group.min_version >= lane.oldest]
-        stale = [group.index for group in lane.finished if group.min_version < lane.oldest]
-        for _ in stale:
-            lane.admission.forget()
-            lane.errors["stale"] += 1
-        self._spool.remove(lane.experiment.name, stale)
-        lane.finished = fresh
+    def _room(self) -> int:
+        """How many more groups may start: what admission allows and the steps left can use."""
+        total = self.experiment.steps * self.algo.batch_size
+        unstarted = total - self.admission.accepted - self.admission.running
+        return min(self.admission.capacity(), unstarted)
 
     def _start_groups(self) -> None:
-        for lane in self.lanes.values():
-            while lane.room() > 0:
-                task = asyncio.create_task(self._group(lane, lane.start()))
-                self._tasks.add(task)
-                task.add_done_callback(self._finished)
+        while not self._closing and self._failure is None and self._room() > 0:
+            index = self.redo.pop(0) if self.redo else self.next_index
+            self.next_index = max(self.next_index, index + 1)
+            self.running.add(index)
+            self.admission.start()
+            task = asyncio.create_task(self._group(index))
+            self._tasks.add(task)
+            task.add_done_callback(self._finished)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self._failure = task.exception()
-        if not self._stopping and self._failure is None:
-            self._start_groups()  # also while the caller trains: the others go on collecting
+        self._start_groups()  # also while others train
         self._changed.set()
 
-    async def _group(self, lane: Lane, index: int) -> None:
-        prompt = lane.source.prompt(index)
-        samples = range(lane.experiment.rollout.n_samples)
-        rollouts = await asyncio.gather(*(self._rollout(lane, prompt, index, n) for n in samples))
-        group = Group(
-            adapter=lane.experiment.name, index=index, prompt=prompt, rollouts=tuple(rollouts)
-        )
-        lane.errors.update(r.error.split(":")[0] for r in rollouts if r.error is not None)
-        if reason := unfit(group, lane.experiment.algo.drop_zero_variance_groups):
-            lane.running.discard(index)
-            lane.admission.give_back()
-            lane.failed_in_a_row += 1
-            if lane.failed_in_a_row >= MAX_CONSECUTIVE_FAILED_GROUPS:
-                raise RolloutsFail(
-                    f"adapter {group.adapter}: {MAX_CONSECUTIVE_FAILED_GROUPS} groups in a row "
-                    f"gave nothing to train on; the last one: {reason}"
-                )
-            return
-        if lane.experiment.rollout.max_head_offpolicyness:
-            await asyncio.to_thread(self._spool.put, group)
-        lane.failed_in_a_row = 0
-        lane.running.discard(index)
-        lane.admission.accept()
-        lane.finished.append(group)
-        self._drop_stale(lane)  # training may have gone on without it
+    def _drop_stale(self) -> None:
+        fresh = [group for group in self.finished if group.min_version >= self.oldest]
+        stale = [group.index for group in self.finished if group.min_version < self.oldest]
+        for _ in stale:
+            self.admission.forget()
+            self.errors["stale"] += 1
+        self.spool.remove(self.name, stale)
+        self.finished = fresh
 
-    async def _rollout(self, lane: Lane, prompt: Prompt, index: int, number: int) -> Rollout:
-        sampler = EngineSampler(self._engine, lane.policy, f"{index}/{number}", self.meter)
+    async def _group(self, index: int) -> None:
+        prompt = self.source.prompt(index)
+        samples = range(self.experiment.rollout.n_samples)
+        rollouts = await asyncio.gather(*(self._rollout(prompt, index, n) for n in samples))
+        group = Group(adapter=self.name, index=index, prompt=prompt, rollouts=tuple(rollouts))
+        self.errors.update(r.error.split(":")[0] for r in rollouts if r.error is not None)
+        if reason := unfit(group, self.algo.drop_zero_variance_groups):
+            self._give_back(index, reason)
+            return
+        if self.experiment.rollout.max_head_offpolicyness:
+            await asyncio.to_thread(self.spool.put, group)
+        self._failed_in_a_row = 0
+        self.running.discard(index)
+        self.admission.accept()
+        self.finished.append(group)
+        self._drop_stale()  # training may have gone on without it
+
+    def _give_back(self, index: int, reason: str) -> None:
+        self.running.discard(index)
+        self.admission.give_back()
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= MAX_CONSECUTIVE_FAILED_GROUPS:
+            raise RolloutsFail(
+                f"adapter {self.name}: {MAX_CONSECUTIVE_FAILED_GROUPS} groups in a row gave "
+                f"nothing to train on; the last one: {reason}"
+            )
+
+    async def _rollout(self, prompt: Prompt, index: int, number: int) -> Rollout:
+        sampler = EngineSampler(self.engine, self.policy, f"{index}/{number}", self.meter)
         start = time.perf_counter()
         try:
-            episode = await lane.env.run(prompt, sampler)
+            episode = await self.env.run(prompt, sampler)
         except EngineClosed:
             raise
         except Exception as error:  # the border to environments: any failure is one rollout's
             return Rollout(
-                adapter=lane.experiment.name,
+                adapter=self.name,
                 sample=number,
                 turns=(),
                 reward=None,
@@ -225,7 +209,7 @@ class Collector:
                 seconds=time.perf_counter() - start,
             )
         return Rollout(
-            adapter=lane.experiment.name,
+            adapter=self.name,
             sample=number,
             turns=episode.turns,
             reward=episode.reward,

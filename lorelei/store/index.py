@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from lorelei.store.durable import CorruptFile, StoreError, write_file
 from lorelei.store.identity import read_identity
@@ -19,7 +19,7 @@ Status = Literal["running", "finished", "stopped", "damaged"]
 _SCHEMA = """
 create table steps (step integer primary key, created text, incarnation integer, state json);
 create table adapters (
-    step integer, adapter text, version integer, optimizer_step integer, data_position integer,
+    step integer, adapter text, version integer, optimizer_step integer, state json,
     served_name text, snapshot text, sha256 text, size integer, primary key (step, adapter)
 );
 create table metrics (line integer primary key, record json);
@@ -34,7 +34,7 @@ class RunSummary:
     model: str
     steps: int  # committed
     adapters: tuple[str, ...]
-    reward: float | None  # `reward` and `score` of the loop's state; mean over adapters
+    reward: float | None  # `reward` and `score` of the jobs' states; mean over adapters
     score: float | None
     updated: str  # ISO 8601, UTC
     status: Status  # damaged: see check_run
@@ -80,7 +80,7 @@ def _add(index: sqlite3.Connection, manifest: Manifest) -> None:
             name,
             record.version,
             record.optimizer_step,
-            record.data_position,
+            json.dumps(record.state),
             entry.ref.served_name if entry.ref else None,
             entry.snapshot,
             file.sha256,
@@ -117,17 +117,16 @@ def _summary(folder: Path) -> RunSummary:
         model=model,
         steps=latest.step if latest else 0,
         adapters=tuple(latest.adapters) if latest else (),
-        reward=_mean(state.get("reward")),
-        score=_mean(state.get("score")),
+        reward=_mean(latest, "reward"),
+        score=_mean(latest, "score"),
         updated=latest.created if latest else updated,
         status=status,
     )
 
 
-def _mean(value: Any) -> float | None:
-    """A number, or the mean of {adapter: number}."""
-    values = (
-        list(cast(Mapping[str, Any], value).values()) if isinstance(value, Mapping) else [value]
-    )
+def _mean(manifest: Manifest | None, key: str) -> float | None:
+    """Of what the jobs' states have under a key."""
+    entries = manifest.adapters.values() if manifest else ()
+    values = [entry.record.state.get(key) for entry in entries]
     numbers = [float(v) for v in values if isinstance(v, int | float)]
     return sum(numbers) / len(numbers) if numbers else None

@@ -24,12 +24,11 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # of runs and adapters: safe as 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRecord:
-    """Where one adapter's experiment stands after a step. `admission` is plain JSON."""
+    """Where one adapter's job stands after a step."""
 
     version: int
     optimizer_step: int
-    data_position: int
-    admission: Mapping[str, Any]
+    state: Mapping[str, Any]  # the job's own, plain JSON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +93,7 @@ def manifest_paths(folder: Path) -> list[Path]:
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """Raises ValueError when `state` or an `admission` is not plain JSON."""
+    """Raises ValueError when a `state` is not plain JSON."""
     body = asdict(manifest)
     del body["sha256"]
     return record_bytes(body)

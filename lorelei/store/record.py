@@ -10,12 +10,42 @@ from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
+from lorelei.config.migrate import config_of_format_1
 from lorelei.store.durable import CorruptFile, StoreError, read_file
 
 T = TypeVar("T")
 
-FORMAT = 1
-MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}  # n: from n to n + 1
+FORMAT = 2
+Body = dict[str, Any]
+
+
+def _one_job_per_adapter(body: Body) -> Body:
+    """Format 1 knew RL only: its state was spread over the records of adapters and the loop's."""
+    if "adapters" in body and "files" in body:
+        return _manifest_of_jobs(body)
+    if "config" in body:
+        return {**body, "config": config_of_format_1(body["config"])}
+    return body
+
+
+def _manifest_of_jobs(body: Body) -> Body:
+    loop: Body = body["state"]
+    scores: Body = loop.get("score") or {}
+    adapters: Body = {}
+    for name, entry in body["adapters"].items():
+        record: Body = dict(entry["record"])
+        state: Body = {
+            "next_index": record.pop("data_position"),
+            "pending": record.pop("admission").get("pending", []),
+            "reward": loop.get("reward"),
+            "score": scores.get(name),
+        }
+        adapters[name] = {**entry, "record": {**record, "state": state}}
+    return {**body, "adapters": adapters, "state": {"finished": bool(loop.get("finished"))}}
+
+
+# n: from n to n + 1
+MIGRATIONS: Mapping[int, Callable[[Body], Body]] = {1: _one_job_per_adapter}
 
 
 def record_bytes(body: Mapping[str, Any]) -> bytes:

@@ -180,9 +180,9 @@ class RunStore:
         """Write the files of a step.
 
         step: finished steps, this one included. snapshots: of every adapter that moved since
-        `latest`. adapters: all adapters of the run as of this step. state: the loop's own, plain
-        JSON; `list_runs` reads its `reward`, `score` and `finished`. An earlier Pending that
-        was not committed is void. Raises ValueError.
+        `latest`. adapters: all adapters of the run as of this step; `list_runs` reads `reward` and
+        `score` of their states. state: the loop's own, plain JSON; `list_runs` reads `finished`.
+        An earlier Pending that was not committed is void. Raises ValueError.
         """
         parent = self.latest
         last = parent.step if parent else -1
@@ -232,13 +232,15 @@ class RunStore:
         self,
         pending: Pending,
         refs: Mapping[str, AdapterRef],
+        states: Mapping[str, Mapping[str, Any]] | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         """Make a staged step true, with the log lines written so far.
 
-        refs: what rollout engines were given, for the adapters whose version is new. state: more
-        of the loop's own, known since the staging. Raises ValueError for refs of other versions:
-        then the step did not happen. After a StoreError only `open` can tell.
+        refs: what inference engines were given, for the adapters whose version is new. states,
+        state: of jobs, and more of the loop's own, as they are known by now. Raises ValueError for
+        refs of other versions: then the step did not happen. After a StoreError only `open` can
+        tell.
         """
         draft = pending.manifest
         assert draft.parent_sha256 == (self.latest.sha256 if self.latest else None), "void Pending"
@@ -247,13 +249,14 @@ class RunStore:
             version = entry.record.version if entry else None
             if ref.name != name or ref.version != version:
                 raise ValueError(f"refs: {name!r} is {ref}, staged is version {version}")
+        entries: dict[str, AdapterEntry] = {}
+        for name, entry in draft.adapters.items():
+            record = replace(entry.record, state=(states or {}).get(name, entry.record.state))
+            entries[name] = replace(entry, record=record, ref=refs.get(name, entry.ref))
         manifest = replace(
             draft,
             created=now(),
-            adapters={
-                name: replace(entry, ref=refs.get(name, entry.ref))
-                for name, entry in draft.adapters.items()
-            },
+            adapters=entries,
             logs={name: log.sync() for name, log in self._logs.items()},
             state={**draft.state, **(state or {})},
         )

@@ -21,10 +21,19 @@ from lorelei.lora.sharded import is_sharded
 from lorelei.lora.state import AdapterSnapshot, AdapterState, check_tensors
 from lorelei.parallel.ranks import Ranks
 from lorelei.train.adam import AdapterOptimizer
-from lorelei.train.checks import check_batch, check_losses, check_snapshot, finite
+from lorelei.train.checks import (
+    check_batch,
+    check_losses,
+    check_policy,
+    check_snapshot,
+    finite,
+    under,
+)
 from lorelei.train.items import Outputs, item_rows, loss_items
 from lorelei.train.layout import Piece, idle, micro_batches, packed, pieces, share
 from lorelei.types import (
+    BASE,
+    CURRENT,
     AdamHyper,
     AdapterSpec,
     Batch,
@@ -68,7 +77,7 @@ class BankEngine:
 
     def __init__(self, passes: Passes, max_tokens_per_mb: int, ranks: Ranks) -> None:
         self._passes, self._max_tokens, self._ranks = passes, max_tokens_per_mb, ranks
-        self._bank, self._references = passes.make_bank(), passes.make_bank()
+        self._bank, self._held = passes.make_bank(), passes.make_bank()
         self._optimizers: dict[str, AdapterOptimizer] = {}
 
     def add_adapter(self, name: str, spec: AdapterSpec, seed: int = 0) -> None:
@@ -78,27 +87,30 @@ class BankEngine:
     def drop_adapter(self, name: str) -> None:
         self._bank.drop(name)
         del self._optimizers[name]
-        if name in self._references:
-            self._references.drop(name)
 
-    def set_reference(self, name: str, state: AdapterState | None) -> None:
-        self._bank[name]
-        if name in self._references:
-            self._references.drop(name)
-        if state is None:
-            return
-        self._references.add(name, state.spec)
+    def hold(self, policy: Policy, state: AdapterState) -> None:
+        check_policy(policy)
+        if policy in self._held:
+            self._held.drop(policy)
+        self._held.add(policy, state.spec)
         try:
-            self._references.load(name, state.tensors)
+            self._held.load(policy, state.tensors)
         except ValueError:
-            self._references.drop(name)
+            self._held.drop(policy)
             raise
+
+    def release(self, policy: Policy) -> None:
+        self._held.drop(policy)
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, policy: Policy) -> ItemOutputs:
         check_batch(batch, self._bank)
         outputs = Outputs(len(batch.items), self._bank.dtype)
-        bank = self._references if policy == "reference" else self._bank
+        bank = self._bank
+        if policy != CURRENT:
+            batch, bank = under(batch, policy), self._held
+        if policy not in (CURRENT, BASE):
+            bank[policy]
         with self._ranks.all_or_none():
             for part in self._micro_batches(batch):
                 found = self._passes.item_logprobs(part.batch, bank, None)

@@ -1,17 +1,17 @@
-"""From groups of rollouts to a batch of segments and items. Numpy only.
+"""From groups of rollouts, or from examples, to a batch of segments and items. Numpy only.
 
 Shapes: P prompt tokens, T completion tokens, I items.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from lorelei.train.layout import Piece, join
-from lorelei.types import Batch, Floats, Ints, Items, Rollout, Segment
+from lorelei.types import Batch, Example, Floats, Ints, Items, Rollout, Segment
 
 
 @dataclass(slots=True)
@@ -19,44 +19,44 @@ class _Row:
     """One token row of a rollout; a turn that continues an earlier row extends it."""
 
     tokens: Ints
-    predicted: list[tuple[int, int]]  # completions as [start, stop) in the row
-    behaviour: list[Floats]
+    # [start, stop) of each completion in the row, and where its tokens stand among the rollout's
+    predicted: list[tuple[int, int, int]]
 
 
 @dataclass(slots=True)
 class _Columns:
     source: list[np.ndarray] = field(default_factory=list[np.ndarray])
     target: list[np.ndarray] = field(default_factory=list[np.ndarray])
-    behaviour: list[np.ndarray] = field(default_factory=list[np.ndarray])
     sequence: list[np.ndarray] = field(default_factory=list[np.ndarray])
+    streams: dict[str, list[np.ndarray]] = field(default_factory=dict[str, list[np.ndarray]])
 
 
-def build_batch(
+def rollout_batch(
     adapter: str,
     groups: Sequence[Sequence[Rollout]],
-    advantages: Sequence[Floats],
+    streams: Mapping[str, Sequence[Sequence[Floats]]],
     temperature: float,
 ) -> Batch:
-    """The batch of one adapter; weights are left at 1 for the caller to replace.
+    """The batch of one adapter's groups; weights are left at 1 for the caller to replace.
 
-    groups: the rollouts to train on, by group. advantages: one number a rollout, alike. Rollouts
-    of a group that begin with the same prompt share it as one segment. Raises ValueError when no
-    rollout has a sampled token.
+    groups: the rollouts to train on, by group. streams: by name, group and rollout, a number [T]
+    for each sampled token in the order of its turns; 'behaviour' comes of the rollouts themselves.
+    Rollouts of a group that begin with the same prompt share it as one segment. Raises ValueError
+    when no rollout has a sampled token.
     """
     segments: list[Segment] = []
     columns = _Columns()
-    advantage_of: list[float] = []
-    tokens = 0
-    for rollouts, values in zip(groups, advantages, strict=True):
+    tokens = number = 0
+    for place, rollouts in enumerate(groups):
         if not rollouts:
             continue
         first = rollouts[0].turns[0].prompt
         root = len(segments)
         segments.append(Segment(tokens=first, parent=-1, start=0, adapter=adapter))
         root_start, tokens = tokens, tokens + len(first)
-        for rollout, value in zip(rollouts, values, strict=True):
-            number = len(advantage_of)
-            advantage_of.append(float(value))
+        for rollout_place, rollout in enumerate(rollouts):
+            own = {name: by_group[place][rollout_place] for name, by_group in streams.items()}
+            own["behaviour"] = np.concatenate([t.completion.logprobs for t in rollout.turns])
             for row in _rows(rollout):
                 shared = len(first) if _starts_with(row.tokens, first) else 0
                 inputs = row.tokens[shared:-1]  # the last token predicts nothing
@@ -65,22 +65,51 @@ def build_batch(
                     segments.append(
                         Segment(tokens=inputs, parent=parent, start=shared, adapter=adapter)
                     )
-                _add_items(columns, row, number, shared, root_start, tokens)
+                moves = (shared, root_start, tokens)
+                _add_items(columns, row, number, own, moves)
                 tokens += len(inputs)
+            number += 1
     if not columns.source:
         raise ValueError(f"adapter {adapter!r}: no rollout has a sampled token to train on")
-    sequence = np.concatenate(columns.sequence)
-    count = len(sequence)
-    items = Items(
+    return Batch(segments=tuple(segments), items=_items(columns, temperature))
+
+
+def example_batch(adapter: str, examples: Sequence[Example]) -> Batch:
+    """The batch of sequences that are given, each a segment of its own; all items weigh the same.
+
+    Raises ValueError when no token is to be predicted.
+    """
+    segments: list[Segment] = []
+    columns = _Columns()
+    tokens = 0
+    for number, example in enumerate(examples):
+        inputs = example.tokens[:-1]
+        predicted = np.flatnonzero(example.predicted[1:])
+        segments.append(Segment(tokens=inputs, parent=-1, start=0, adapter=adapter))
+        columns.source.append(predicted + tokens)
+        columns.target.append(example.tokens[1:][predicted])
+        columns.sequence.append(np.full(len(predicted), number, dtype=np.int64))
+        tokens += len(inputs)
+    items = _items(columns, temperature=1.0)
+    if not len(items):
+        raise ValueError(f"adapter {adapter!r}: the examples have no token to predict")
+    weight = np.full(len(items), 1.0 / len(items), dtype=np.float32)
+    return Batch(segments=tuple(segments), items=replace(items, weight=weight))
+
+
+def _items(columns: _Columns, temperature: float) -> Items:
+    count = sum(map(len, columns.source))
+    return Items(
         source=np.concatenate(columns.source),
         target=np.concatenate(columns.target).astype(np.int64),
         weight=np.ones(count, dtype=np.float32),
-        advantage=np.asarray(advantage_of, dtype=np.float32)[sequence],
-        behaviour=np.concatenate(columns.behaviour).astype(np.float32),
         temperature=np.full(count, temperature, dtype=np.float32),
-        sequence=sequence,
+        sequence=np.concatenate(columns.sequence),
+        streams={
+            name: np.concatenate(values).astype(np.float32)
+            for name, values in columns.streams.items()
+        },
     )
-    return Batch(segments=tuple(segments), items=items)
 
 
 def concatenate(batches: Sequence[Batch]) -> Batch:
@@ -89,8 +118,7 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
     sequences = items = 0
     for batch in batches:
         own = batch.items.sequence
-        columns = {f: getattr(batch.items, f) for f in Items.__slots__}
-        moved = Items(**{**columns, "sequence": own + sequences})
+        moved = replace(batch.items, sequence=own + sequences)
         place = np.arange(items, items + len(own))
         parts.append(Piece(batch=Batch(segments=batch.segments, items=moved), items=place))
         sequences += int(own.max()) + 1
@@ -100,6 +128,7 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
 
 def _rows(rollout: Rollout) -> list[_Row]:
     rows: list[_Row] = []
+    tokens = 0
     for turn in rollout.turns:
         sampled = turn.completion.tokens
         if len(sampled) == 0:
@@ -107,10 +136,10 @@ def _rows(rollout: Rollout) -> list[_Row]:
         # the newest first: conversations that go on side by side are rows of their own
         row = next((r for r in reversed(rows) if _starts_with(turn.prompt, r.tokens)), None)
         if row is None:
-            rows.append(row := _Row(turn.prompt, [], []))
+            rows.append(row := _Row(turn.prompt, []))
         row.tokens = np.concatenate([turn.prompt, sampled])
-        row.predicted.append((len(turn.prompt), len(row.tokens)))
-        row.behaviour.append(turn.completion.logprobs)
+        row.predicted.append((len(turn.prompt), len(row.tokens), tokens))
+        tokens += len(sampled)
     return rows
 
 
@@ -119,12 +148,19 @@ def _starts_with(tokens: Ints, prefix: Ints) -> bool:
 
 
 def _add_items(
-    columns: _Columns, row: _Row, number: int, shared: int, root_start: int, own_start: int
+    columns: _Columns,
+    row: _Row,
+    number: int,
+    streams: Mapping[str, Floats],
+    moves: tuple[int, int, int],
 ) -> None:
-    for (start, stop), behaviour in zip(row.predicted, row.behaviour, strict=True):
+    """moves: the row's tokens before `shared` stand at root_start, the others at own_start."""
+    shared, root_start, own_start = moves
+    for start, stop, first in row.predicted:
         source = np.arange(start - 1, stop - 1, dtype=np.int64)
         moved = np.where(source < shared, source + root_start, source - shared + own_start)
         columns.source.append(moved)
         columns.target.append(row.tokens[start:stop])
-        columns.behaviour.append(behaviour)
         columns.sequence.append(np.full(stop - start, number, dtype=np.int64))
+        for name, values in streams.items():
+            columns.streams.setdefault(name, []).append(values[first : first + stop - start])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lorelei.algo.loss import load_loss
 from lorelei.lora.state import AdapterSnapshot
-from lorelei.types import AdapterSpec, Batch, LossSpec
+from lorelei.types import BASE, CURRENT, AdapterSpec, Batch, LossSpec, Policy
 
 
 class Adapters(Protocol):
@@ -30,11 +31,28 @@ def check_batch(batch: Batch, held: Adapters) -> None:
 
 
 def check_losses(batch: Batch, losses: Mapping[str, LossSpec]) -> None:
-    """Raises ValueError for an adapter without a loss, or a loss that is nowhere."""
+    """Raises ValueError for an adapter without a loss, a loss that is nowhere, a lacking stream."""
     if missing := sorted(set(batch.adapters) - losses.keys()):
         raise ValueError(f"losses: none given for adapter {missing[0]!r}, which has segments")
     for name in batch.adapters:
         load_loss(losses[name])
+        if lacking := [s for s in losses[name].streams if s not in batch.items.streams]:
+            raise ValueError(
+                f"losses: that of adapter {name!r} reads the stream {lacking[0]!r}, which the "
+                f"batch has not; it has: {', '.join(batch.items.streams) or 'none'}"
+            )
+
+
+def check_policy(policy: Policy) -> None:
+    """Raises ValueError for a name that is taken."""
+    if policy in (CURRENT, BASE):
+        raise ValueError(f"policy: {policy!r} has a meaning of its own; give another name")
+
+
+def under(batch: Batch, policy: Policy) -> Batch:
+    """The batch with every segment under one frozen policy."""
+    segments = tuple(replace(segment, adapter=policy) for segment in batch.segments)
+    return replace(batch, segments=segments)
 
 
 def finite(name: str, norm: Tensor | None) -> Tensor:

@@ -44,12 +44,23 @@ class TrainEngine(Protocol):
         """Forget an adapter and its optimizer state."""
         ...
 
-    def set_reference(self, name: str, state: AdapterState | None) -> None:
-        """The read-only policy behind `logprobs(batch, "reference")`; None: the base model."""
+    def hold(self, policy: Policy, state: AdapterState) -> None:
+        """Keep a frozen adapter for `logprobs`, a reference or a teacher, until `release`.
+
+        Replaces the one of that name. Raises ValueError for CURRENT, BASE and an adapter that
+        does not fit the model.
+        """
+        ...
+
+    def release(self, policy: Policy) -> None:
+        """Forget what `hold` keeps under a name."""
         ...
 
     def logprobs(self, batch: Batch, policy: Policy) -> ItemOutputs:
-        """Log-probabilities of every item, without gradients."""
+        """Log-probabilities of every item, without gradients.
+
+        policy: CURRENT for each segment's own adapter, BASE, or a name that is held.
+        """
         ...
 
     def forward_backward(self, batch: Batch, losses: Mapping[str, LossSpec]) -> TrainOutputs:

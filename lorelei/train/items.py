@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorelei.algo.loss import LossItems, LossResult
 from lorelei.train.layout import Piece
-from lorelei.types import Batch, ItemOutputs, Items
+from lorelei.types import Batch, Floats, ItemOutputs, Items
 
 
 class Outputs:
@@ -57,20 +57,18 @@ def item_rows(batch: Batch) -> dict[str, slice]:
 
 
 def loss_items(items: Items, rows: slice, like: Tensor) -> LossItems:
-    """One adapter's items as tensors like `like`."""
+    """One adapter's items as tensors like `like`; streams that are only others' are left out."""
 
-    def column(values: np.ndarray | None) -> Tensor | None:
-        if values is None or np.isnan(values[rows]).all():  # another adapter's column
-            return None
+    def column(values: Floats) -> Tensor:
         return torch.from_numpy(values[rows]).to(like.device, like.dtype)
 
-    weight, advantage, behaviour = map(column, (items.weight, items.advantage, items.behaviour))
-    assert weight is not None and advantage is not None and behaviour is not None
+    streams = {
+        name: column(values)
+        for name, values in items.streams.items()
+        if not np.isnan(values[rows]).all()
+    }
     return LossItems(
-        weight=weight,
-        advantage=advantage,
-        behaviour=behaviour,
-        proximal=column(items.proximal),
-        reference=column(items.reference),
+        weight=column(items.weight),
         sequence=torch.from_numpy(items.sequence[rows]).to(like.device),
+        streams=streams,
     )

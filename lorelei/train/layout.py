@@ -6,11 +6,11 @@ Numpy only. Shapes: I items.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lorelei.types import Batch, Items, Longs, Segment
+from lorelei.types import Batch, Floats, Items, Longs, Segment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +32,14 @@ def starts(segments: Sequence[Segment]) -> Longs:
 
 def take_items(items: Items, index: Longs, source: Longs) -> Items:
     """The items at `index`, with new sources."""
-    changed = {
-        f.name: value[index] for f in fields(items) if (value := getattr(items, f.name)) is not None
-    }
-    return Items(**{**changed, "source": source})
+    return Items(
+        source=source,
+        target=items.target[index],
+        weight=items.weight[index],
+        temperature=items.temperature[index],
+        sequence=items.sequence[index],
+        streams={name: values[index] for name, values in items.streams.items()},
+    )
 
 
 def pieces(batch: Batch, max_tokens: int) -> list[Piece]:
@@ -96,8 +100,15 @@ def join(parts: Sequence[Piece]) -> Piece:
         ]
         sources.append(part.batch.items.source + tokens)
         tokens += part.tokens
-    columns = {f.name: _column(parts, f.name) for f in fields(Items)}
-    items = Items(**{**columns, "source": np.concatenate(sources)})
+    held = [p.batch.items for p in parts]
+    items = Items(
+        source=np.concatenate(sources),
+        target=np.concatenate([i.target for i in held]),
+        weight=np.concatenate([i.weight for i in held]),
+        temperature=np.concatenate([i.temperature for i in held]),
+        sequence=np.concatenate([i.sequence for i in held]),
+        streams=_joined_streams(held),
+    )
     return Piece(
         batch=Batch(segments=tuple(segments), items=items),
         items=np.concatenate([p.items for p in parts]),
@@ -153,17 +164,15 @@ def flatten(batch: Batch) -> Batch:
     return Batch(segments=tuple(rows), items=items)
 
 
-def _column(parts: Sequence[Piece], name: str) -> np.ndarray | None:
-    """An item column of all parts; NaN where only some of them have an optional one."""
-    held = [getattr(p.batch.items, name) for p in parts]
-    if all(values is None for values in held):
-        return None
-    lengths = [len(p.batch.items) for p in parts]
-    filled = [
-        np.full(n, np.nan, dtype=np.float32) if values is None else values
-        for values, n in zip(held, lengths, strict=True)
-    ]
-    return np.concatenate(filled)
+def _joined_streams(parts: Sequence[Items]) -> dict[str, Floats]:
+    """The streams of all parts; NaN for the items of a part that lacks one."""
+    names = dict.fromkeys(name for items in parts for name in items.streams)
+    return {
+        name: np.concatenate(
+            [i.streams.get(name, np.full(len(i), np.nan, dtype=np.float32)) for i in parts]
+        )
+        for name in names
+    }
 
 
 @dataclass(frozen=True, slots=True)

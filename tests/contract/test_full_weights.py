@@ -20,6 +20,7 @@ from lorelei.publish.publisher import VersionPublisher
 from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.contract import TrainEngine
 from lorelei.types import (
+    BASE,
     FULL_WEIGHTS,
     AdamHyper,
     AdapterRef,
@@ -140,17 +141,17 @@ def test_a_restored_snapshot_goes_on_bit_for_bit(full: TrainEngine) -> None:
         assert_equal(one, other)
 
 
-def test_the_reference_is_the_base_or_the_weights_given(full: TrainEngine) -> None:
+def test_a_policy_is_the_base_or_the_weights_that_are_held(full: TrainEngine) -> None:
     batch = some_batch(1)
     base = full.logprobs(batch, "current").logprobs
     train(full, range(1))
     given = full.adapter_state("a")
     current = full.logprobs(batch, "current").logprobs
     assert np.abs(current - base).max() > 1e-2, "weights that do not move would pass"
-    np.testing.assert_allclose(full.logprobs(batch, "reference").logprobs, base, rtol=FP32)
-    full.set_reference("a", given)
+    np.testing.assert_allclose(full.logprobs(batch, BASE).logprobs, base, rtol=FP32)
+    full.hold("earlier", given)
     train(full, range(1, 2))
-    np.testing.assert_array_equal(full.logprobs(batch, "reference").logprobs, current)
+    np.testing.assert_array_equal(full.logprobs(batch, "earlier").logprobs, current)
     assert np.abs(full.logprobs(batch, "current").logprobs - current).max() > 1e-2
 
 

@@ -16,7 +16,7 @@ from lorelei.train.batch import concatenate
 from lorelei.train.contract import TrainEngine
 from lorelei.train.remote.engine import RemoteEngine
 from lorelei.train.remote.spec import MegatronSpec
-from lorelei.types import AdamHyper, AdapterSpec, Batch, LossSpec, Rollout
+from lorelei.types import BASE, AdamHyper, AdapterSpec, Batch, LossSpec, Rollout
 from lorelei.venvs.recipe import interpreter
 from tests.contract.oracle import grpo_loss, make_oracle, turn_logprobs
 from tests.contract.train_engines import (
@@ -88,14 +88,14 @@ def test_a_split_model_has_the_gradients_of_transformers(
     rollouts = [r for group in groups for r in group]
     with adapters(engine, a=spec):
         tensors = engine.adapter_state("a").tensors
-        base = engine.logprobs(batch, "reference").logprobs
+        base = engine.logprobs(batch, BASE).logprobs
         oracle = make_oracle(LAYOUTS[layout], folder, torch.float32, spec, tensors)
         grpo_loss(oracle, rollouts).backward()
         outputs = engine.forward_backward(batch, {"a": GRPO})
         got = look(engine, "a")["a"]
         engine.forward_backward(batch, {"a": GRPO})
         engine.optim_step({"a": HYPER})
-        again = engine.logprobs(batch, "reference").logprobs
+        again = engine.logprobs(batch, BASE).logprobs
     turns = [t for r in rollouts for t in r.turns]
     expected = torch.cat([pair[0] for pair in turn_logprobs(oracle, turns, 1.0)]).detach()
     assert_close({"": torch.from_numpy(outputs.items.logprobs)}, {"": expected}, FP32)

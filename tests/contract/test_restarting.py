@@ -67,7 +67,7 @@ def train(
     for name in ("a", "b", "gone"):
         engine.add_adapter(name, SPEC, seed=3)
         randomise(engine, name, seed=len(name))
-    engine.set_reference("a", engine.adapter_state("b"))
+    engine.hold("earlier", engine.adapter_state("b"))
     for step in range(2):
         engine.forward_backward(
             batch(step, "a", "b", "gone"), dict.fromkeys(("a", "b", "gone"), GRPO)
@@ -113,13 +113,13 @@ def test_lost_workers_are_started_again_and_the_step_is_redone(
         assert_equal(found[name].exp_avg_sq, snapshot.exp_avg_sq)
 
 
-def test_the_reference_outlives_the_workers(engine: Restarting) -> None:
+def test_a_held_policy_outlives_the_workers(engine: Restarting) -> None:
     engine.add_adapter("a", SPEC, seed=1)
     other = randomise(engine, "a", seed=5)
-    engine.set_reference("a", other)
-    before = engine.logprobs(batch(1, "a"), "reference").logprobs
+    engine.hold("earlier", other)
+    before = engine.logprobs(batch(1, "a"), "earlier").logprobs
     kill(engine, 0)
-    np.testing.assert_array_equal(engine.logprobs(batch(1, "a"), "reference").logprobs, before)
+    np.testing.assert_array_equal(engine.logprobs(batch(1, "a"), "earlier").logprobs, before)
 
 
 def test_workers_that_are_lost_again_and_again_end_the_run(engine: Restarting) -> None:

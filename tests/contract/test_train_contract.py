@@ -15,7 +15,7 @@ from lorelei.train.archon.engine import ArchonEngine
 from lorelei.train.batch import concatenate
 from lorelei.train.contract import TrainEngine
 from lorelei.train.layout import flatten, pieces
-from lorelei.types import AdamHyper, AdapterSpec, Batch, LossSpec, Rollout
+from lorelei.types import BASE, AdamHyper, AdapterSpec, Batch, LossSpec, Rollout
 from tests.contract.oracle import BaseOracle, grpo_loss, make_oracle, turn_logprobs
 from tests.contract.train_engines import (
     DECOUPLED,
@@ -247,13 +247,14 @@ def test_an_unknown_adapter_is_a_key_error_that_names_those_there_are(engine: Tr
     batch = some_batch(1, "z")
     with adapters(engine, a=SPEC):
         snapshot = engine.snapshot("a")
-        state = snapshot.state
+
         for call in (
             lambda: engine.drop_adapter("z"),
             lambda: engine.adapter_state("z"),
             lambda: engine.snapshot("z"),
             lambda: engine.restore("z", snapshot),
-            lambda: engine.set_reference("z", state),
+            lambda: engine.release("z"),
+            lambda: engine.logprobs(some_batch(1), "z"),
             lambda: engine.logprobs(batch, "current"),
             lambda: engine.forward_backward(batch, {"z": GRPO}),
             lambda: engine.optim_step({"z": HYPER}),
@@ -342,23 +343,22 @@ def test_an_adapter_dropped_and_added_again_is_fresh(engine: TrainEngine) -> Non
     fresh = engine.snapshot("a")
     engine.forward_backward(some_batch(1), {"a": GRPO})
     engine.optim_step({"a": HYPER})
-    engine.set_reference("a", engine.adapter_state("a"))
     engine.drop_adapter("a")
     with pytest.raises(KeyError):
         engine.adapter_state("a")
     with adapters(engine):
         engine.add_adapter("a", SPEC, seed=3)
         again = engine.snapshot("a")
-        base = engine.logprobs(some_batch(1), "reference").logprobs
+        base = engine.logprobs(some_batch(1), BASE).logprobs
         current = engine.logprobs(some_batch(1), "current").logprobs
         engine.drop_adapter("a")
     assert again.state.digest() == fresh.state.digest() and again.step == 0
     assert not any(t.any() for t in again.exp_avg.values())
     assert any(t.any() for t in again.state.tensors.values())
-    np.testing.assert_array_equal(base, current)  # B is zero, and the old reference is gone
+    np.testing.assert_array_equal(base, current)  # B is zero
 
 
-def test_the_reference_is_the_base_or_the_state_given(
+def test_a_policy_is_the_base_or_the_state_that_is_held(
     engine: TrainEngine, family: str, folder: Path
 ) -> None:
     spec = SPEC if family == "qwen3_moe" else HEAD  # an adapted head has a path of its own
@@ -370,20 +370,23 @@ def test_the_reference_is_the_base_or_the_state_given(
         oracle = BaseOracle(folder, torch.float32)
         if state is not None:
             oracle = make_oracle(family, folder, torch.float32, spec, state.tensors)
+        policy = BASE if state is None else "earlier"
         expected = torch.cat([pair[0] for pair in turn_logprobs(oracle, turns, 1.0)]).detach()
-        got = torch.from_numpy(engine.logprobs(batch, "reference").logprobs)
+        got = torch.from_numpy(engine.logprobs(batch, policy).logprobs)
         assert_close({"": got}, {"": expected}, FP32)
 
     with adapters(engine, a=spec):
         expect(None)
         state = engine.adapter_state("a")
-        engine.set_reference("a", state)
+        engine.hold("earlier", state)
         randomise(engine, "a", seed=9)
         engine.forward_backward(batch, {"a": GRPO})
         engine.optim_step({"a": HYPER})
         expect(state)
-        engine.set_reference("a", None)
         expect(None)
+        engine.release("earlier")
+        with pytest.raises(KeyError):
+            engine.logprobs(batch, "earlier")
 
 
 def test_each_adapter_of_a_mixed_batch_has_its_own_loss_and_gradient(engine: TrainEngine) -> None:
@@ -391,8 +394,9 @@ def test_each_adapter_of_a_mixed_batch_has_its_own_loss_and_gradient(engine: Tra
     losses = {"a": GRPO, "b": LIKELIHOOD, "c": DECOUPLED}
     batches = {name: some_batch(seed, name) for seed, name in enumerate(specs)}
     held = batches["b"].items
-    # columns that only one of the adapters has
-    batches["b"] = replace(batches["b"], items=replace(held, proximal=held.behaviour))
+    # a stream that only one of the adapters has
+    streams = {**held.streams, "proximal": held.streams["behaviour"]}
+    batches["b"] = replace(batches["b"], items=replace(held, streams=streams))
     with adapters(engine, **specs):
         mixed = concatenate([*batches.values()])
         outputs = engine.forward_backward(mixed, losses)

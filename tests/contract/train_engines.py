@@ -59,8 +59,8 @@ ARCHON = ("archon", "archon-two-ranks")
 ENGINES = (*ARCHON, *FSDP, pytest.param("megatron", marks=needs("megatron")))
 SMALL = 24  # tokens of a micro-batch: less than most trees of the tests
 
-GRPO = LossSpec(path="lorelei.algo.grpo:loss", params={"decoupled": False})
-DECOUPLED = LossSpec(path="lorelei.algo.grpo:loss", params={})
+GRPO = LossSpec(path="lorelei.algo.grpo:plain_loss", params={})
+DECOUPLED = LossSpec(path="lorelei.algo.grpo:decoupled_loss", params={})
 # the first moment of a step with beta1 = 0 is the gradient; lr = 0 leaves the weights alone
 LOOK = AdamHyper(lr=0.0, beta1=0.0, max_grad_norm=0.0)
 

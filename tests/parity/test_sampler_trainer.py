@@ -18,7 +18,7 @@ from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.lora.peft_folder import write_peft_folder
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.train.archon.engine import ArchonEngine
-from lorelei.train.batch import build_batch
+from lorelei.train.batch import rollout_batch
 from lorelei.types import (
     AdapterRef,
     AdapterSpec,
@@ -93,7 +93,7 @@ def trainers(engine: ArchonEngine, pairs: list[tuple[Ints, Completion]], t: floa
         for i, (prompt, completion) in enumerate(pairs)
     ]
     groups = [rollouts[:2], rollouts[2:]]
-    batch = build_batch("a", groups, [np.zeros(2, np.float32)] * 2, t)
+    batch = rollout_batch("a", groups, {}, t)
     return engine.logprobs(batch, "current").logprobs
 
 

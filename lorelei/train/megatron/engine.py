@@ -22,7 +22,13 @@ from lorelei.lora.targets import module_shapes
 from lorelei.model.config import DecoderConfig
 from lorelei.model.load import read_config
 from lorelei.parallel.ranks import Ranks
-from lorelei.train.checks import check_batch, check_losses, check_snapshot, finite
+from lorelei.train.checks import (
+    check_batch,
+    check_losses,
+    check_policy,
+    check_snapshot,
+    finite,
+)
 from lorelei.train.items import Outputs, loss_items
 from lorelei.train.layout import packed, pieces, share
 from lorelei.train.megatron.adapter import Adapter, Shard
@@ -34,6 +40,8 @@ from lorelei.train.megatron.slots import Slots
 from lorelei.train.moving import HOST, move
 from lorelei.train.remote.spec import MegatronSpec
 from lorelei.types import (
+    BASE,
+    CURRENT,
     AdamHyper,
     AdapterSpec,
     Batch,
@@ -56,7 +64,7 @@ class MegatronEngine:
         self._ranks = ranks
         self._max_tokens = spec.max_tokens_per_mb
         self._pipeline = Pipeline(self._model, config, self._layout, spec.recompute)
-        self._slots, self._references = (
+        self._slots, self._held = (
             Slots(
                 self._pipeline.sites,
                 module_shapes(hf_config),
@@ -73,21 +81,20 @@ class MegatronEngine:
 
     def drop_adapter(self, name: str) -> None:
         self._slots.drop(name)
-        if name in self._references:
-            self._references.drop(name)
 
-    def set_reference(self, name: str, state: AdapterState | None) -> None:
-        self._slots[name]
-        if name in self._references:
-            self._references.drop(name)
-        if state is None:
-            return
-        self._references.add(name, state.spec, 0)
+    def hold(self, policy: Policy, state: AdapterState) -> None:
+        check_policy(policy)
+        if policy in self._held:
+            self._held.drop(policy)
+        self._held.add(policy, state.spec, 0)
         try:
-            self._references.load(name, state)
+            self._held.load(policy, state)
         except ValueError:
-            self._references.drop(name)
+            self._held.drop(policy)
             raise
+
+    def release(self, policy: Policy) -> None:
+        self._held.drop(policy)
 
     def logprobs(self, batch: Batch, policy: Policy) -> ItemOutputs:
         check_batch(batch, self._slots)
@@ -126,7 +133,7 @@ class MegatronEngine:
             return result.total
 
         with self._ranks.all_or_none():
-            self._pipeline.forward_backward(list(self._rows(batch, "current", True)), judge)
+            self._pipeline.forward_backward(list(self._rows(batch, CURRENT, True)), judge)
         self._ranks.add_up([outputs.logprobs, outputs.entropy])
         sums = self._ranks.add_up_dicts(outputs.sums)
         for name in batch.adapters:
@@ -158,9 +165,9 @@ class MegatronEngine:
                 yield from (padding_row(adapter, self._layout, device) for _ in range(missing))
 
     def _adapter(self, name: str, policy: Policy) -> Adapter | None:
-        if policy == "current":
+        if policy == CURRENT:
             return self._slots[name].adapter
-        return self._references[name].adapter if name in self._references else None
+        return None if policy == BASE else self._held[policy].adapter
 
     def optim_step(self, hyper: Mapping[str, AdamHyper]) -> Mapping[str, OptimStats]:
         slots = {name: self._slots[name] for name in hyper}

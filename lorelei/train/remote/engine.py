@@ -76,8 +76,11 @@ class RemoteEngine:
     def drop_adapter(self, name: str) -> None:
         self._call("drop_adapter", name)
 
-    def set_reference(self, name: str, state: AdapterState | None) -> None:
-        self._call("set_reference", name, state)
+    def hold(self, policy: Policy, state: AdapterState) -> None:
+        self._call("hold", policy, state)
+
+    def release(self, policy: Policy) -> None:
+        self._call("release", policy)
 
     def logprobs(self, batch: Batch, policy: Policy) -> ItemOutputs:
         return self._call("logprobs", batch, policy)

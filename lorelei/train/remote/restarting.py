@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +46,7 @@ class Restarting:
         self._make, self._limit = make, restarts
         self._restarts = 0
         self._journal = _Journal()
-        self._references: dict[str, AdapterState | None] = {}
+        self._held: dict[Policy, AdapterState] = {}
         self._offloaded = self._closed = False
         self.engine = make()
 
@@ -58,11 +57,14 @@ class Restarting:
     def drop_adapter(self, name: str) -> None:
         self._change("drop_adapter", name)
         self._journal.forget(name)
-        self._references.pop(name, None)
 
-    def set_reference(self, name: str, state: AdapterState | None) -> None:
-        self._call("set_reference", name, state)
-        self._references[name] = state
+    def hold(self, policy: Policy, state: AdapterState) -> None:
+        self._call("hold", policy, state)
+        self._held[policy] = state
+
+    def release(self, policy: Policy) -> None:
+        self._call("release", policy)
+        self._held.pop(policy, None)
 
     def logprobs(self, batch: Batch, policy: Policy) -> ItemOutputs:
         return self._call("logprobs", batch, policy)
@@ -159,9 +161,8 @@ class Restarting:
                 raise
             except (ValueError, KeyError, EngineFailed):
                 pass  # as the first time: a call that raises leaves its mark too
-        for name, state in self._references.items():
-            with suppress(KeyError):  # its adapter is about to be added
-                engine.set_reference(name, state)
+        for policy, state in self._held.items():
+            engine.hold(policy, state)
         if self._offloaded:
             engine.offload()
 

@@ -25,7 +25,7 @@ from lorelei.train.remote.wire import NETWORK, Call, Failure, Reply, Start, rece
 
 METHODS = frozenset(
     {
-        *("add_adapter", "drop_adapter", "set_reference", "logprobs", "forward_backward"),
+        *("add_adapter", "drop_adapter", "hold", "release", "logprobs", "forward_backward"),
         *("optim_step", "adapter_state", "snapshot", "restore", "offload", "onload"),
     }
 )

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lorelei.data.chat import ChatTemplate
 from lorelei.types import Completion, Turn
-from tests.conftest import CHATML
+from tests.tiny_models import CHATML
 
 ASK = {"role": "user", "content": "What is 12 + 30?"}
 NO = {"role": "user", "content": "No. Again."}

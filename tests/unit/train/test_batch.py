@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lorelei.train.batch import build_batch, concatenate
+from lorelei.train.batch import concatenate, rollout_batch
 from lorelei.types import Batch, Rollout
-from tests.episodes import random_group, rollout, turn
+from tests.episodes import constant, random_group, rollout, turn
 
 
 def built(*groups: list[Rollout] | tuple[Rollout, ...]) -> Batch:
     """The batch of groups, with each rollout's reward as its advantage."""
-    values = [np.array([r.reward for r in group], dtype=np.float32) for group in groups]
-    return build_batch("a", groups, values, temperature=0.8)
+    values = constant(groups, [[r.reward or 0.0 for r in group] for group in groups])
+    return rollout_batch("a", groups, {"advantage": values}, temperature=0.8)
 
 
 def predictions(batch: Batch) -> list[tuple[tuple[int, ...], int]]:
@@ -66,12 +66,20 @@ def test_columns_are_those_of_each_token_and_its_rollout() -> None:
         rollout(turn([1], [4], [-2.0]), reward=-1.5),
     ]
     items = built(group, [rollout(turn([9], [9], [-3.0]), reward=7.0)]).items
-    assert items.behaviour.tolist() == [-0.5, -0.25, -2.0, -3.0]
-    assert items.advantage.tolist() == [1.5, 1.5, -1.5, 7.0]
+    assert items.streams["behaviour"].tolist() == [-0.5, -0.25, -2.0, -3.0]
+    assert items.streams["advantage"].tolist() == [1.5, 1.5, -1.5, 7.0]
     assert items.sequence.tolist() == [0, 0, 1, 2]
     assert items.weight.tolist() == [1.0] * 4
     np.testing.assert_allclose(items.temperature, 0.8)
     assert items.source.dtype == items.target.dtype == items.sequence.dtype == np.int64
+
+
+def test_credit_of_each_token_goes_where_the_token_stands() -> None:
+    one = rollout(turn([1, 2], [3, 4]), turn([7], [8]), turn([1, 2, 3, 4, 5], [6]))
+    credit = np.array([0.1, 0.2, 0.3, 0.4], np.float32)  # of 3, 4, 8 and 6: the order of turns
+    batch = rollout_batch("a", [[one]], {"advantage": [[credit]]}, 1.0)
+    assert batch.items.target.tolist() == [3, 4, 6, 8]  # rows: 1 2 3 4 5 6, then 7 8
+    np.testing.assert_array_equal(batch.items.streams["advantage"], credit[[0, 1, 3, 2]])
 
 
 def test_completions_of_one_token_need_no_segment_of_their_own() -> None:
@@ -143,13 +151,10 @@ def test_random_episodes_predict_every_sampled_token_from_its_context() -> None:
 def test_batches_of_several_adapters_keep_their_items_and_get_distinct_sequences() -> None:
     rng = np.random.default_rng(0)
     groups = [[random_group(rng, 3, [2, 3], name)] for name in ("a", "b", "c")]
-    batches = [
-        build_batch(name, g, [np.zeros(2, dtype=np.float32)], 1.0)
-        for name, g in zip("abc", groups, strict=True)
-    ]
+    batches = [rollout_batch(name, g, {}, 1.0) for name, g in zip("abc", groups, strict=True)]
     whole = concatenate(batches)
     assert whole.adapters == ("a", "b", "c")
     assert predictions(whole) == [p for b in batches for p in predictions(b)]
     assert sorted(set(whole.items.sequence.tolist())) == list(range(6))
-    behaviour = np.concatenate([b.items.behaviour for b in batches])
-    np.testing.assert_array_equal(whole.items.behaviour, behaviour)
+    behaviour = np.concatenate([b.items.streams["behaviour"] for b in batches])
+    np.testing.assert_array_equal(whole.items.streams["behaviour"], behaviour)

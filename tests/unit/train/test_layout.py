@@ -41,11 +41,13 @@ def random_batch(seed: int) -> Batch:
             source=source,
             target=rng.integers(0, 99, count),
             weight=columns[0],
-            advantage=columns[1],
-            behaviour=columns[2],
             temperature=columns[3],
             sequence=rng.integers(0, 6, count),
-            reference=columns[0] if seed % 2 else None,
+            streams={
+                "advantage": columns[1],
+                "behaviour": columns[2],
+                **({"reference": columns[0]} if seed % 2 else {}),
+            },
         ),
     )
 
@@ -67,9 +69,12 @@ def meaning(batch: Batch, item: int) -> tuple[object, ...]:
     while segment.parent >= 0:
         segment = batch.segments[segment.parent]
         context = segment.tokens.tolist() + context
-    fields = (getattr(batch.items, n) for n in Items.__slots__ if n != "source")
-    columns = [None if column is None else float(column[item]) for column in fields]
-    return (adapter, position, tuple(context), *columns)
+    items = batch.items
+    fields = (items.target, items.weight, items.temperature, items.sequence)
+    # NaN: the item has no such stream
+    streams = {n: float(v[item]) for n, v in items.streams.items() if not np.isnan(v[item])}
+    columns = [float(column[item]) for column in fields]
+    return (adapter, position, tuple(context), *columns, *sorted(streams.items()))
 
 
 def meanings(batch: Batch) -> list[tuple[object, ...]]:
@@ -139,8 +144,7 @@ def test_a_tree_that_is_too_large_is_split_between_branches_that_share_no_sequen
     source = np.array([9, 10, 9, 15, 9, 20, 25, 9])
     sequence = np.array([0, 0, 1, 1, 3, 3, 3, 9])
     ones = np.ones(len(source), dtype=np.float32)
-    columns = dict.fromkeys(("weight", "advantage", "behaviour", "temperature"), ones)
-    items = Items(source=source, target=source, sequence=sequence, **columns)
+    items = Items(source=source, target=source, sequence=sequence, weight=ones, temperature=ones)
     batch = Batch(segments=segments, items=items)
     assert [p.tokens for p in pieces(batch, 30)] == [30]
     assert [p.tokens for p in pieces(batch, 20)] == [20, 20]
@@ -192,7 +196,7 @@ def test_flattened_sequences_predict_the_same_items_in_the_same_order() -> None:
         assert len(apart.segments) == sum(i not in parents for i in range(len(batch.segments)))
 
 
-def test_joined_parts_fill_a_column_that_some_lack_with_nan() -> None:
+def test_joined_parts_fill_a_stream_that_some_lack_with_nan() -> None:
     with_reference, without = random_batch(1), random_batch(2)
     parts = [
         Piece(batch=b, items=np.arange(len(b.items)) + k * 100)
@@ -200,9 +204,9 @@ def test_joined_parts_fill_a_column_that_some_lack_with_nan() -> None:
     ]
     joined = join(parts)
     count = len(with_reference.items)
-    reference = joined.batch.items.reference
-    assert reference is not None and joined.batch.items.proximal is None
-    np.testing.assert_array_equal(reference[:count], with_reference.items.reference)
+    assert joined.batch.items.streams.keys() == {"advantage", "behaviour", "reference"}
+    reference = joined.batch.items.streams["reference"]
+    np.testing.assert_array_equal(reference[:count], with_reference.items.streams["reference"])
     assert np.isnan(reference[count:]).all()
     assert joined.items.tolist() == [*range(count), *range(100, 100 + len(without.items))]
-    assert [m[:-1] for m in meanings(joined.batch)[count:]] == [m[:-1] for m in meanings(without)]
+    assert meanings(joined.batch)[count:] == meanings(without)

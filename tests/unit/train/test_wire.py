@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,20 +30,23 @@ def split(frame: bytes) -> tuple[bytes, bytes]:
 def test_a_batch_arrives_as_it_was() -> None:
     rng = np.random.default_rng(0)
     batch = weighted_batch("a", [random_group(rng, 4, [3, 1]), random_group(rng, 2, [5, 2])])
-    proximal = np.full(len(batch.items), np.nan, dtype=np.float32)
-    batch = replace(batch, items=replace(batch.items, proximal=proximal))
+    lacking = np.full(len(batch.items), np.nan, dtype=np.float32)
+    streams = {**batch.items.streams, "teacher": lacking}
+    batch = replace(batch, items=replace(batch.items, streams=streams))
     got = through(Call(method="logprobs", args=(batch, "current")))
     assert isinstance(got, Call) and got.args[1] == "current"
     found = got.args[0]
-    assert len(found.segments) == len(batch.segments) and found.items.reference is None
+    assert len(found.segments) == len(batch.segments)
     for one, other in zip(found.segments, batch.segments, strict=True):
         assert (one.parent, one.start, one.adapter) == (other.parent, other.start, other.adapter)
         assert one.tokens.dtype == np.int32
         np.testing.assert_array_equal(one.tokens, other.tokens)
-    for name, column in asdict(batch.items).items():
-        if column is not None:
-            np.testing.assert_array_equal(getattr(found.items, name), column)
-            assert getattr(found.items, name).dtype == column.dtype
+    for name in ("source", "target", "weight", "temperature", "sequence"):
+        np.testing.assert_array_equal(getattr(found.items, name), getattr(batch.items, name))
+    assert found.items.streams.keys() == streams.keys()
+    for name, values in streams.items():
+        np.testing.assert_array_equal(found.items.streams[name], values)
+        assert found.items.streams[name].dtype == values.dtype
 
 
 def test_a_snapshot_arrives_bit_for_bit_with_its_spec() -> None:

@@ -1,0 +1,33 @@
+"""Supervised fine-tuning: the likelihood of answers that are given.
+
+Source: Ouyang et al., 2022 (arXiv 2203.02155), section 3.5. Shapes: I items.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from lorelei.algo.algorithm import Algorithm
+from lorelei.algo.loss import LossItems, LossResult, loss_path
+from lorelei.types import LossSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Sft(Algorithm):
+    """Maximum likelihood of the answers' tokens; the tokens of prompts have no loss."""
+
+    job = "sft"
+
+    kind: Literal["sft"] = Field(description="Which algorithm.")
+
+    def loss(self) -> LossSpec:
+        return LossSpec(path=loss_path(loss), params={})
+
+
+def loss(current_I: Tensor, items: LossItems) -> LossResult:
+    """Weighted sum of negative log-likelihoods."""
+    return LossResult(total=-(current_I * items.weight).sum(), metrics={})

@@ -1,0 +1,72 @@
+"""The optimizer of one adapter, and how its learning rate changes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field
+
+from lorelei.config.errors import FieldError
+from lorelei.config.section import Section, is_mapping
+from lorelei.types import AdamHyper
+
+
+class OptimizerConfig(Section):
+    """AdamW, and the schedule of its rate."""
+
+    lr: float = Field(default=2e-4, gt=0, description="Peak learning rate.")
+    lr_schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="How the rate falls after the warm-up."
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="Steps until the rate is at its peak.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's beta1.")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's beta2.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
+    gradient_clipping: float = Field(
+        default=1.0, ge=0, description="Largest gradient norm of an adapter; 0: no clipping."
+    )
+
+    def at(self, step: int, steps: int) -> AdamHyper:
+        """The numbers of step 0 <= `step` < `steps`: warm-up, then the schedule."""
+        rate = self.lr
+        if step < self.warmup_steps:
+            rate *= (step + 1) / (self.warmup_steps + 1)
+        else:
+            done = (step - self.warmup_steps) / max(steps - self.warmup_steps, 1)
+            match self.lr_schedule:
+                case "constant":
+                    pass
+                case "linear":
+                    rate *= 1 - done
+                case "cosine":
+                    rate *= 0.5 * (1 + math.cos(math.pi * done))
+        return AdamHyper(
+            lr=rate,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.gradient_clipping,
+        )
+
+
+def from_algo(data: Any) -> Any:
+    """Keys of the optimizer that stand in `algo`, as in earlier files, moved to `optimizer`.
+
+    Raises FieldError for a key that both have.
+    """
+    if not is_mapping(data) or not is_mapping(algo := data.get("algo")):
+        return data
+    moved = {key: value for key, value in algo.items() if key in OptimizerConfig.model_fields}
+    if not moved:
+        return data
+    optimizer: Any = data.get("optimizer") or {}
+    if not is_mapping(optimizer):
+        return data
+    for key in moved:
+        if key in optimizer:
+            raise FieldError(f"algo.{key}", f"is optimizer.{key} too; give one of them")
+    kept = {key: value for key, value in algo.items() if key not in moved}
+    return {**data, "algo": kept, "optimizer": {**optimizer, **moved}}

@@ -1,0 +1,1 @@
+"""What adapters are trained by: one file a kind of job."""

@@ -1,0 +1,231 @@
+"""Reinforcement learning of one adapter: rollouts, rewards, credit, held-out scores.
+
+Consumes batches of groups of its collector; produces works with advantages as a stream; waits for
+a batch. After each step it evaluates where that is due, then lets new rollouts start.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lorelei.algo.algorithm import PolicyAlgorithm
+from lorelei.algo.loss import item_weights
+from lorelei.config.experiment import Experiment
+from lorelei.jobs.evaluation import EvaluationLog, due
+from lorelei.publish.canary import Watched
+from lorelei.rollout.collector import Collector, RolloutsFail
+from lorelei.rollout.evaluate import Evaluator
+from lorelei.store.run import RunStore
+from lorelei.train.batch import rollout_batch
+from lorelei.train.work import Result, Round, RoundResult, Work
+from lorelei.types import AdapterRef, AdapterSpec, Batch, Floats, Group, Rollout
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class RlJob:
+    """Implements Job."""
+
+    experiment: Experiment
+    algo: PolicyAlgorithm
+    collector: Collector
+    evaluator: Evaluator | None  # None: no problems are held out
+    evaluations: EvaluationLog
+    watched: Watched | None
+    store: RunStore
+    version: int = 0
+    reward: float | None = None  # of the last batch
+
+    @property
+    def name(self) -> str:
+        return self.experiment.name
+
+    @property
+    def spec(self) -> AdapterSpec:
+        return self.experiment.lora.spec()
+
+    @property
+    def seed(self) -> int:
+        return self.experiment.seed
+
+    @property
+    def done(self) -> bool:
+        return self.version >= self.experiment.steps
+
+    async def begin(self, ref: AdapterRef) -> None:
+        if self.evaluator is not None:
+            await self._evaluate(self.evaluator, ref)
+
+    async def work(self) -> Work:
+        kept = _trainable(await self.collector.batch())
+        credit = self.algo.credit(kept)
+        size = self.algo.batch_size // self.algo.ppo_n_minibatches
+        step = self.experiment.optimizer.at(self.version, self.experiment.steps)
+        return Work(
+            adapter=self.name,
+            rounds=tuple(
+                Round(
+                    batch=self._batch(kept[first : first + size], credit[first : first + size]),
+                    loss=self.algo.loss(),
+                    step=step,
+                )
+                for first in range(0, len(kept), size)
+            ),
+            policies=self.algo.policies,
+            last=self.version + 1 >= self.experiment.steps,
+        )
+
+    async def tell(self, result: Result, ref: AdapterRef | None) -> Mapping[str, Any]:
+        assert ref is not None, "every step is published"
+        groups = self.collector.taken
+        metrics = _rollout_metrics(groups, self.version) | _train_metrics(result)
+        stale = self.collector.errors["stale"]
+        errors = dict(self.collector.errors)
+        self.reward, self.version = metrics["reward"], ref.version
+        self.collector.trained()
+        self.collector.errors.clear()
+        self.store.append_rollouts(_lines(groups, self.version))
+        steps, every = self.experiment.steps, self.experiment.eval.every
+        if self.evaluator is not None and due(self.version, every, steps):
+            await self._evaluate(self.evaluator, ref)
+        return {
+            "step": self.version,
+            **metrics,
+            "dropped_stale": stale / (stale + len(groups)),
+            "errors": errors,
+        }
+
+    async def admit(self, ref: AdapterRef | None) -> None:
+        assert ref is not None, "every step is published"
+        replaced = self.collector.policy.ref
+        self.collector.admit(ref)
+        # requests go on behind the tokens they have, see rollout.sampler
+        if replaced is not None and self.collector.policy.interruptible:
+            await self.collector.engine.abort(replaced)
+
+    def saved(self) -> None:
+        self.collector.forget_trained()
+
+    def state(self) -> Mapping[str, Any]:
+        return {
+            "next_index": self.collector.next_index,
+            "pending": self.collector.pending(),
+            "reward": self.reward,
+            "score": self.evaluations.score,
+        }
+
+    def restore(self, version: int, state: Mapping[str, Any]) -> None:
+        self.version, self.reward = version, state["reward"]
+        self.evaluations.score = state["score"]
+        self.collector.restore(version, state["next_index"], state["pending"])
+
+    async def close(self) -> None:
+        await self.collector.close()
+
+    def _batch(
+        self, groups: Sequence[Sequence[Rollout]], credit: Sequence[Sequence[Floats]]
+    ) -> Batch:
+        """The groups of one optimizer step, weights normalised over it."""
+        temperature = self.experiment.rollout.temperature
+        batch = rollout_batch(self.name, groups, {"advantage": credit}, temperature)
+        weights = item_weights(batch.items.sequence, self.algo.loss_aggregation)
+        return replace(batch, items=replace(batch.items, weight=weights))
+
+    async def _evaluate(self, evaluator: Evaluator, ref: AdapterRef) -> None:
+        scores = await evaluator.run(ref)
+        if ref.version == 0 and len(scores.errors) == scores.n:
+            raise RolloutsFail(
+                f"adapter {self.name}: none of {scores.n} held-out problems could be scored; the "
+                f"first one: {scores.errors[0]}"
+            )
+        self.evaluations.add(ref.version, scores)
+
+
+def _trainable(groups: Sequence[Group]) -> list[list[Rollout]]:
+    return [[r for r in group.rollouts if r.trainable] for group in groups]
+
+
+def _rollout_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """version: of the adapter before the step."""
+    rollouts = [r for group in groups for r in group.rollouts]
+    by_group = _trainable(groups)
+    kept = [r for group in by_group for r in group]
+    turns = [t for r in kept for t in r.turns]
+    rewards = np.array([r.reward for r in kept], dtype=np.float64)
+    flat = [len({r.reward for r in group}) <= 1 for group in by_group]
+    staleness = [version - group.min_version for group in groups]
+    found = {
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "flat_groups": float(np.mean(flat)),
+        "failed_rollouts": float(sum(r.error is not None for r in rollouts)),
+        "generated_tokens": float(sum(r.sampled_tokens for r in rollouts)),
+        "trained_tokens": float(sum(r.sampled_tokens for r in kept)),
+        "completion_tokens_mean": float(np.mean([len(t.completion.tokens) for t in turns])),
+        "turns_mean": float(np.mean([len(r.turns) for r in kept])),
+        "truncated": float(np.mean([t.completion.finish_reason == "length" for t in turns])),
+        "staleness_mean": float(np.mean(staleness)),
+        "staleness_max": float(max(staleness)),
+    }
+    tokens: Counter[int] = Counter()
+    for turn in turns:
+        for sampled, count in turn.completion.versions:
+            tokens[version - sampled] += count
+    for stale, count in sorted(tokens.items()):
+        found[f"staleness/{stale}"] = float(count)  # trained tokens
+    for name in sorted({name for r in kept for name in r.metrics}):
+        found[f"reward/{name}"] = float(np.mean([r.metrics.get(name, 0.0) for r in kept]))
+    return found
+
+
+def _train_metrics(result: Result) -> dict[str, float]:
+    first, last = result.rounds[0], result.rounds[-1]
+    metrics = _mismatch(result.work.rounds[0].batch, first)  # later rounds: the policy has moved
+    for one in result.rounds:
+        metrics |= one.metrics
+    step = result.work.rounds[-1].step
+    assert last.step is not None and step is not None, "every round steps"
+    return metrics | {
+        "grad_norm": last.step.grad_norm,
+        "optimizer_step": last.step.step,
+        "lr": step.lr,
+        "train_seconds": result.seconds,
+    }
+
+
+def _mismatch(batch: Batch, result: RoundResult) -> dict[str, float]:
+    """How far the sampler's log-probabilities are from the trainer's, before the update."""
+    log_ratio = result.outputs.logprobs - batch.items.streams["behaviour"]
+    return {
+        "kl_sampler": float(np.mean(np.expm1(log_ratio) - log_ratio)),
+        "ratio_max": float(np.exp(np.abs(log_ratio).max())),
+        "ratio_mean": float(np.exp(log_ratio).mean()),
+        "ratio_p05": float(np.exp(np.quantile(log_ratio, 0.05))),
+        "ratio_p95": float(np.exp(np.quantile(log_ratio, 0.95))),
+        "entropy": float(result.outputs.entropy.mean()),
+    }
+
+
+def _lines(groups: Sequence[Group], step: int) -> list[dict[str, Any]]:
+    """What rollouts.jsonl says of a step."""
+    return [
+        {
+            "step": step,
+            "adapter": group.adapter,
+            "prompt_id": group.prompt.id,
+            "sample": rollout.sample,
+            "reward": rollout.reward,
+            "error": rollout.error,
+            "version": group.min_version,
+            "finish_reason": rollout.turns[-1].completion.finish_reason if rollout.turns else None,
+            "prompt": group.prompt.messages[-1]["content"],
+            "completion": "\n".join(turn.text for turn in rollout.turns),
+            "metrics": dict(rollout.metrics),
+        }
+        for group in groups
+        for rollout in group.rollouts
+    ]

@@ -1,0 +1,131 @@
+"""Supervised fine-tuning of one adapter on answers that are given.
+
+Consumes examples of its source; produces works without streams, one batch each; waits for nothing.
+The held-out loss is what the train engine says of the held-out examples.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorelei.algo.algorithm import Algorithm
+from lorelei.config.experiment import Experiment
+from lorelei.data.examples import ExampleSource
+from lorelei.jobs.evaluation import EvaluationLog, due
+from lorelei.publish.canary import Watched
+from lorelei.train.batch import example_batch
+from lorelei.train.engine_thread import EngineThread
+from lorelei.train.work import Result, Round, Work
+from lorelei.types import CURRENT, AdapterRef, AdapterSpec, Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutLoss:
+    """What the model makes of the held-out examples."""
+
+    means: Mapping[str, float]  # loss: nats of a predicted token
+    n: int  # examples
+    seconds: float
+    errors: Sequence[str] = ()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class SftJob:
+    """Implements Job."""
+
+    experiment: Experiment
+    algo: Algorithm
+    source: ExampleSource
+    thread: EngineThread
+    evaluations: EvaluationLog
+    watched: Watched | None
+    version: int = 0
+    step: int = 0  # steps done; a version is published where an evaluation is due
+
+    @property
+    def name(self) -> str:
+        return self.experiment.name
+
+    @property
+    def spec(self) -> AdapterSpec:
+        return self.experiment.lora.spec()
+
+    @property
+    def seed(self) -> int:
+        return self.experiment.seed
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.experiment.steps
+
+    async def begin(self, ref: AdapterRef) -> None:
+        await self._evaluate()
+
+    async def work(self) -> Work:
+        size, steps = self.algo.batch_size, self.experiment.steps
+        examples = [self.source.example(self.step * size + i) for i in range(size)]
+        one = Round(
+            batch=example_batch(self.name, examples),
+            loss=self.algo.loss(),
+            step=self.experiment.optimizer.at(self.step, steps),
+        )
+        return Work(
+            adapter=self.name,
+            rounds=(one,),
+            policies=self.algo.policies,
+            publish=due(self.step + 1, self.experiment.eval.every or steps, steps),
+            last=self.step + 1 >= steps,
+        )
+
+    async def tell(self, result: Result, ref: AdapterRef | None) -> Mapping[str, Any]:
+        (one,), (asked,) = result.rounds, result.work.rounds
+        assert one.step is not None and asked.step is not None, "the round steps"
+        self.step += 1
+        if ref is not None:
+            self.version = ref.version
+            await self._evaluate()
+        tokens = sum(len(segment.tokens) for segment in asked.batch.segments)
+        return {
+            "step": self.step,
+            **one.metrics,
+            "entropy": float(one.outputs.entropy.mean()),
+            "trained_tokens": float(len(asked.batch.items)),
+            "read_tokens": float(tokens),
+            "grad_norm": one.step.grad_norm,
+            "optimizer_step": one.step.step,
+            "lr": asked.step.lr,
+            "train_seconds": result.seconds,
+        }
+
+    async def admit(self, ref: AdapterRef | None) -> None:
+        """Nothing is sampled."""
+
+    def saved(self) -> None:
+        """Nothing is kept for a crash: the order of examples follows from the step."""
+
+    def state(self) -> Mapping[str, Any]:
+        return {"step": self.step, "score": self.evaluations.score}
+
+    def restore(self, version: int, state: Mapping[str, Any]) -> None:
+        self.version, self.step = version, state["step"]
+        self.evaluations.score = state["score"]
+
+    async def close(self) -> None:
+        """Nothing runs."""
+
+    async def _evaluate(self) -> None:
+        if not self.source.held_out:
+            return
+        start = time.perf_counter()
+        batch = example_batch(self.name, self.source.held_out)
+        loss = await self.thread.call(self._loss, batch)
+        seconds = time.perf_counter() - start
+        found = HeldOutLoss(means={"loss": loss}, n=len(self.source.held_out), seconds=seconds)
+        self.evaluations.add(self.step, found)
+
+    def _loss(self, batch: Batch) -> float:
+        """Mean negative log-likelihood of the predicted tokens, in the engine's thread."""
+        return -float(self.thread.engine.logprobs(batch, CURRENT).logprobs.mean())
