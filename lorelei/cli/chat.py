@@ -29,7 +29,7 @@ def chat(
     """Talk to an adapter. One line is one message; an empty line or the end of input ends."""
     folder = prepare_run(run)
     from lorelei.cli.trained_run import TrainedRun
-    from lorelei.obs.escape import escaped
+    from lorelei.obs.screen import escaped
     from lorelei.types import SamplingParams
 
     trained = TrainedRun.read(folder)

@@ -58,7 +58,7 @@ async def _scores(run: TrainedRun, n_prompts: int | None, base: bool) -> Scores:
                 evaluator = _on_first(evaluator, n_prompts)
             state = run.state(name)
             ref = run.ref(name, state)
-            await parts.rollout.load(ref, state)
+            await evaluator.engine.load(ref, state)
             found[name] = {"base": (await evaluator.run(None)).means} if base else {}
             found[name][f"v{ref.version}"] = (await evaluator.run(ref)).means
     return found

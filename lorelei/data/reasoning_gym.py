@@ -13,7 +13,7 @@ from reasoning_gym.factory import DATASETS, create_dataset
 
 from lorelei.config.errors import nearest, shown
 from lorelei.config.task import MixtureItem
-from lorelei.data.order import item_at
+from lorelei.data.contract import item_at
 from lorelei.data.renderer import Renderer, question_key
 from lorelei.data.rows import first_held_out
 from lorelei.types import Prompt

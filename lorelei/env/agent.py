@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorelei.env.contract import Endpoint, Episode, Line, Sampler
-from lorelei.env.outcome import given, scored
-from lorelei.env.your_code import call_within
+from lorelei.env.user_code import call_within, given, scored
 from lorelei.reward.contract import Reward
 from lorelei.types import Prompt
 from lorelei.user_file import accepted

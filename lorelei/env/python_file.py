@@ -11,8 +11,7 @@ from lorelei.config.errors import shown
 from lorelei.data.chat import ChatTemplate, Message, is_message
 from lorelei.env.contract import Episode, Sampler
 from lorelei.env.conversation import Conversation
-from lorelei.env.outcome import given, scored
-from lorelei.env.your_code import call_within
+from lorelei.env.user_code import call_within, given, scored
 from lorelei.reward.contract import Reward
 from lorelei.types import Prompt
 from lorelei.user_file import accepted

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from lorelei.data.tool_call import ToolCall
 from lorelei.env.calculator import calculator
-from lorelei.env.your_code import call_within
+from lorelei.env.user_code import call_within
 from lorelei.user_file import load_function
 
 MAX_RESULT = 4000  # characters of a result that the model reads

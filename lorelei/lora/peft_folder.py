@@ -17,7 +17,7 @@ from lorelei.types import AdapterSpec
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
-# what changes the meaning of the tensors in a way we do not have, with the values that do not
+# fields that change what the tensors mean: the values that leave them plain LoRA
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": (None, "none"),

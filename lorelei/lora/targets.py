@@ -1,7 +1,7 @@
 """Which linear layers of a model get an adapter, and which share their A. No torch.
 
 The names are those of the checkpoint, such as 'model.layers.0.self_attn.q_proj'; each expert of a
-mixture is a layer of its own. A router is never adapted and has no entry.
+mixture counts as a layer. A router is never adapted and has no entry.
 
 Megatron's names mean its fused layers: `linear_qkv` is q, k and v with one A for all three, which
 every engine keeps tied.

@@ -171,7 +171,7 @@ def trees(blocks: Sequence[Block]) -> fused.Trees:
 
 
 class _TreeAttention(Function):
-    """By the kernel. q, k and v are parts of one tensor, which is kept whole."""
+    """By the C kernel. q, k and v are views of one tensor, so keeping them keeps it once."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, trees: fused.Trees) -> Tensor:
@@ -206,6 +206,7 @@ class _BlockAttention(Function):
             lse = unfolded(lse[..., None], b.q1 - b.q0)[..., 0]
             merged = torch.logaddexp(lse_TH[rows], lse)
             share = (lse - merged).exp_()[..., None].to(q.dtype)
+            # softmax over both key sets = the two outputs weighted by exp(lse - merged lse)
             out[rows].lerp_(unfolded(o, b.q1 - b.q0), share)
             lse_TH[rows] = merged
         ctx.save_for_backward(q, k, v, out, lse_TH)
@@ -214,7 +215,9 @@ class _BlockAttention(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        # each block's exact gradient comes from the merged output and log-sum-exp
+        # a block's backward pass needs the probabilities exp(score - lse) of the whole softmax and
+        # sum(grad * out) of the whole output: given the merged lse and out, it gives the exact
+        # gradient of its share, and the shares add up
         q, k, v, out, lse_TH = ctx.saved_tensors
         grad = grads[0]
         kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]

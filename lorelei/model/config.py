@@ -26,7 +26,7 @@ class UnsupportedModel(ValueError):
 
 
 class ForeignModel(UnsupportedModel):
-    """Our decoder does not build it; transformers and the servers may."""
+    """An architecture that our decoder does not build; transformers and the servers may."""
 
     def __init__(self, what: str) -> None:
         super().__init__(
@@ -83,7 +83,7 @@ class ModelInfo:
     sizes: ModelSizes
     # {name: (out, in)} of every linear layer that can get an adapter, in order of execution
     linears: Mapping[str, tuple[int, int]]
-    parameters: Mapping[str, int]  # by part; a tied lm_head has none of its own
+    parameters: Mapping[str, int]  # by part; a tied lm_head counts none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

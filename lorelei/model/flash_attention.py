@@ -30,7 +30,7 @@ _MASK_ALIGNMENT = 16  # elements: the kernel reads rows of a mask in whole vecto
 class Level:
     """Blocks of which no two share queries or keys: one call of the kernel."""
 
-    queries: Tensor | None  # [t] rows of q; none: all, in order
+    queries: Tensor | None  # [t] rows of q; None: all, in order
     keys: Tensor | None
     q_ends: Tensor  # [B + 1] int32, from 0
     k_ends: Tensor
@@ -42,7 +42,7 @@ class Level:
 def levels(blocks: Sequence[Block], device: torch.device) -> tuple[Level, ...]:
     """The causal blocks, then the others in as few levels as their nesting allows."""
     nested: list[list[Block]] = []
-    for block in (b for b in blocks if not b.causal):  # a block stands before those inside it
+    for block in (b for b in blocks if not b.causal):  # a block comes before those nested in it
         free = (level for level in nested if level[-1].q1 <= block.q0)
         level = next(free, None)
         if level is None:
@@ -101,7 +101,8 @@ class _PackedFlash(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        # each block's exact gradient comes from the merged output and log-sum-exp
+        # with the merged output and log-sum-exp each block gives its exact share of the gradient,
+        # see model.attention
         q, k, v, out, lse_HT = ctx.saved_tensors
         own, *shared = ctx.levels
         grad = grads[0].contiguous()
@@ -138,7 +139,7 @@ def flash_spans(
     Queries q_ends[b] to q_ends[b + 1] look at keys and values [A, K, d] from k_starts[b] on,
     k_lengths[b] of them. All int32; q_ends and k_starts have one more value than k_lengths.
     """
-    # a longest of 1 would be laid out in another way
+    # the kernel lays out its results differently for a longest query of 1
     sizes = (q_ends, k_starts, max(longest_q, 2), len(k))
     out, lse, *_ = _aten._flash_attention_forward(
         q_THd, k, v, *sizes, 0.0, False, False, seqused_k=k_lengths

@@ -25,7 +25,7 @@ def target_logprobs(
     """log p(target) and entropy [I] of softmax(logits / temperature), nats, at least fp32.
 
     The gradient of a log-probability with respect to its hidden state does not depend on the
-    loss, so it is computed in the forward pass while the chunk's logits are at hand, and the
+    loss, so it is computed in the forward pass while the chunk's logits are in memory, and the
     backward pass multiplies it by one number an item. The entropy carries no gradient.
     """
     return _TargetLogprobs.apply(hidden_ID, head, target_I, temperature_I)
@@ -41,7 +41,7 @@ class _TargetLogprobs(Function):
         logprobs = torch.empty(len(target_I), dtype=dtype, device=hidden_ID.device)
         entropy = torch.empty_like(logprobs)
         unit_ID = torch.empty_like(hidden_ID) if wants_grad else None
-        spare: Tensor | None = None  # fresh memory costs more than a softmax over it
+        spare: Tensor | None = None  # page faults of fresh memory cost more than a softmax over it
         for rows in _chunks(len(target_I), head.weight.shape[0], hidden_ID.device):
             scale_C = temperature_I[rows].to(dtype).reciprocal()
             out = None if spare is None else spare[: len(scale_C)]

@@ -158,7 +158,7 @@ def _unstacked(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 def build_decoder(config: DecoderConfig, checkpoint: Checkpoint) -> Decoder:
     """Fuse the projections that share an input and pack every matrix."""
     embedding = checkpoint.tensor("model.embed_tokens.weight", config.vocab, config.hidden)
-    # a head of its own wins over the tie, as in transformers
+    # a checkpoint with a separate head is not tied, whatever its config says, as in transformers
     tied = config.tied_embeddings and "lm_head.weight" not in checkpoint
     own = None if tied else checkpoint.linear("lm_head", config.vocab, config.hidden)
     return Decoder(

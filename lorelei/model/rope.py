@@ -115,7 +115,7 @@ def split_rotated(
 
 
 class _Rotate(Function):
-    """The transpose of a rotation rotates back, so the backward pass needs the angles alone."""
+    """Rotates back in the backward pass (a rotation's transpose), which needs the angles alone."""
 
     @staticmethod
     def forward(ctx: Any, x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

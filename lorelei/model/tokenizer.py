@@ -32,7 +32,7 @@ class Tokenizer(Protocol):
         conversation: Messages,
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
-        add_generation_prompt: bool,
+        add_generation_prompt: bool = False,
         tokenize: bool = True,
         return_dict: bool = True,
     ) -> Any:

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from lorelei.obs.escape import escaped
+from lorelei.obs.screen import escaped
 
 Order = Literal["worst", "best", "random"]
 Record = Mapping[str, Any]

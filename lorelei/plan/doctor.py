@@ -1,4 +1,4 @@
-"""What is installed on this machine, what can run here, and what mends what cannot."""
+"""What is installed on this machine, what can run here, and how to fix what is missing."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Component:
     """Something Lorelei uses."""
 
     name: str
-    found: str | None  # version or words; none: it is not here
-    fix: str = ""  # what to do where it is not here, or what works without it
+    found: str | None  # version or words; None: it is not here
+    fix: str = ""  # what to do where it is missing, or what works without it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, TextIO
 
-from lorelei.reward.contract import Scorer
-from lorelei.reward.score import NotANumber, read_score
+from lorelei.reward.contract import NotANumber, Scorer, read_score
 
 # Private writable memory. RLIMIT_AS would also count the libraries a user's file maps, which are
 # tens of GB for a CUDA build of torch.

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from lorelei.algo.loss import LossResult, load_loss
 from lorelei.lora.bank import AdapterBank
-from lorelei.lora.fresh import stable_seed
 from lorelei.lora.sharded import is_sharded
-from lorelei.lora.state import AdapterSnapshot, AdapterState, check_tensors
+from lorelei.lora.state import AdapterSnapshot, AdapterState, check_tensors, stable_seed
 from lorelei.parallel.ranks import Ranks
 from lorelei.train.adam import AdapterOptimizer
 from lorelei.train.checks import (

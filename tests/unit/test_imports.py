@@ -15,7 +15,7 @@ LAYERS = (
     ("types", "config", "process"),
     (
         *("areal", "run_file", "data", "env", "reward", "algo", "lora", "model", "parallel"),
-        *("store", "obs", "venvs"),
+        *("store", "obs", "user_file", "venvs"),
     ),
     ("train", "inference", "rollout", "publish"),
     ("jobs",),

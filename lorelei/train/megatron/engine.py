@@ -16,8 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from lorelei.algo.loss import load_loss
-from lorelei.lora.fresh import stable_seed
-from lorelei.lora.state import AdapterSnapshot, AdapterState
+from lorelei.lora.state import AdapterSnapshot, AdapterState, stable_seed
 from lorelei.lora.targets import module_shapes
 from lorelei.model.config import DecoderConfig
 from lorelei.model.load import read_config

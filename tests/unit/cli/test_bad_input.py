@@ -69,8 +69,8 @@ BAD = [
         GOOD + "lora: {target_modules: []}",
         "lora.target_modules: [] is not allowed; it needs at least 1",
     ),
-    (GOOD + "algo: {lr: 0}", "algo.lr: 0 is not allowed; it must be greater than 0$"),
-    (GOOD + "algo: {lr: .nan}", "algo.lr: nan is not allowed; it must be"),
+    (GOOD + "algo: {lr: 0}", "optimizer.lr: 0 is not allowed; it must be greater than 0$"),
+    (GOOD + "algo: {lr: .nan}", "optimizer.lr: nan is not allowed; it must be"),
     (GOOD + "checkpoint: {keep: 1}", "checkpoint.keep: 1 is not allowed; it must be greater"),
     (GOOD + "name: ../up", "name: '../up' is not allowed; a name has 1 to 64 characters"),
     (GOOD + "adapters: {Math Two: {}}", "adapters.Math Two: 'Math Two' is not allowed; a name"),
@@ -126,7 +126,7 @@ BAD = [
     ),
     (
         GOOD + "algo: {kind: rloo, rejection_sampling: {upper: 2}}",
-        "algo.rejection_sampling: is refused with kind: rloo",
+        "algo.rejection_sampling: has no effect with kind: rloo",
     ),
     # engine-wide fields within an adapter
     (GOOD + "adapters: {a: {train: {}}}", "adapters.a.train: belongs to the whole run"),
@@ -186,7 +186,7 @@ def test_a_bad_configuration_is_one_line_that_names_the_field_and_the_fix(tmp_pa
         ("algo..lr=3", "override 'algo..lr=3': write key=value"),
         ("steps.x=3", "steps.x: steps is 5, which has no keys to set"),
         ("algo.lr=[1", "override 'algo.lr=[1', line 1:"),
-        ("algo.lr=fast", "algo.lr: 'fast' is not allowed; it must be a valid number"),
+        ("algo.lr=fast", "optimizer.lr: 'fast' is not allowed; it must be a valid number"),
         ("nam=x", "nam: unknown key; did you mean 'name'?"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorelei.lora.bank import AdapterBank
-from lorelei.lora.fresh import stable_seed
+from lorelei.lora.state import stable_seed
 from lorelei.model.attention import PackedAttention, tree_blocks
 from lorelei.model.decoder import Decoder
 from lorelei.model.linear import BaseRoute, Route

@@ -1,4 +1,4 @@
-"""Calling a user's function: one that is async or one that is not, under a deadline."""
+"""A user's function called under a deadline, and the episode that its result makes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import asyncio
 import inspect
 from collections.abc import Callable
 from typing import Any
+
+from lorelei.env.contract import Episode
+from lorelei.reward.contract import Reward, read_score
+from lorelei.types import Prompt, Turn
 
 
 async def call_within(seconds: float, function: Callable[..., Any], /, **values: Any) -> Any:
@@ -25,3 +29,20 @@ async def call_within(seconds: float, function: Callable[..., Any], /, **values:
             raise
         name = getattr(function, "__name__", "the function")
         raise TimeoutError(f"{name} took longer than {seconds:g} s (env.timeout)") from error
+
+
+def given(turns: tuple[Turn, ...], score: object) -> Episode:
+    """An episode with a number or (number, {metric: number}). Raises ValueError for neither."""
+    value, metrics = read_score(score)
+    return Episode(turns=turns, reward=value, metrics={**metrics, "turns": float(len(turns))})
+
+
+async def scored(turns: tuple[Turn, ...], prompt: Prompt, reward: Reward, text: str) -> Episode:
+    """An episode whose text the run's reward scores."""
+    result = await reward.score(prompt.data, text)
+    return Episode(
+        turns=turns,
+        reward=result.value,
+        error=result.error,
+        metrics={**result.metrics, "turns": float(len(turns))},
+    )
