@@ -21,7 +21,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def load_config(run: Path, overrides: list[str] | None) -> RunConfig:
-    """A file's configuration; what became of one of AReaL's is printed."""
+    """A file's configuration; for one of AReaL's, what was translated or ignored is printed."""
     from lorelei.run_file import read_config
 
     loaded = read_config(run, overrides or [])

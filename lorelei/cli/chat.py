@@ -63,7 +63,7 @@ def _answers(
         decoder = load_decoder(model, DTYPES[trained.config.dtype], default_device())
     except ForeignModel as error:
         raise ValueError(
-            f"{trained.folder}: its model is none that `lorelei chat` builds; use `lorelei "
+            f"{trained.folder}: `lorelei chat` cannot build its model; use `lorelei "
             f"export {trained.folder}` and talk to the adapter through vLLM, SGLang or peft"
         ) from error
     with asyncio.Runner() as runner:

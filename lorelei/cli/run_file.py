@@ -55,7 +55,7 @@ def convert(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Default: print it.")] = None,
 ) -> None:
-    """Write a file of AReaL as a configuration of ours."""
+    """Translate a file of AReaL to our schema."""
     from lorelei.run_file import dump_set
 
     text = dump_set(load_config(run, overrides))

@@ -58,10 +58,12 @@ def samples(
     from lorelei.obs.samples import format_samples
 
     if order not in ("worst", "best", "random"):
-        raise ValueError(f"--order: {order!r} is none of worst, best, random")
+        raise ValueError(f"--order: {order!r} is not one of worst, best, random")
     path = find_run(run) / "rollouts.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    every = [json.loads(line) for line in lines if line.endswith("\n")]  # one may be in the writing
+    every = [
+        json.loads(line) for line in lines if line.endswith("\n")
+    ]  # the last may be half written
     records = [record for record in every if step in (None, record["step"])]
     if every and not records:
         raise ValueError(f"--step: no rollouts of step {step}; there are 1 to {every[-1]['step']}")

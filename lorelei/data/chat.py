@@ -1,4 +1,4 @@
-"""The chat template: messages become tokens, and what was sampled stays as it was sampled.
+"""The chat template: messages become tokens; sampled tokens are kept, never tokenised again.
 
 Shapes: P prompt tokens.
 """

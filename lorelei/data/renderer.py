@@ -25,7 +25,7 @@ CHAT_COLUMNS = ("messages", "prompt")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Renderer:
-    """How the rows of one task are turned into prompts."""
+    """How the rows of one task become prompts."""
 
     tokenizer: Tokenizer
     prompt_template: str = "{question}"

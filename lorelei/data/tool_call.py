@@ -38,7 +38,7 @@ def format_call(name: str, arguments: Mapping[str, Any]) -> str:
 
 
 def format_response(content: str) -> str:
-    """What a tool returned, for templates that know no role `tool`."""
+    """What a tool returned, for templates without a role `tool`."""
     return f"<tool_response>\n{content}\n</tool_response>"
 
 

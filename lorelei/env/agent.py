@@ -40,7 +40,7 @@ class Agent:
             try:
                 result = await self._play(line, prompt)
             except Exception:
-                if line.failure is not None:  # the agent saw no more than a status of 5xx
+                if line.failure is not None:  # the agent only saw a status of 5xx
                     raise line.failure from None
                 raise
             turns = line.turns
@@ -66,7 +66,7 @@ class Agent:
 
 
 def check_client(function: Callable[..., Any]) -> None:
-    """Raises ValueError for a function that asks for a client where there is none."""
+    """Raises ValueError for a function that asks for `client` where openai is not installed."""
     asks = "client" in inspect.signature(function).parameters
     if asks and importlib.util.find_spec("openai") is None:
         raise ValueError(

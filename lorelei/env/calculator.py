@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 MAX_LENGTH = 200  # characters
-MAX_BITS = 2048  # of a numerator or denominator: what a line of digits may cost
+MAX_BITS = 2048  # of a numerator or denominator: bounds the time that an expression can take
 
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction | int]] = {
     ast.Add: Fraction.__add__,

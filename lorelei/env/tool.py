@@ -53,7 +53,7 @@ def load_tool(name: str) -> Tool:
     function = BUILT_IN.get(name) or load_function(name, "env.tools")
     try:
         return Tool(function=function, description=describe(function))
-    except Exception as error:  # transformers has exceptions of its own for each defect
+    except Exception as error:  # transformers raises a different exception for each defect
         raise ValueError(
             f"env.tools: {name!r} cannot be described to the model: {error}"
         ) from error

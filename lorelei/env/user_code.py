@@ -15,8 +15,8 @@ from lorelei.types import Prompt, Turn
 async def call_within(seconds: float, function: Callable[..., Any], /, **values: Any) -> Any:
     """What the function returns. One that is not async runs in a thread.
 
-    Raises TimeoutError after the deadline (a thread cannot be killed: it runs on, unheard), and
-    what the function raises.
+    Raises TimeoutError after the deadline, and what the function raises. A thread cannot be
+    killed: after its deadline it runs on, and its result is dropped.
     """
     deadline = asyncio.timeout(seconds)
     try:

@@ -70,7 +70,7 @@ async def build(
 
     The stack closes what was started. logs: for what servers print; none: logs/ of the
     run folder. training: whether a trainer is to be made of these parts too.
-    Raises ValueError with one line for what a user can mend.
+    Raises ValueError with one line for a user-fixable error.
     """
     experiments = config.experiments()
     if isinstance(config.train, MegatronTrain):

@@ -60,7 +60,7 @@ def make_server_engine(
 
 
 def serve(config: RunConfig, host: str, port: int) -> NoReturn:
-    """Become the rollout server of a run. Raises ValueError for what a user can mend."""
+    """Become the rollout server of a run. Raises ValueError for a user-fixable error."""
     rollout = config.rollout
     if rollout.kind == "embedded":
         raise ValueError("rollout.kind: 'embedded' is no server; use vllm or sglang")

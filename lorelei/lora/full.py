@@ -125,5 +125,7 @@ def serving_copy(base: Decoder, name: str, state: AdapterState) -> Decoder:
                 f"{tensor.dtype}; full weights need a run with dtype: float32"
             )
     if extra:
-        raise ValueError(f"adapter {name!r}: tensor {min(extra)!r} is of no layer of the model")
+        raise ValueError(
+            f"adapter {name!r}: tensor {min(extra)!r} belongs to no layer of the model"
+        )
     return decoder

@@ -40,7 +40,9 @@ def write_peft_folder(folder: Path, state: AdapterState, base_model: str) -> Non
     """Create the folder whole or not at all. Raises StoreError when it exists with content."""
     spec = state.spec
     if spec.full:
-        raise StoreError(f"{folder}: full weights are no PEFT adapter; write a checkpoint folder")
+        raise StoreError(
+            f"{folder}: full weights are not a PEFT adapter; write a checkpoint folder"
+        )
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -86,7 +86,7 @@ def check_tensors(
         raise ValueError(f"adapter {name!r}: tensor {missing[0]!r} is missing (of {len(missing)})")
     if extra := sorted(given.keys() - expected.keys()):
         raise ValueError(
-            f"adapter {name!r}: tensor {extra[0]!r} is of no target module (of {len(extra)})"
+            f"adapter {name!r}: tensor {extra[0]!r} belongs to no target module (of {len(extra)})"
         )
     for tensor_name, shape in expected.items():
         if tuple(given[tensor_name].shape) != shape:

@@ -116,7 +116,7 @@ def _matches(names: Sequence[str], target: str, field: str, model_name: str) -> 
     try:
         pattern = re.compile(target)
     except re.error as error:
-        raise ValueError(f"{field}: {target!r} is no regular expression: {error}") from error
+        raise ValueError(f"{field}: {target!r} is not a regular expression: {error}") from error
     found = {name for name in names if pattern.fullmatch(name)}
     if not found:
         raise ValueError(

@@ -51,7 +51,7 @@ def tree_blocks(lengths: Sequence[int], parents: Sequence[int]) -> tuple[Block, 
     """
     last = list(range(len(lengths)))  # the last descendant
     size = [1] * len(lengths)  # descendants and the segment itself
-    for i in reversed(range(len(lengths))):
+    for i in reversed(range(len(lengths))):  # children come before their parent: counted already
         parent = parents[i]
         if parent >= i:
             raise ValueError(f"segment {i}: parent {parent} does not stand before it")

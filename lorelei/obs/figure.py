@@ -1,4 +1,4 @@
-"""Figures: the look that all pictures of a run share. matplotlib loads inside the functions.
+"""Figures: the style that all plots of a run share. matplotlib loads inside the functions.
 
 Shapes: N points of one curve.
 """
@@ -65,7 +65,7 @@ def new_figure(width: int, height: int, out: Path) -> Generator[Figure]:
 
     style: dict[Any, Any] = {**matplotlib.rcParamsDefault, **_STYLE}
     with matplotlib.rc_context(style):
-        # Not pyplot: this figure belongs to nobody else and draws with Agg, without a display.
+        # Not pyplot, which keeps figures alive and may look for a display: this one draws with Agg.
         figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
         yield figure
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from lorelei.obs.records import EvalRecord, StepRecord, eval_record, step_record
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """What is true of a run: every step and evaluation once, in rising order."""
+    """The committed steps and evaluations of a run, each once, in rising order."""
 
     steps: Mapping[str, tuple[StepRecord, ...]]  # by adapter
     evals: Mapping[str, tuple[EvalRecord, ...]]  # by adapter

@@ -1,4 +1,4 @@
-"""The report of a run: one picture of how it went."""
+"""The report of a run: one picture of scores, rewards, distances and times."""
 # pyright: reportUnknownMemberType=false
 # matplotlib's methods take **kwargs without types
 

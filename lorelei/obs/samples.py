@@ -72,7 +72,7 @@ def _one(record: Record) -> str:
 
 
 def _block(label: str, value: Any) -> list[str]:
-    """The text under its label, wrapped, with a bar that tells our words from the model's."""
+    """The text under its label, wrapped, behind a bar that separates the text from the labels."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     shown = escaped(text.expandtabs(4), keep="\n")
     wrapped = [

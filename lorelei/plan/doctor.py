@@ -48,7 +48,7 @@ class Combination:
     train: str
     rollout: str
     publishers: tuple[str, ...]
-    fix: str = ""  # what is to be done first; empty: it runs
+    fix: str = ""  # what to do first; empty: it runs
 
     @property
     def runs(self) -> bool:
@@ -57,7 +57,7 @@ class Combination:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """All of it."""
+    """What was found on this machine."""
 
     parts: tuple[Component, ...]
     combinations: tuple[Combination, ...]
@@ -78,7 +78,7 @@ def kinds(section: Any) -> tuple[str, ...]:
 
 
 def doctor_table(found: Diagnosis) -> Group:
-    """What there is, what can run, one under the other."""
+    """Tables of what is installed, what can run and what is missing."""
     missing = [part for part in found.parts if part.found is None]
     tables = [_found(found.parts), _runs(found.combinations)]
     if missing:
@@ -199,7 +199,7 @@ def _combinations() -> Iterator[Combination]:
 
 
 def _obstacle(engine: str) -> str:
-    """What keeps an engine from running here."""
+    """What keeps an engine from running here; empty: nothing."""
     if engine not in KINDS:
         return ""
     servers = ("vllm", "sglang")

@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardResult:
-    """A finite value, or none and the reason.
+    """A finite value, or None and the reason.
 
     `error` starts with one of a few fixed kinds, up to the first colon: 'timeout', 'crashed',
     'not started', 'raised <Exception>', 'not a number'.
@@ -42,7 +42,7 @@ class NoReward:
     """The Reward of a run whose environment gives the reward itself."""
 
     async def score(self, prompt_data: object, completion_text: str) -> RewardResult:
-        """See Reward: none, with the reason."""
+        """See Reward: no value, with the reason."""
         return RewardResult(
             value=None, error="no reward: the environment gave none, and reward.kind is env"
         )

@@ -1,4 +1,4 @@
-"""reasoning-gym's own scores, without its habit of evaluating answers."""
+"""reasoning-gym's own scores, without evaluating answers as Python."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def score(
 ) -> tuple[float, dict[str, float]]:
     """The dataset's score of the answer in a completion.
 
-    The answer is what stands after the last `answer_after`, else in the last <answer> tags, else
-    the whole text. Metrics: `strict`, the same score, and `lenient`, 1.0 if the answer ends on the
-    gold one, whatever stands before (equal to `strict` where a question has no single gold one).
+    The answer is what follows the last `answer_after`, else in the last <answer> tags, else
+    the whole text. Metrics: `strict`, the same score, and `lenient`, 1.0 if the answer ends with
+    the gold one, whatever precedes it (equal to `strict` where there is no single gold one).
     """
     answer = _answer(completion, answer_after)
     name = data["dataset"]

@@ -347,7 +347,7 @@ def test_a_run_resumes_without_the_adapter_it_started_from(place: Path, warm: Pa
         ({"lora_rank": 8}, "has lora_rank 4, adapter 'default' has 8; set lora.lora_rank: 4"),
         ({"lora_alpha": 16}, "has lora_alpha 8, adapter 'default' has 16.0; set"),
         ({"use_rslora": True}, "has use_rslora False, adapter 'default' has True; set"),
-        ({"target_modules": ["q_proj"]}, "is of no target module"),
+        ({"target_modules": ["q_proj"]}, "belongs to no target module"),
     ],
 )
 def test_an_adapter_of_another_shape_is_refused(

@@ -165,7 +165,8 @@ static inline vector sums_of(vector *v) {
     return v[0];
 }
 
-/* the dot products of q [d] with `n` keys [n, d]; behind them, those with the last key */
+/* the dot products of q [d] with `n` <= LANES keys [n, d]; further lanes repeat the last key, so
+ * that no load is beyond the keys */
 static inline __attribute__((always_inline)) vector dots(const float *q, const float *keys, long n,
                                                          long d) {
     vector sums[LANES];
@@ -437,6 +438,7 @@ static inline __attribute__((always_inline)) void tile(int rows, int vectors, lo
 static void tile_of(long rows, matrix x, matrix p, matrix y, long D, long columns, float scale,
                     int add, const float *next, long lines) {
     int narrow = columns == LANES; /* half of a panel's sums would be wasted */
+    /* tile is inlined with constant rows, vectors and stride: its sums become registers */
 #define DO(R)                                                                                  \
     case R:                                                                                    \
         if (narrow && x.column == 1)                                                           \

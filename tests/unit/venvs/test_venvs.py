@@ -35,7 +35,7 @@ def small(monkeypatch) -> Recipe:
     return SMALL
 
 
-def test_what_is_missing_is_said_with_the_command_that_mends_it():
+def test_what_is_missing_is_said_with_the_command_that_installs_it():
     with pytest.raises(ValueError, match=r"vllm is not installed in .*; run `make vllm`"):
         interpreter("vllm")
     assert packages("vllm") is None
