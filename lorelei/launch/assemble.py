@@ -48,9 +48,8 @@ from lorelei.types import Ints
 from lorelei.venvs.recipe import interpreter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from lorelei.launch.ray_cluster import Cluster
+    from lorelei.model.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +71,7 @@ async def build(
 
     The stack closes what was started. logs: for what servers print; none: logs/ of the
     run folder. training: whether a trainer is to be made of these parts too.
-    Raises ValueError with one line for what a user can mend.
+    Raises ValueError with one line for a user-fixable error.
     """
     experiments = config.experiments()
     if isinstance(config.train, MegatronTrain):
@@ -212,7 +211,7 @@ def _rollout_engine(
     folder: Path,
     model: ModelInfo,
     decoder: Decoder | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     cluster: Cluster | None,
     logs: Path,
 ) -> InferenceEngine:
@@ -295,7 +294,7 @@ def _untrained(state: AdapterState) -> AdapterSnapshot:
     return AdapterSnapshot(state=state, exp_avg=zeros, exp_avg_sq=zeros, step=0)
 
 
-def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[Ints], str]:
+def decoder_of(tokenizer: Tokenizer) -> Callable[[Ints], str]:
     """Token ids to text, without special tokens."""
     return lambda tokens: str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
 

@@ -48,7 +48,7 @@ class Cluster:
     def __init__(self, config: RayCluster, workers: int, servers: int, server_cpus: int) -> None:
         """Connect and reserve resources: of `workers` train workers, then of `servers` servers.
 
-        Raises ValueError for user-fixable errors: no Ray, no token, other versions, no room.
+        Raises ValueError for a user-fixable error: no Ray, no token, other versions, no room.
         """
         self._config, self._workers = config, workers
         _connect(config.address)

@@ -24,7 +24,7 @@ from lorelei.plan.hardware import has_accelerator
 from lorelei.plan.model_info import model_info
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from lorelei.model.tokenizer import Tokenizer
 
 TOKEN = "LORELEI_SERVER_TOKEN"
 
@@ -36,7 +36,7 @@ def make_server_engine(
     rollout: AnyServer,
     folder: Path,
     model: ModelInfo,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     logs: Path,
     launcher: Launcher = LOCAL,
     device: Device | None = None,
@@ -50,7 +50,7 @@ def make_server_engine(
         _backend(config, rollout, folder, model, device or device_here()),
         Limits(vocab=model.sizes.vocab, context=context, decodes_text=True),
         logs,
-        tokenizer=tokenizer,  # type: ignore[arg-type]  # its decode takes more
+        tokenizer=tokenizer,
         replicas=rollout.replicas,
         urls=rollout.urls,
         token=os.environ.get(TOKEN),

@@ -14,19 +14,26 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lorelei.lora.fresh import fresh_a, stable_seed
 from lorelei.lora.full import FullWeights
 from lorelei.lora.linear import LoraPart, Span, lora_linear, side_by_side
 from lorelei.lora.sharded import set_from
-from lorelei.lora.state import AdapterState, check_tensors, check_tied, copies, tensor_names
+from lorelei.lora.state import (
+    AdapterState,
+    check_tensors,
+    check_tied,
+    copies,
+    fresh_a,
+    stable_seed,
+    tensor_names,
+)
 from lorelei.lora.targets import match_targets, tied_names
 from lorelei.model.backend import Weight
-from lorelei.model.linear import FrozenLinear, FusedInput, Route, lifted
+from lorelei.model.linear import FrozenLinear, FusedInput, Route, transformed
 from lorelei.types import AdapterSpec
 
 
 class Base(Protocol):
-    """A frozen base model: our decoder, or another that keeps its linear layers in our type."""
+    """A frozen base model: our decoder, or another whose linear layers are FrozenLinear."""
 
     @property
     def architecture(self) -> str:
@@ -233,7 +240,7 @@ class AdapterBank(Generic[B]):
     def route(
         self, spans: Sequence[tuple[str | None, int]], dropout_seed: int | None = None
     ) -> BankRoute:
-        """The route of a row of tokens: (adapter or none, number of tokens), in order.
+        """The route of a row of tokens: (adapter or None, number of tokens), in order.
 
         dropout_seed: draws the dropout masks; None (inference) turns dropout off.
         """
@@ -265,20 +272,22 @@ class _Stretch:
     start: int
     stop: int
     adapter: Adapter | None
-    ordinal: int  # among the adapter's stretches: each draws a dropout mask of its own
+    ordinal: int  # among the adapter's stretches: each draws another dropout mask
 
 
 class BankRoute:
-    """Tokens of several adapters, and of none, in one row; an adapter's tokens may stand apart."""
+    """Tokens of several adapters, and of none, in one row; an adapter's need not be neighbours."""
 
     def __init__(
         self, stretches: tuple[_Stretch, ...], tokens: int, dropout_seed: int | None
     ) -> None:
         self._stretches, self._tokens, self._dropout_seed = stretches, tokens, dropout_seed
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: FusedInput | None = None) -> Tensor:
+    def __call__(
+        self, layer: FrozenLinear, x_TD: Tensor, fused_input: FusedInput | None = None
+    ) -> Tensor:
         assert len(x_TD) == self._tokens, f"route of {self._tokens} tokens, row of {len(x_TD)}"
-        return lora_linear(layer, x_TD, self.spans(layer), lift)
+        return lora_linear(layer, x_TD, self.spans(layer), fused_input)
 
     def spans(self, layer: FrozenLinear) -> tuple[Span, ...]:
         """What the adapters do to a layer's row of tokens."""
@@ -309,13 +318,15 @@ class BankRoute:
 
 
 class MergedRoute:
-    """Every token through one adapter, at the cost of none. For inference: gives no gradients."""
+    """Every token through one adapter, merged: costs no more than the base. For inference only."""
 
     def __init__(self, weights: Mapping[FrozenLinear, Weight]) -> None:
         self._weights = weights
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: FusedInput | None = None) -> Tensor:
-        return self.weight(layer).product(lifted(x_TD, lift), layer.bias)
+    def __call__(
+        self, layer: FrozenLinear, x_TD: Tensor, fused_input: FusedInput | None = None
+    ) -> Tensor:
+        return self.weight(layer).product(transformed(x_TD, fused_input), layer.bias)
 
     def weight(self, layer: FrozenLinear) -> Weight:
         """What a layer multiplies with."""

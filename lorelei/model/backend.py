@@ -1,4 +1,4 @@
-"""The one place that knows devices: where tensors live and which kernels multiply and attend."""
+"""All that depends on the device: where tensors live, which kernels multiply and attend."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _has_flash(device: torch.device) -> bool:
 
 
 def fuses_rms_norm(x: Tensor) -> bool:
-    """Whether torch has one kernel for it; launching several costs more than their work."""
+    """Whether to use torch's own kernel: on a GPU, launching several costs more than their work."""
     return x.is_cuda
 
 
@@ -118,7 +118,7 @@ class LowRank:
 
     @classmethod
     def of(cls, a_DR: Tensor, b_RO: Tensor) -> LowRank:
-        """A rank that kernels do not take is filled up with zeros."""
+        """A rank that the kernels do not take is padded with zeros."""
         if not fused.fuses(a_DR):
             return cls(a_DR, b_RO)
         spare = -a_DR.shape[1] % fused.lanes()

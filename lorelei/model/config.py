@@ -31,7 +31,7 @@ class UnsupportedModel(ValueError):
 
 
 class ForeignModel(UnsupportedModel):
-    """Our decoder does not build it; transformers and the servers may."""
+    """An architecture that our decoder does not build; transformers and the servers may."""
 
     def __init__(self, what: str) -> None:
         super().__init__(
@@ -100,7 +100,7 @@ class ModelInfo:
     sizes: ModelSizes
     # {name: (out, in)} of every linear layer that can get an adapter, in order of execution
     linears: Mapping[str, tuple[int, int]]
-    parameters: Mapping[str, int]  # by part; a tied lm_head has none of its own
+    parameters: Mapping[str, int]  # by part; a tied lm_head counts none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +127,8 @@ class DecoderConfig(ModelSizes):
     def _of_family(cls, architecture: str, family: str, hf: Mapping[str, Any]) -> DecoderConfig:
         heads = hf["num_attention_heads"]
         default_head_dim = 128 if family == "qwen3" else hf["hidden_size"] // heads
-        eos = hf.get("eos_token_id")
+        eos: int | list[int] | None = hf.get("eos_token_id")
+        eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         return cls(
             architecture=architecture,
             vocab=hf["vocab_size"],
@@ -142,13 +143,13 @@ class DecoderConfig(ModelSizes):
             qk_norm=family.startswith("qwen3"),
             max_positions=hf.get("max_position_embeddings", 2048),
             rope=_rope(hf),
-            eos_token_ids=tuple(eos if isinstance(eos, list) else [eos] if eos is not None else []),
+            eos_token_ids=tuple(eos_ids),
             moe=_moe(hf) if family == "qwen3_moe" else None,
         )
 
 
 def _architecture(hf: Mapping[str, Any]) -> str:
-    names = hf.get("architectures") or []
+    names: list[str] = hf.get("architectures") or []
     if not names:  # GGUF and some tests carry only the model type
         by_type = {family: name for name, family in FAMILIES.items()}
         names = [by_type.get(str(hf.get("model_type")), str(hf.get("model_type")))]

@@ -2,6 +2,8 @@
 
 An axis of one exchanges nothing.
 """
+# pyright: reportUnknownMemberType=false
+# torch.distributed declares no types
 
 from __future__ import annotations
 
@@ -11,32 +13,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lorelei.model.autograd import Function
 from lorelei.parallel.mesh import Axis
 
 
 def spread(x: Tensor, axis: Axis) -> Tensor:
     """x, the same everywhere, where each process goes on with other parts of a matrix."""
-    return x if axis.size == 1 else _Spread.apply(x, axis)  # type: ignore[no-any-return]
+    return x if axis.size == 1 else _Spread.apply(x, axis)
 
 
 def summed(x: Tensor, axis: Axis) -> Tensor:
     """The sum of every process's x; what follows is the same everywhere."""
-    return x if axis.size == 1 else _Summed.apply(x, axis)  # type: ignore[no-any-return]
+    return x if axis.size == 1 else _Summed.apply(x, axis)
 
 
 def gathered(x: Tensor, axis: Axis) -> Tensor:
     """[..., n] of each process -> [..., n * size]; what follows is the same everywhere."""
-    return x if axis.size == 1 else _Gathered.apply(x, axis)  # type: ignore[no-any-return]
+    return x if axis.size == 1 else _Gathered.apply(x, axis)
 
 
 def divided(x: Tensor, axis: Axis) -> Tensor:
     """[..., n * size], the same everywhere -> this process's [..., n]."""
-    return x if axis.size == 1 else _Divided.apply(x, axis)  # type: ignore[no-any-return]
+    return x if axis.size == 1 else _Divided.apply(x, axis)
 
 
 def exchanged(x: Tensor, axis: Axis) -> Tensor:
     """[size, ...]: entry i goes to process i; what comes back from process i is entry i."""
-    return x if axis.size == 1 else _Exchanged.apply(x, axis)  # type: ignore[no-any-return]
+    return x if axis.size == 1 else _Exchanged.apply(x, axis)
 
 
 def _sum(x: Tensor, axis: Axis) -> Tensor:
@@ -62,7 +65,7 @@ def _exchange(x: Tensor, axis: Axis) -> Tensor:
     return got
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
@@ -73,7 +76,7 @@ class _Spread(torch.autograd.Function):
         return _sum(grads[0], ctx.axis), None
 
 
-class _Summed(torch.autograd.Function):
+class _Summed(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         return _sum(x, axis)
@@ -83,7 +86,7 @@ class _Summed(torch.autograd.Function):
         return grads[0], None
 
 
-class _Gathered(torch.autograd.Function):
+class _Gathered(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
@@ -94,7 +97,7 @@ class _Gathered(torch.autograd.Function):
         return _own(grads[0], ctx.axis), None
 
 
-class _Divided(torch.autograd.Function):
+class _Divided(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
@@ -105,7 +108,7 @@ class _Divided(torch.autograd.Function):
         return _gather(grads[0], ctx.axis), None
 
 
-class _Exchanged(torch.autograd.Function):
+class _Exchanged(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis

@@ -1,4 +1,6 @@
 """Which part of the model and of the work each process of an engine has."""
+# pyright: reportUnknownMemberType=false
+# torch.distributed declares no types
 
 from __future__ import annotations
 

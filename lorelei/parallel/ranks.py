@@ -1,9 +1,11 @@
 """The ranks an engine is one of; a single process is the case of one rank."""
+# pyright: reportUnknownMemberType=false
+# torch.distributed declares no types
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +52,7 @@ class Ranks:
         return self.rank % self.group == 0
 
     @contextmanager
-    def all_or_none(self) -> Iterator[None]:
+    def all_or_none(self) -> Generator[None]:
         """The body succeeds on every rank, or raises on every rank."""
         error: BaseException | None = None
         try:
@@ -84,7 +86,7 @@ class Ranks:
         if not present.item():
             return
         dist.all_reduce(flat)
-        for tensor, grad in zip(held, flat.split([t.numel() for t in held]), strict=True):
+        for tensor, grad in zip(held, torch.split(flat, [t.numel() for t in held]), strict=True):
             tensor.grad = grad.view_as(tensor)
 
     def add_up_dicts(self, sums: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

@@ -33,7 +33,7 @@ class Component:
 
     name: str
     found: str | None  # version or words; None: it is not here
-    fix: str = ""  # what to do where it is not here, or what works without it
+    fix: str = ""  # what to do where it is missing, or what works without it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class Combination:
     train: str
     rollout: str
     publishers: tuple[str, ...]
-    fix: str = ""  # what is to be done first; empty: it runs
+    fix: str = ""  # what to do first; empty: it runs
 
     @property
     def runs(self) -> bool:
@@ -52,7 +52,7 @@ class Combination:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """All of it."""
+    """What was found on this machine."""
 
     parts: tuple[Component, ...]
     combinations: tuple[Combination, ...]
@@ -73,7 +73,7 @@ def kinds(section: Any) -> tuple[str, ...]:
 
 
 def doctor_table(found: Diagnosis) -> Group:
-    """What there is, what can run, one under the other."""
+    """Tables of what is installed, what can run and what is missing."""
     missing = [part for part in found.parts if part.found is None]
     tables = [_found(found.parts), _runs(found.combinations)]
     if missing:
@@ -194,7 +194,7 @@ def _combinations() -> Iterator[Combination]:
 
 
 def _obstacle(engine: str) -> str:
-    """What keeps an engine from running here."""
+    """What keeps an engine from running here; empty: nothing."""
     if engine not in KINDS:
         return ""
     if engine in SERVERS and recipe(engine).build == "cpu" and "avx2" not in _cpu_flags():
@@ -205,4 +205,4 @@ def _obstacle(engine: str) -> str:
 def _cpu_flags() -> list[str]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split() for line in lines if line.startswith("flags")), [])
+    return next((line.split() for line in lines if line.startswith("flags")), list[str]())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorelei.algo.loss import LossItems, LossResult, load_loss
-from lorelei.lora.fresh import stable_seed
+from lorelei.lora.state import stable_seed
 from lorelei.parallel.ranks import Ranks
 from lorelei.train.layout import Piece
 from lorelei.types import Batch, Floats, ItemOutputs, Items, LossSpec

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from lorelei.cli.trained_run import TrainedRun
 from lorelei.data.source import make_source
-from lorelei.launch.trained import TrainedRun
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.store.check import check_run
 from lorelei.store.manifest import manifest_paths

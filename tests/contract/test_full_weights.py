@@ -278,7 +278,7 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(
         "no tensor 'model.norm.weight'": lacking,
         "has shape": {**lacking, norm: torch.zeros(3)},
         "not finite": {**lacking, norm: torch.full_like(state.tensors[norm], torch.nan)},
-        "is of no layer": {**state.tensors, "model.more.weight": torch.zeros(3)},
+        "belongs to no layer": {**state.tensors, "model.more.weight": torch.zeros(3)},
         "dtype: float32": {**lacking, norm: state.tensors[norm].double()},
     }
 

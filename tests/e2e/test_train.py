@@ -17,8 +17,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from lorelei.cli.trained_run import TrainedRun
 from lorelei.launch import local
-from lorelei.launch.trained import TrainedRun
 from lorelei.lora.state import AdapterSnapshot
 from lorelei.model.load import load_decoder
 from lorelei.run_file import load_config
@@ -347,7 +347,7 @@ def test_a_run_resumes_without_the_adapter_it_started_from(place: Path, warm: Pa
         ({"lora_rank": 8}, "has lora_rank 4, adapter 'default' has 8; set lora.lora_rank: 4"),
         ({"lora_alpha": 16}, "has lora_alpha 8, adapter 'default' has 16.0; set"),
         ({"use_rslora": True}, "has use_rslora False, adapter 'default' has True; set"),
-        ({"target_modules": ["q_proj"]}, "is of no target module"),
+        ({"target_modules": ["q_proj"]}, "belongs to no target module"),
     ],
 )
 def test_an_adapter_of_another_shape_is_refused(

@@ -15,8 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lorelei.lora.fresh import fresh_a
-from lorelei.lora.state import tensor_names
+from lorelei.lora.state import fresh_a, tensor_names
 from lorelei.types import AdapterSpec
 
 Style = Literal["column", "row"]

@@ -15,7 +15,7 @@ import torch
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 
-from lorelei.lora.fresh import stable_seed
+from lorelei.lora.state import stable_seed
 from lorelei.train.megatron.adapter import Adapter, Part, TargetLinear
 from lorelei.train.megatron.mesh import MegatronMesh
 from lorelei.train.megatron.row import Bound, Row

@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
 from lorelei.algo.preset import adam_hyper, advantages, loss_spec
+
 from lorelei.config.experiment import Experiment
 from lorelei.config.run import RunConfig
 from lorelei.model.decoder import Decoder
 from lorelei.model.load import load_decoder
 from lorelei.train.archon.engine import archon_engine
-from lorelei.train.contract import TrainEngine
 from lorelei.train.batch import build_batch
+from lorelei.train.contract import TrainEngine
 from lorelei.train.step import Trainer
 from lorelei.types import AdapterSpec, Batch, Group, Prompt, Rollout, StepStats
 from tests.episodes import random_group, rollout, turn

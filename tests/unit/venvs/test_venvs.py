@@ -35,7 +35,7 @@ def small(monkeypatch) -> Recipe:
     return SMALL
 
 
-def test_what_is_missing_is_said_with_the_command_that_mends_it():
+def test_what_is_missing_is_said_with_the_command_that_installs_it():
     with pytest.raises(ValueError, match=r"vllm is not installed in .*; run `make vllm`"):
         interpreter("vllm")
     assert packages("vllm") is None
@@ -118,8 +118,10 @@ def test_the_command_needs_nothing_but_python(cache, tmp_path):
     folder = recipe("vllm").folder
     folder.mkdir(parents=True)
     (folder / "installed.json").write_text(json.dumps({"vllm": "0"}))
-    start = "import sys, runpy; sys.path.insert(0, '.'); runpy.run_module('lorelei.venvs')"
-    code = start.replace("rs')", "rs', run_name='__main__')")
+    code = (
+        "import sys, runpy; sys.path.insert(0, '.'); "
+        "runpy.run_module('lorelei.venvs', run_name='__main__')"
+    )
     done = subprocess.run(
         [sys.executable, "-S", "-I", "-c", code, "vllm"],
         capture_output=True,
