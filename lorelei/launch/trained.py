@@ -107,7 +107,7 @@ async def _evaluate(
                 evaluator = replace(evaluator, prompts=_first(evaluator.prompts, n_prompts))
             state = run.state(name)
             ref = run.ref(name, state)
-            await parts.rollout.load(ref, state)
+            await parts.sampler.engine.load(ref, state)
             found[name] = {"base": (await evaluator.run(None)).means} if base else {}
             found[name][f"v{ref.version}"] = (await evaluator.run(ref)).means
     return found
