@@ -216,9 +216,9 @@ def test_versions_and_the_base_are_served_side_by_side_as_each_alone(
     async def body() -> None:
         engine = EmbeddedEngine(load_decoder(folder), max_running=4)
         publisher = VersionPublisher(engine, "r")
-        one = (await publisher.publish(trainer, {"a": 1}))["a"]
+        one = (await publisher.publish({"a": 1}, {"a": trainer.adapter_state("a")}))["a"]
         train(trainer, range(1, 3))
-        two = (await publisher.publish(trainer, {"a": 2}))["a"]
+        two = (await publisher.publish({"a": 2}, {"a": trainer.adapter_state("a")}))["a"]
         asked = [ask(ref, str(i)) for i in range(3) for ref in (one, two, None)]
         alone = {}
         for ref in (one, two, None):  # those of one version at once
@@ -251,7 +251,9 @@ def test_what_is_served_is_what_was_published_whatever_the_trainer_does_next(
 
     async def body() -> list[np.ndarray]:
         engine = EmbeddedEngine(trainer._bank.decoder)  # one process, one base model
-        ref = (await VersionPublisher(engine, "r").publish(trainer, {"a": 1}))["a"]
+        ref = (
+            await VersionPublisher(engine, "r").publish({"a": 1}, {"a": trainer.adapter_state("a")})
+        )["a"]
         train(trainer, range(1, 3))
         scores = await engine.score(tokens, ref)
         base = await engine.score(tokens, None)
@@ -297,7 +299,7 @@ def test_a_sampler_in_bf16_refuses_fp32_weights(folder: Path, trainer: ArchonEng
     async def body() -> None:
         engine = EmbeddedEngine(load_decoder(folder, torch.bfloat16))
         with pytest.raises(PublishError, match=r"need a run with dtype: float32"):
-            await VersionPublisher(engine, "r").publish(trainer, {"a": 1})
+            await VersionPublisher(engine, "r").publish({"a": 1}, {"a": trainer.adapter_state("a")})
         await engine.close()
 
     run(body())

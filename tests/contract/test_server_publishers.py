@@ -26,16 +26,6 @@ T = TypeVar("T")
 VERSIONS = 15  # more than the server has room for: 12
 
 
-class Source:
-    """The one method of a TrainEngine that publishing needs."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.seed = folder, 0
-
-    def adapter_state(self, name: str) -> AdapterState:
-        return make_state(self.folder, self.seed)
-
-
 def make_way(kind: str, engine: ServerEngine, folder: Path) -> Transport:
     match kind:
         case "http":
@@ -54,23 +44,21 @@ def run(body: Coroutine[Any, Any, T]) -> T:
 def test_each_version_answers_as_itself_while_others_are_published(
     kind: str, vllm_server: RunningServer, tmp_path: Path
 ) -> None:
-    source = Source(vllm_server.model)
-
     async def body() -> None:
         engine = vllm_server.engine(max_running=8)
         way = make_way(kind, engine, tmp_path / "published")
         publisher = VersionPublisher(engine, "run9", way)
         older = None
         for version in range(VERSIONS):
-            source.seed = version
+            state = make_state(vllm_server.model, version)
             # one long answer is sampled while the next version is published
             busy = asyncio.create_task(engine.generate(ask(adapter=older, max_new_tokens=60)))
-            ref = (await publisher.publish(source, {"a": version}))["a"]  # type: ignore[arg-type]
+            ref = (await publisher.publish({"a": version}, {"a": state}))["a"]
             answer = await engine.generate(ask(adapter=ref, max_new_tokens=8))
             assert (await busy).finish_reason == "length"
             assert answer.versions == ((version, 8),)
             if version % 5 == 0:
-                model = reference_model(vllm_server.model, make_state(vllm_server.model, version))
+                model = reference_model(vllm_server.model, state)
                 sequence = np.concatenate([PROMPT, answer.tokens])
                 expected = reference_logprobs(model, sequence, 1.0)[len(PROMPT) - 1 :]
                 assert close(answer.logprobs, expected)
