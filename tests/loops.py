@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lorelei import loop as the_loop
 from lorelei.inference.contract import InferenceEngine
@@ -16,6 +17,8 @@ from lorelei.loop import Loop
 from lorelei.obs.console import Console
 from lorelei.run_file import load_config, to_plain
 from lorelei.store.run import RunStore
+from lorelei.train.step import run_works
+from lorelei.train.work import Work
 
 
 @asynccontextmanager
@@ -69,3 +72,15 @@ def rl(loop: Loop, name: str = "default") -> RlJob:
     job = loop.registry[name]
     assert isinstance(job, RlJob)
     return job
+
+
+def before_training(loop: Loop, call: Callable[[Sequence[Work]], None]) -> None:
+    """Call a function with the works of every step, just before it trains on them."""
+    real = loop.thread.call
+
+    async def watched(function: Callable[..., Any], *args: Any) -> Any:
+        if function is run_works:
+            call(args[1])
+        return await real(function, *args)
+
+    loop.thread.call = watched  # type: ignore[method-assign]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -21,10 +20,9 @@ from lorelei.rollout.collector import RolloutsFail
 from lorelei.store.check import check_run
 from lorelei.store.index import list_runs
 from lorelei.store.manifest import manifest_paths
-from lorelei.train.step import run_works
 from lorelei.train.work import Work
 from lorelei.types import AdapterRef
-from tests.loops import digest, open_loop, rl, versions, whole
+from tests.loops import before_training, digest, open_loop, rl, versions, whole
 from tests.tiny_runs import make_workplace, records, write_run
 
 
@@ -38,18 +36,6 @@ def place(
 def loop_of(folder: Path, place: Path, **sections: object) -> AbstractAsyncContextManager[Loop]:
     """The loop of a new run, or of one that goes on."""
     return open_loop(write_run(place, "run", **sections), folder)
-
-
-def before_training(loop: Loop, call: Callable[[Sequence[Work]], None]) -> None:
-    """Call a function with the works of every step, just before it trains on them."""
-    real = loop.thread.call
-
-    async def watched(function: Callable[..., Any], *args: Any) -> Any:
-        if function is run_works:
-            call(args[1])
-        return await real(function, *args)
-
-    loop.thread.call = watched  # type: ignore[method-assign]
 
 
 def test_a_run_commits_every_step_whole(tmp_path: Path, place: Path) -> None:
