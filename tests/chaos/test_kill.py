@@ -283,7 +283,7 @@ def spooled(folder: Path, since: int) -> Callable[[], bool]:
         if newest < since:
             return False
         manifest = json.loads((folder / f"manifests/{newest:06d}.json").read_text())
-        position = manifest["adapters"]["default"]["record"]["data_position"]
+        position = manifest["adapters"]["default"]["record"]["state"]["next_index"]
         return max(spool(folder), default=-1) >= position
 
     return seen

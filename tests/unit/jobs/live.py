@@ -19,7 +19,7 @@ from lorelei.obs.console import Console
 from lorelei.publish.canary import Canary, Watched
 from lorelei.publish.publisher import VersionPublisher
 from lorelei.store.run import RunStore
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.archon.engine import archon_engine
 from lorelei.train.batch import example_batch
 from lorelei.train.engine_thread import EngineThread
 from lorelei.train.work import Round
@@ -40,7 +40,7 @@ async def live_loop(model: Path, folder: Path) -> AsyncIterator[Loop]:
             store = RunStore.create(folder, {"model": "tiny"})
         stack.callback(store.close)
         decoder = load_decoder(model)
-        thread = EngineThread(ArchonEngine(decoder))
+        thread = EngineThread(archon_engine(decoder))
         stack.callback(thread.close)
         engine = EmbeddedEngine(decoder)
         stack.push_async_callback(engine.close)
