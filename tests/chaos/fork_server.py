@@ -13,7 +13,7 @@ import os
 import sys
 
 from lorelei.cli import main as cli
-from lorelei.launch import local, trained  # noqa: F401 - what the commands import late
+from lorelei.launch import local  # noqa: F401 - what the commands import late
 
 
 def main() -> None:
