@@ -57,7 +57,7 @@ def _verdict(plan: Plan) -> str:
 
 
 def _processes(plan: Plan) -> list[Table | Text]:
-    """Who is where, then what each holds and why."""
+    """Where each process is, then what it holds and why."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("process", no_wrap=True)
     table.add_column("where", overflow="fold")

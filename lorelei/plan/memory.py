@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from lorelei.algo.algorithm import PolicyAlgorithm
 from lorelei.config.experiment import Experiment
 from lorelei.config.run import RunConfig
-from lorelei.model.config import ModelSizes
+from lorelei.inference.embedded.kind import FIRST_CAPACITY, PREFILL_TOKENS, row_capacity
+from lorelei.model.config import BYTES, CHUNK_ELEMENTS, GPU_LOGITS, ModelSizes, flash_heads
 from lorelei.plan.adapter_size import AdapterSize, tied_head
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FP32 = 4
 _MIB = 1 << 20
 # `python -m benchmarks.memory programs` prints these: resident memory of each kind of process of a
@@ -32,11 +32,6 @@ REWARD_WORKER = {
 }
 # task.max_prompt_tokens is a guard against odd problems: prompts are taken to be this much of it
 PROMPT_SHARE = 0.25
-# of the code that allocates; tests compare them
-LOGITS_CHUNK = 1 << 23  # elements, model.head
-GPU_LOGITS = 16  # of these chunks at once, model.backend
-PREFILL_TOKENS = 4096  # rollout.embedded.engine
-FIRST_CAPACITY = 32  # rollout.embedded.kv_cache
 
 Parts = dict[str, int]
 
@@ -54,7 +49,7 @@ class Footprint:
 
     @property
     def served(self) -> bool:
-        """Whether servers sample, in processes of their own."""
+        """Whether servers sample, in separate processes."""
         return self.config.rollout.kind != "embedded"
 
     @property
@@ -66,7 +61,7 @@ class Footprint:
     def overlaps(self) -> bool:
         """Whether memory of sampling and of training is held at once.
 
-        An adapter that waits for its batch goes on sampling while another trains; other processes
+        An adapter that waits for its batch keeps sampling while another trains; other processes
         keep what they freed.
         """
         stale = any(e.rollout.max_head_offpolicyness for e in self.samplers)
@@ -88,7 +83,7 @@ def estimate_memory(run: Footprint) -> dict[str, Parts]:
         "training": held | beside | _training(run),
         "saving": held | beside | {"snapshots": snapshot_bytes(run)},
     }
-    if not run.on_cpu:  # files are read and written by way of the CPU's memory
+    if not run.on_cpu:  # files are read and written through the CPU's memory
         del phases["loading"], phases["saving"]
     if run.served or not run.samplers:  # the servers sample, or nobody does
         del phases["sampling"], phases["evaluating"]
@@ -127,7 +122,7 @@ def base_bytes(run: Footprint) -> int:
 
 def one_model_bytes(run: Footprint) -> int:
     """The base model as our own decoder holds it."""
-    # packed for multiplication, a tied lm_head is a matrix of its own besides the embedding
+    # packed for multiplication, a tied lm_head is a second matrix besides the embedding
     tied = tied_head(run.model) if _packs(run) else 0
     return (run.base + tied) * BYTES[run.config.dtype]
 
@@ -182,12 +177,13 @@ def in_flight(run: Footprint, *, evaluating: bool) -> tuple[int, int]:
 
 def kv_cache_bytes(run: Footprint, prompts: int, rows: int) -> int:
     """Keys and values: of each prompt once, of each row as many as its slot has room for."""
-    model = run.model
-    room = max(FIRST_CAPACITY, 1 << max(_new_tokens(run) - 2, 0).bit_length())
-    if room > FIRST_CAPACITY:  # it doubles: keys first, then values, from what had half the room
-        room += room // 4
+    halves = run.config.dtype != "float32"
+    whole_tokens = halves and not run.on_cpu and flash_heads(run.model.head_dim)
+    room = row_capacity(_new_tokens(run) - 1, whole_tokens)  # the last token is not read
+    if room > FIRST_CAPACITY[whole_tokens]:
+        room += room // 4  # keys grow first, then values, from what had half the room
     tokens = prompts * _prompt_tokens(run) + rows * room
-    return tokens * model.layers * 2 * model.kv_heads * model.head_dim * BYTES[run.config.dtype]
+    return tokens * run.model.cache_bytes(run.config.dtype)
 
 
 def decoding_bytes(run: Footprint, prompts: int, rows: int) -> int:
@@ -220,7 +216,7 @@ def activation_bytes(run: Footprint) -> int:
     model, recompute = run.model, run.config.train.gradient_checkpointing
     T, D = micro_batch_tokens(run), model.hidden
     each, block = BYTES[run.config.dtype], T * block_elements(run)
-    logits = 3 * LOGITS_CHUNK * (1 if run.on_cpu else GPU_LOGITS) * _FP32
+    logits = 3 * CHUNK_ELEMENTS * (1 if run.on_cpu else GPU_LOGITS) * _FP32
     mlp = T * 6 * intermediate(model) * each
     if recompute:
         return T * (model.layers + 2) * D * each + max(logits, block * each + mlp)
@@ -251,7 +247,7 @@ def micro_batch_tokens(run: Footprint) -> int:
     prompt, experiments = _prompt_tokens(run), run.config.experiments()
     step = sum(_step_tokens(e, prompt) for e in experiments) // run.config.train.sizes.data
     longest = max(map(_longest, experiments))
-    longest = min(longest, run.config.rollout.max_context or run.model.max_positions)
+    longest = min(longest, run.model.context(run.config.rollout.max_context))
     return min(step, max(run.config.train.max_tokens_per_mb, longest))
 
 
@@ -293,5 +289,5 @@ def intermediate(model: ModelSizes) -> int:
 
 
 def _packs(run: Footprint) -> bool:
-    """Whether matrices are kept in layouts of their own, see model.backend."""
+    """Whether matrices are kept packed, see model.backend."""
     return run.on_cpu and run.config.dtype == "float32"

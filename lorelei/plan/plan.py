@@ -16,18 +16,17 @@ from lorelei.config.reward import PythonReward
 from lorelei.config.run import RunConfig
 from lorelei.config.section import is_mapping
 from lorelei.config.task import JsonlTask, ParquetTask
-from lorelei.config.train import ArchonTrain
+from lorelei.inference.kinds import INFERENCE
 from lorelei.lora.targets import Shape, match_targets, tied_names
-from lorelei.model.config import ModelInfo, ModelSizes
+from lorelei.model.config import BYTES, ModelInfo, ModelSizes
 from lorelei.model.shapes import find_shape
 from lorelei.plan.adapter_size import AdapterSize, full_size, lora_size, trained_size
 from lorelei.plan.hardware import Hardware, this_machine
-from lorelei.plan.memory import BYTES, Footprint, estimate_memory
+from lorelei.plan.memory import Footprint, estimate_memory
 from lorelei.plan.memory_item import ProcessGroup
 from lorelei.plan.model_info import model_info
 from lorelei.plan.processes import process_groups
-from lorelei.plan.server_limits import check_servers
-from lorelei.plan.train_limits import check_training
+from lorelei.train.kinds import TRAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +84,7 @@ class Plan:
 
 
 def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
-    """Look the model up and say what the run would do. hardware: none for this machine.
+    """Look the model up and say what the run would do. hardware: None: this machine.
 
     Raises ValueError (one line) for a model that is nowhere or not supported, for targets that
     match nothing, for completions that the model has no room for, and for too few devices.
@@ -102,10 +101,10 @@ def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
     model, shapes, parameters = known.sizes, known.linears, known.parameters
     _check_context(config, model)
     _check_files(config)
-    check_training(config, model, hf_config)
+    TRAIN[config.train.kind].check(config.train, model, hf_config)
     adapters = tuple(_adapter_plan(e, config, known) for e in config.experiments())
     on_cpu, modules = hardware.on_cpu, {name for a in adapters for name in a.modules}
-    check_servers(config, model, modules, on_cpu)
+    INFERENCE[config.rollout.kind].check(config, model, sorted(modules), on_cpu)
     run = Footprint(
         config=config,
         model=model,
@@ -114,7 +113,7 @@ def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
         adapters=tuple(_size(a, model, shapes) for a in adapters),
         on_cpu=on_cpu,
     )
-    alone = isinstance(config.train, ArchonTrain) and config.cluster.kind == "local"
+    alone = TRAIN[config.train.kind].here is not None and config.cluster.kind == "local"
     phases = estimate_memory(run) if alone else {}
     processes, problems = process_groups(run, parameters, shapes, modules, hardware, phases)
     return Plan(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lorelei.config.rollout import ServerRollout
-from lorelei.config.train import ArchonTrain
 from lorelei.lora.targets import Shape
 from lorelei.plan.hardware import Hardware, seat
 from lorelei.plan.memory import CONTROLLER, Footprint, Parts, reward_bytes, sampler_parts
 from lorelei.plan.memory_item import MemoryItem, ProcessGroup
 from lorelei.plan.rank_memory import Counts, rank_parts
 from lorelei.plan.server_memory import server_parts
+from lorelei.train.kinds import trains_here
 
 _GIB = 1 << 30
 
@@ -30,7 +30,7 @@ def process_groups(
     """
     rollout, train = run.config.rollout, run.config.train
     on_ray = ", on Ray" if run.config.cluster.kind == "ray" else ""
-    inside = isinstance(train, ArchonTrain) and train.workers == 1 and not on_ray
+    inside = trains_here(run.config)
     servers = rollout if isinstance(rollout, ServerRollout) and not rollout.urls else None
     ranks = 1 if inside else train.workers
     sampler = rollout.kind == "embedded" and not inside

@@ -353,7 +353,8 @@ CASES = {
         arguments=("eval", "done", "-n", "99"), expected="-n: 99 is more than the 4 problems that"
     ),
     "samples in no order": Case(
-        arguments=("samples", "done", "--order", "top"), expected="--order: 'top' is none of worst"
+        arguments=("samples", "done", "--order", "top"),
+        expected="--order: 'top' is not one of worst",
     ),
     "samples of no adapter": Case(
         arguments=("samples", "done", "--adapter", "x"), expected="adapter: no rollout of 'x'; reco"

@@ -186,7 +186,7 @@ def test_a_target_that_matches_nothing_names_the_nearest():
     )
     assert "did you mean 'gate_proj'?" in _refusal(QWEN3_30B_A3B, target_modules=("gate",))
     assert "there are: down_proj, gate_proj" in _refusal(SMOLLM2, target_modules=("zzz",))
-    assert "is no regular expression" in _refusal(SMOLLM2, target_modules=("(q_proj",))
+    assert "is not a regular expression" in _refusal(SMOLLM2, target_modules=("(q_proj",))
 
 
 def test_an_exclusion_must_match_and_must_leave_something():
