@@ -1,6 +1,6 @@
 """Exchanges between the processes of an axis, with their gradients.
 
-An axis of one exchanges nothing.
+A single process exchanges nothing.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from lorelei.parallel.mesh import Axis
 
 
 def spread(x: Tensor, axis: Axis) -> Tensor:
-    """x, the same everywhere, where each process goes on with other parts of a matrix."""
-    return x if axis.size == 1 else _Spread.apply(x, axis)  # type: ignore[no-any-return]
+    """x, the same everywhere, before each process multiplies with its part of a matrix."""
+    return x if axis.size == 1 else _Spread.apply(x, axis)
 
 
 def summed(x: Tensor, axis: Axis) -> Tensor:
     """The sum of every process's x; what follows is the same everywhere."""
-    return x if axis.size == 1 else _Summed.apply(x, axis)  # type: ignore[no-any-return]
+    return x if axis.size == 1 else _Summed.apply(x, axis)
 
 
 def gathered(x: Tensor, axis: Axis) -> Tensor:
     """[..., n] of each process -> [..., n * size]; what follows is the same everywhere."""
-    return x if axis.size == 1 else _Gathered.apply(x, axis)  # type: ignore[no-any-return]
+    return x if axis.size == 1 else _Gathered.apply(x, axis)
 
 
 def divided(x: Tensor, axis: Axis) -> Tensor:
     """[..., n * size], the same everywhere -> this process's [..., n]."""
-    return x if axis.size == 1 else _Divided.apply(x, axis)  # type: ignore[no-any-return]
+    return x if axis.size == 1 else _Divided.apply(x, axis)
 
 
 def exchanged(x: Tensor, axis: Axis) -> Tensor:
     """[size, ...]: entry i goes to process i; what comes back from process i is entry i."""
-    return x if axis.size == 1 else _Exchanged.apply(x, axis)  # type: ignore[no-any-return]
+    return x if axis.size == 1 else _Exchanged.apply(x, axis)
 
 
 def _sum(x: Tensor, axis: Axis) -> Tensor:

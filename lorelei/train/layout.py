@@ -115,8 +115,8 @@ def join(parts: Sequence[Piece]) -> Piece:
     )
 
 
-def idle(batch: Batch) -> Piece:
-    """A piece of one token and no items: for a rank that must keep step with others."""
+def padding_piece(batch: Batch) -> Piece:
+    """A padding piece of one token and no items, which keeps ranks in lockstep."""
     first = batch.segments[0]
     segment = replace(first, tokens=first.tokens[:1], parent=-1)
     nothing = np.arange(0)

@@ -19,7 +19,7 @@ from lorelei.model.attention import Block, tree_blocks
 from lorelei.parallel.ranks import Ranks
 from lorelei.train.adapter_engine import LossOf
 from lorelei.train.items import dropout_seed
-from lorelei.train.layout import Piece, idle, micro_batches, packed, pieces, share
+from lorelei.train.layout import Piece, micro_batches, packed, padding_piece, pieces, share
 from lorelei.types import Batch, Items
 
 
@@ -69,7 +69,7 @@ def run_mixed(
 
 
 def _own_pieces(model: MixedModel, batch: Batch) -> list[Piece]:
-    """This rank's, with empty ones behind them where others have more and wait for it."""
+    """This rank's; padded to the largest number of any rank where they run in lockstep."""
     ranks, limit = model.ranks, model.max_tokens
     if ranks.shares == 1:
         return micro_batches(batch, limit)
@@ -77,7 +77,7 @@ def _own_pieces(model: MixedModel, batch: Batch) -> list[Piece]:
     mine = packed(shares[ranks.share], limit)
     if model.lockstep:
         most = max(len(packed(theirs, limit)) for theirs in shares)
-        mine += [idle(batch)] * (most - len(mine))
+        mine += [padding_piece(batch)] * (most - len(mine))
     return mine
 
 

@@ -100,7 +100,7 @@ def _statistics(
 
 
 class _OfLogits(torch.autograd.Function):
-    """The same from scaled logits that have a gradient of their own."""
+    """The same from scaled logits, for which it gives a gradient."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""One micro-batch as Megatron gets it: a row of tokens, and everything that belongs to it.
+"""One micro-batch for Megatron: a row of tokens, and everything that belongs to it.
 
 Megatron hands its `packed_seq_params` to every layer, in the recomputed forward pass too, so the
 row is an argument there; linear layers, which get nothing but x, find it in `Bound`.

@@ -66,7 +66,7 @@ class Restarting:
         self._journal.forget(name)
 
     def hold(self, policy: Policy, state: AdapterState) -> None:
-        self._held.pop(policy, None)  # as in an engine, whatever comes of the call
+        self._held.pop(policy, None)  # as in an engine, which drops it before it takes the new one
         self._call("hold", (policy, state))
         self._held[policy] = state
 
