@@ -35,10 +35,8 @@ class Logits(Protocol):
     """The head of a model, whole or as one of the processes that share out the vocabulary."""
 
     @property
-    def rows(self) -> int:
-        """Tokens of the vocabulary that are here."""
-        ...
-
+    def rows(self) -> int: ...  # tokens of the vocabulary that are here
+    def sum_up(self, x: Tensor) -> Tensor: ...  # over the processes, perhaps in place
     def differentiate(
         self, hidden_CD: Tensor, target_C: Tensor, scale_C: Tensor, unit_CD: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -46,10 +44,6 @@ class Logits(Protocol):
 
         unit_CD: gets the gradient of log p(target) with respect to the hidden state.
         """
-        ...
-
-    def sum_up(self, x: Tensor) -> Tensor:
-        """The sum over the processes, which may be in place."""
         ...
 
 

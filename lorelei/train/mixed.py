@@ -26,18 +26,9 @@ from lorelei.types import Batch, Items
 class MixedModel(Protocol):
     """A model that takes a row of tokens of several adapters."""
 
-    @property
-    def ranks(self) -> Ranks: ...
-
-    @property
-    def max_tokens(self) -> int:
-        """Of a micro-batch."""
-        ...
-
-    @property
-    def lockstep(self) -> bool:
-        """Whether a pass takes all ranks at once, so that all must make as many."""
-        ...
+    ranks: Ranks
+    max_tokens: int  # of a micro-batch
+    lockstep: bool  # whether a pass takes all ranks at once, so that all must make as many
 
     def item_logprobs(
         self, batch: Batch, bank: AdapterBank[Any], dropout_seed: int | None
@@ -53,7 +44,7 @@ def run_mixed(
     loss_of: LossOf,
     steps: Mapping[str, int] | None,
 ) -> None:
-    """See adapter_engine.Passes.run."""
+    """Implements adapter_engine.Passes.run."""
     trains = steps is not None
     with torch.set_grad_enabled(trains):
         for part in _own_pieces(model, batch):
