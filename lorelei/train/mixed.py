@@ -10,7 +10,6 @@ from collections.abc import Container, Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,15 @@ from lorelei.model.attention import Block, tree_blocks
 from lorelei.parallel.ranks import Ranks
 from lorelei.train.adapter_engine import LossOf
 from lorelei.train.items import dropout_seed
-from lorelei.train.layout import Piece, micro_batches, packed, padding_piece, pieces, share
+from lorelei.train.layout import (
+    Piece,
+    micro_batches,
+    packed,
+    padding_piece,
+    pieces,
+    share,
+    token_columns,
+)
 from lorelei.types import Batch, Items
 
 
@@ -74,9 +81,7 @@ def _own_pieces(model: MixedModel, batch: Batch) -> list[Piece]:
 
 def token_tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and their positions in their sequences, [T] each."""
-    segments = batch.segments
-    tokens_T = np.concatenate([s.tokens for s in segments]).astype(np.int64)
-    positions_T = np.concatenate([np.arange(s.start, s.start + len(s.tokens)) for s in segments])
+    tokens_T, positions_T = token_columns(batch.segments)
     return torch.from_numpy(tokens_T).to(device), torch.from_numpy(positions_T).to(device)
 
 
