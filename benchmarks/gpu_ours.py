@@ -200,7 +200,8 @@ async def steps(
             with watch.phase("train"):
                 engine.forward_backward(group_batch(case, prompts, completions), LOSSES)
                 engine.optim_step(HYPER)
-            old, ref = ref, (await publisher.publish(engine, {NAME: number + 1}))[NAME]
+            states = {NAME: engine.adapter_state(NAME)}
+            old, ref = ref, (await publisher.publish({NAME: number + 1}, states))[NAME]
             await publisher.retire(old)
     watch.emit("step", tokens=case.groups * case.samples * case.new_tokens)
 
@@ -213,7 +214,7 @@ async def main(case: GpuCase) -> None:
     train(case, decoder, engine)
     rollout = EmbeddedEngine(decoder, max_running=max(*case.batches, case.groups * case.samples))
     publisher = VersionPublisher(rollout, "bench")
-    ref = (await publisher.publish(engine, {NAME: 0}))[NAME]
+    ref = (await publisher.publish({NAME: 0}, {NAME: engine.adapter_state(NAME)}))[NAME]
     await generate(case, decoder, rollout, ref)
     await steps(case, engine, rollout, publisher, ref)
     await rollout.close()

@@ -46,7 +46,8 @@ async def main(case: GpuCase) -> None:
     with table("forward and backward"):
         engine.forward_backward(batch, LOSSES)
     rollout = EmbeddedEngine(decoder, max_running=max(case.batches))
-    ref = (await VersionPublisher(rollout, "bench").publish(engine, {NAME: 0}))[NAME]
+    states = {NAME: engine.adapter_state(NAME)}
+    ref = (await VersionPublisher(rollout, "bench").publish({NAME: 0}, states))[NAME]
     for rows in (case.batches[0], case.batches[-1]):
         prompts, samples = case.rows(rows)
         tokens = case.tokens(prompts, case.prompt)
