@@ -24,6 +24,7 @@ from lorelei.store.check import check_run
 from lorelei.store.manifest import manifest_paths
 from tests.tiny_runs import ENVIRONMENT, final, make_workplace, records, write_run
 
+pytestmark = pytest.mark.slow
 KILLS = 10
 STEPS = 90  # some seconds
 ASYNC_STEPS = 30  # of 2 prompts: fewer than there are rows

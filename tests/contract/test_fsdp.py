@@ -38,6 +38,7 @@ from tests.decoders import load_decoder
 from tests.episodes import random_group, weighted_batch
 from tests.tiny_models import make_tiny
 
+pytestmark = pytest.mark.slow
 FP32 = 1e-5  # two orders of summation in fp32 differ by about 1e-6
 SPEC = AdapterSpec(rank=4, alpha=8)
 # eps near the size of the gradients, see test_three_steps_are_those_of_torchs_adamw_on_the_oracle

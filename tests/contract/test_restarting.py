@@ -22,6 +22,7 @@ from tests.contract.train_engines import GRPO, assert_equal, randomise
 from tests.episodes import random_group, weighted_batch
 from tests.tiny_models import make_tiny
 
+pytestmark = pytest.mark.slow
 SPEC = AdapterSpec(rank=2, alpha=4, target_modules=("q_proj", "up_proj"))
 HYPER = AdamHyper(lr=1e-2)
 
