@@ -26,8 +26,8 @@ from acceptance.record import Line
 from acceptance.stage import PUBLISHERS
 from acceptance.table import table
 from benchmarks.cases import MODEL
+from lorelei.cli.trained_run import TrainedRun
 from lorelei.inference.server.payload import pack
-from lorelei.launch.trained import TrainedRun
 from lorelei.lora.state import AdapterState
 from lorelei.lora.targets import FUSED
 from lorelei.model.locate import resolve_model

@@ -16,8 +16,8 @@ from acceptance.record import Line
 from acceptance.table import table
 from benchmarks.cases import MODEL
 from lorelei.model.locate import resolve_model
+from lorelei.train.fsdp.kind import FsdpSpec
 from lorelei.train.remote.engine import RemoteEngine
-from lorelei.train.remote.spec import FsdpSpec
 from lorelei.types import AdamHyper, AdapterSpec
 from tests.contract.train_engines import GRPO
 from tests.episodes import random_group, weighted_batch

@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.cases import MODEL
 from lorelei.inference.contract import InferenceEngine
+from lorelei.inference.kinds import INFERENCE
 from lorelei.inference.server.engine import ServerEngine
 from lorelei.launch.assemble import build, make_loop, make_trainer
 from lorelei.lora.state import AdapterSnapshot, AdapterState
@@ -34,11 +35,7 @@ from tests.tiny_models import make_tiny
 NAME = "default"  # of the adapter
 ROOM = 11  # versions that a server has room for
 REWARD = "def zero(completion, **row):\n    return 0.0\n"
-PUBLISHERS = {
-    "embedded": ("memory",),
-    "vllm": ("disk", "xccl", "http"),
-    "sglang": ("disk", "xccl", "http"),
-}
+PUBLISHERS = {name: kind.publishers for name, kind in INFERENCE.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +139,8 @@ class Stage:
     async def publish(self) -> AdapterRef:
         """Publish what the trainer has as the next version."""
         self.version += 1
-        return (await self.publisher.publish(self.trainer, {NAME: self.version}))[NAME]
+        states = {NAME: self.trainer.adapter_state(NAME)}
+        return (await self.publisher.publish({NAME: self.version}, states))[NAME]
 
 
 @asynccontextmanager
@@ -179,7 +177,7 @@ def _model(size: str, root: Path) -> Path:
     real = resolve_model(MODEL)
     if size == "smollm2":
         return real
-    # see launch.server_limits.SGLANG_PADDING
+    # see inference.sglang.kind.PADDING
     wide = {"intermediate_size": 128} if SIZES[size].tensor_parallel > 1 else {}
     return tiny_with_tokenizer(root / "model", **wide)
 
@@ -206,7 +204,7 @@ def _config(engine: str, size: str, model: Path, root: Path) -> dict[str, Any]:
             "kind": engine,
             "max_running": 16,
             "max_context": 512,
-            "max_head_offpolicyness": ROOM - 2,  # see launch.servers.versions_in_use
+            "max_head_offpolicyness": ROOM - 2,  # see inference.server.options.versions_in_use
             **({"tensor_parallel_size": parallel} if parallel > 1 else {}),
         },
         "task": {"kind": "jsonl", "path": str(root / "rows.jsonl")},

@@ -16,7 +16,7 @@ from benchmarks.meter import Meter
 from benchmarks.ours_step import main
 from lorelei.store.durable import write_file
 from lorelei.store.snapshot import snapshot_bytes
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.contract import TrainEngine
 
 # {side: (the lora section, learning rate)}
 SIDES: dict[str, tuple[dict[str, Any], float]] = {
@@ -25,7 +25,7 @@ SIDES: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-def checkpoint(engine: ArchonEngine, meter: Meter) -> None:
+def checkpoint(engine: TrainEngine, meter: Meter) -> None:
     """Write one as a run does, and say how large it is."""
     with tempfile.TemporaryDirectory() as folder, meter.phase("checkpoint"):
         snapshot = engine.snapshot("default")

@@ -25,8 +25,9 @@ from lorelei.model.config import DecoderConfig
 from lorelei.model.decoder import Decoder
 from lorelei.model.load import Checkpoint, build_decoder
 from lorelei.publish.publisher import VersionPublisher
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.archon.engine import archon_engine
 from lorelei.train.batch import rollout_batch
+from lorelei.train.contract import TrainEngine
 from lorelei.types import (
     AdamHyper,
     AdapterRef,
@@ -83,7 +84,7 @@ def plain_batch(case: GpuCase) -> Batch:
     )
 
 
-def train(case: GpuCase, decoder: Decoder, engine: ArchonEngine) -> None:
+def train(case: GpuCase, decoder: Decoder, engine: TrainEngine) -> None:
     watch, batch = Watch(), plain_batch(case)
     for _ in range(case.rounds + 1):
         with watch.phase("pass"):
@@ -185,7 +186,7 @@ def group_batch(case: GpuCase, prompts: Ints, completions: Sequence[Completion])
 
 async def steps(
     case: GpuCase,
-    engine: ArchonEngine,
+    engine: TrainEngine,
     rollout: EmbeddedEngine,
     publisher: VersionPublisher,
     ref: AdapterRef,
@@ -200,7 +201,8 @@ async def steps(
             with watch.phase("train"):
                 engine.forward_backward(group_batch(case, prompts, completions), LOSSES)
                 engine.optim_step(HYPER)
-            old, ref = ref, (await publisher.publish(engine, {NAME: number + 1}))[NAME]
+            states = {NAME: engine.adapter_state(NAME)}
+            old, ref = ref, (await publisher.publish({NAME: number + 1}, states))[NAME]
             await publisher.retire(old)
     watch.emit("step", tokens=case.groups * case.samples * case.new_tokens)
 
@@ -208,12 +210,12 @@ async def steps(
 async def main(case: GpuCase) -> None:
     config = DecoderConfig.from_hf(case.config)
     decoder = build_decoder(config, RandomCheckpoint(config.tied_embeddings))
-    engine = ArchonEngine(decoder, max_tokens_per_mb=case.micro_tokens)
+    engine = archon_engine(decoder, max_tokens_per_mb=case.micro_tokens)
     engine.add_adapter(NAME, SPEC)
     train(case, decoder, engine)
     rollout = EmbeddedEngine(decoder, max_running=max(*case.batches, case.groups * case.samples))
     publisher = VersionPublisher(rollout, "bench")
-    ref = (await publisher.publish(engine, {NAME: 0}))[NAME]
+    ref = (await publisher.publish({NAME: 0}, {NAME: engine.adapter_state(NAME)}))[NAME]
     await generate(case, decoder, rollout, ref)
     await steps(case, engine, rollout, publisher, ref)
     await rollout.close()

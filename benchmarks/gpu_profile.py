@@ -19,7 +19,7 @@ from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.model.config import DecoderConfig
 from lorelei.model.load import build_decoder
 from lorelei.publish.publisher import VersionPublisher
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.archon.engine import archon_engine
 
 _ROWS = 25
 
@@ -39,14 +39,15 @@ def table(title: str) -> Iterator[None]:
 async def main(case: GpuCase) -> None:
     config = DecoderConfig.from_hf(case.config)
     decoder = build_decoder(config, RandomCheckpoint(config.tied_embeddings))
-    engine = ArchonEngine(decoder, max_tokens_per_mb=case.micro_tokens)
+    engine = archon_engine(decoder, max_tokens_per_mb=case.micro_tokens)
     engine.add_adapter(NAME, SPEC)
     batch = plain_batch(case)
     engine.forward_backward(batch, LOSSES)
     with table("forward and backward"):
         engine.forward_backward(batch, LOSSES)
     rollout = EmbeddedEngine(decoder, max_running=max(case.batches))
-    ref = (await VersionPublisher(rollout, "bench").publish(engine, {NAME: 0}))[NAME]
+    states = {NAME: engine.adapter_state(NAME)}
+    ref = (await VersionPublisher(rollout, "bench").publish({NAME: 0}, states))[NAME]
     for rows in (case.batches[0], case.batches[-1]):
         prompts, samples = case.rows(rows)
         tokens = case.tokens(prompts, case.prompt)

@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.curves import render_curves
 from benchmarks.machine import machine
-from lorelei.obs.curves import render_curves
 from lorelei.obs.history import read_metrics
 
 SEEDS = (0, 1, 2)

@@ -20,7 +20,8 @@ from lorelei.model.locate import resolve_model
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.publish.publisher import VersionPublisher
 from lorelei.run_file import validate
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.archon.engine import archon_engine
+from lorelei.train.contract import TrainEngine
 from lorelei.train.step import Trainer
 from lorelei.types import GenerateRequest, Group, Prompt, Rollout, SamplingParams, Turn
 
@@ -30,7 +31,7 @@ async def main(
     steps: int,
     lora: Mapping[str, Any],
     lr: float = LR,
-    after: Callable[[ArchonEngine, Meter], None] = lambda *_: None,
+    after: Callable[[TrainEngine, Meter], None] = lambda *_: None,
 ) -> None:
     """lora: that section of the configuration. after: called when the steps are done."""
     folder = resolve_model(MODEL)
@@ -46,14 +47,15 @@ async def main(
     )
     (experiment,) = config.experiments()
     decoder = load_decoder(folder)
-    engine = ArchonEngine(decoder, max_tokens_per_mb=config.train.max_tokens_per_mb)
+    engine = archon_engine(decoder, max_tokens_per_mb=config.train.max_tokens_per_mb)
     engine.add_adapter("default", experiment.lora.spec())
     trainer = Trainer(engine, {"default": experiment})
     rollout = EmbeddedEngine(decoder, max_running=64)
     publisher = VersionPublisher(rollout, "bench")
     sampling = SamplingParams(max_new_tokens=case.new_tokens)
     meter = Meter()
-    ref = (await publisher.publish(engine, {"default": 0}))["default"]
+    states = {"default": engine.adapter_state("default")}
+    ref = (await publisher.publish({"default": 0}, states))["default"]
     for step in range(steps):
         with meter.phase("step"):
             prompts = [
@@ -101,7 +103,8 @@ async def main(
             with meter.phase("train"):
                 await trainer.step({"default": groups}, {"default": step})
             with meter.phase("publish"):
-                old, ref = ref, (await publisher.publish(engine, {"default": step + 1}))["default"]
+                states = {"default": engine.adapter_state("default")}
+                old, ref = ref, (await publisher.publish({"default": step + 1}, states))["default"]
                 await publisher.retire(old)
         prompt_tokens = sum(len(t) for t in prompts)
         meter.emit(generated=sum(len(c.tokens) for c in completions), prompt=prompt_tokens)

@@ -15,8 +15,9 @@ from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.decoder import Decoder
 from lorelei.model.load import load_decoder
 from lorelei.model.locate import resolve_model
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.archon.engine import archon_engine
 from lorelei.train.batch import rollout_batch
+from lorelei.train.contract import TrainEngine
 from lorelei.train.layout import flatten
 from lorelei.types import AdamHyper, AdapterSpec, Batch, Completion, LossSpec, Rollout, Turn
 
@@ -82,9 +83,9 @@ def model(dtype: torch.dtype = torch.float32) -> Decoder:
     return load_decoder(resolve_model(MODEL), dtype)
 
 
-def engine_on(decoder: Decoder) -> ArchonEngine:
+def engine_on(decoder: Decoder) -> TrainEngine:
     """An engine with one adapter whose B is not zero, so that every gradient is alive."""
-    engine = ArchonEngine(decoder)
+    engine = archon_engine(decoder)
     engine.add_adapter(ADAPTER, SPEC)
     draw = torch.Generator().manual_seed(1)
     tensors = {
@@ -97,7 +98,7 @@ def engine_on(decoder: Decoder) -> ArchonEngine:
     return engine
 
 
-def take_gradients(engine: ArchonEngine) -> Mapping[str, Tensor]:
+def take_gradients(engine: TrainEngine) -> Mapping[str, Tensor]:
     """The gradients that the adapter holds; they are gone afterwards."""
     engine.optim_step({ADAPTER: LOOK})
     return engine.snapshot(ADAPTER).exp_avg

@@ -1,14 +1,15 @@
 """Reading and writing the configuration file, with dotted overrides.
 
-Relative paths of files (task.path, env.path, env.tools, reward.path, lora.init_from, and a model
-that starts with '.') are taken from the YAML file's folder, those in command-line overrides from
-the working directory; both are made absolute here. runs_dir is relative to the working directory.
+Relative paths of files (task.path, env.path, env.tools, reward.path, lora.init_from, algo.kind of a
+class in a file, and a model that starts with '.') are taken from the YAML file's folder, those in
+command-line overrides from the working directory; both are made absolute here. runs_dir is relative
+to the working directory.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, cast
 import yaml
 from pydantic import ValidationError
 
+from lorelei.algo.kinds import DEFAULT
 from lorelei.areal.file import became, is_areal, is_areal_key, leaves
 from lorelei.areal.interpolation import resolve
 from lorelei.areal.translate import Translation, translate
@@ -53,7 +55,7 @@ _Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The checked configuration of a YAML file, with overrides such as 'algo.lr=1e-4'.
+    """The checked configuration of a YAML file, with overrides such as 'optimizer.lr=1e-4'.
 
     Raises ConfigError: one line with the dotted field, its value, what is allowed and the fix.
     """
@@ -65,7 +67,7 @@ class Loaded:
     """A configuration, and how it was made of an AReaL file."""
 
     config: RunConfig
-    translation: Translation | None  # none: the file was ours
+    translation: Translation | None  # None: the file was ours
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
@@ -87,9 +89,9 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         for override in overrides:
             if override in theirs:
                 _override(data, _from_here(override))
-        translation = translate(resolve(data))
+        translation = translate(resolve(data), _kind(o for o in overrides if o not in theirs))
         data = translation.config
-    config = _absolute(data, path.resolve().parent)
+    config = _absolute(_moved(data), path.resolve().parent)
     translated = dict(leaves(deepcopy(config)))
     for override in overrides:
         if override in theirs:  # one of ours before it may have set what it became
@@ -97,6 +99,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
                 _set(config, key, translated[key])
         else:
             _override(config, override)
+            config = _moved(config, replace=True)
     if translation is not None:
         for key, reason in translation.missing.items():
             if key not in config:
@@ -108,21 +111,41 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
 
 def validate(data: Raw) -> RunConfig:
     """A configuration from plain values. Raises ConfigError like `load_config`."""
+    data = _moved(data)  # errors name the keys where they belong
     try:
-        data = _with_optimizers(data)  # errors name the keys where they belong
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(describe(error, data)) from error
+
+
+def _moved(data: Raw, *, replace: bool = False) -> Raw:
+    """Keys of the optimizer moved out of `algo`, of the run and of every adapter.
+
+    Raises ConfigError for one that stands in both, unless that in `algo` is newer.
+    """
+    where = ""
+    try:
+        data = from_algo(data, replace=replace)
+        adapters = data.get("adapters")
+        if is_mapping(adapters):
+            moved = Raw()
+            for name, entry in adapters.items():
+                where = f"adapters.{name}."
+                moved[name] = from_algo(entry, replace=replace)
+            data = {**data, "adapters": moved}
     except FieldError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"{where}{error}") from error
+    return data
 
 
-def _with_optimizers(data: Raw) -> Raw:
-    data = from_algo(data)
-    adapters = data.get("adapters")
-    if not is_mapping(adapters):
-        return data
-    return {**data, "adapters": {name: from_algo(entry) for name, entry in adapters.items()}}
+def _kind(overrides: Iterable[str]) -> object:
+    """The algorithm that overrides choose."""
+    chosen = Raw()
+    for override in overrides:
+        if _key(override).partition(".")[0] == "algo":
+            _override(chosen, override)
+    algo = _absolute(chosen, Path.cwd()).get("algo")
+    return algo.get("kind", DEFAULT) if is_mapping(algo) else DEFAULT
 
 
 def dump_set(config: RunConfig) -> str:
@@ -138,16 +161,14 @@ def to_plain(config: RunConfig) -> Raw:
     `validate` makes a configuration with the same experiments of them.
     """
     data = config.model_dump(mode="json", exclude={"adapters"})
-    if not config.adapters and config.algo.job != "rl":
+    if not any(experiment.samples for experiment in config.experiments()):
         data = _without_sampling(data)
     adapters: Raw = {}
     for experiment in config.experiments() if config.adapters else ():
         entry = experiment.model_dump(mode="json", exclude={"name"})
         sampling = config.rollout.per_adapter
         entry["rollout"] = {k: v for k, v in entry["rollout"].items() if k in sampling}
-        adapters[experiment.name] = (
-            entry if experiment.algo.job == "rl" else _without_sampling(entry)
-        )
+        adapters[experiment.name] = entry if experiment.samples else _without_sampling(entry)
     return {"name": config.name, "model": config.model, **data, "adapters": adapters}
 
 
@@ -196,7 +217,7 @@ def _override(config: Raw, override: str) -> None:
     """Set one dotted key of `config`, in place."""
     dotted, equals, text = override.partition("=")
     if not equals or not all(dotted.strip().split(".")):
-        raise ConfigError(f"override {override!r}: write key=value, such as algo.lr=1e-4")
+        raise ConfigError(f"override {override!r}: write key=value, such as optimizer.lr=1e-4")
     _set(config, dotted.strip(), _parse(text, f"override {override!r}"))
 
 
@@ -249,14 +270,16 @@ def _absolute_sections(sections: Raw, folder: Path, kind_above: object) -> Raw:
         if isinstance(section.get(key), str) and section[key] and not on_hub:
             section[key] = _join(folder, section[key])
         if name == "env" and isinstance(tools := section.get("tools"), list):
-            section["tools"] = [_tool(folder, tool) for tool in cast(list[object], tools)]
+            section["tools"] = [_in_file(folder, tool) for tool in cast(list[object], tools)]
         sections[name] = section
+    if is_mapping(algo := sections.get("algo")) and "kind" in algo:
+        sections["algo"] = {**algo, "kind": _in_file(folder, algo["kind"])}
     return sections
 
 
-def _tool(folder: Path, tool: object) -> object:
-    """A function in a file; the names of built-in tools have no colon."""
-    return _join(folder, tool) if isinstance(tool, str) and ".py:" in tool else tool
+def _in_file(folder: Path, name: object) -> object:
+    """What is in a file of the user's; names of what is built in have no colon."""
+    return _join(folder, name) if isinstance(name, str) and ".py:" in name else name
 
 
 def _join(folder: Path, path: str) -> str:

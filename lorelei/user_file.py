@@ -15,7 +15,7 @@ from lorelei.config.errors import nearest
 
 
 def load_function(path: str, field: str) -> Callable[..., Any]:
-    """The function behind 'file.py:function'. Runs the file.
+    """The function (or class) behind 'file.py:function'. Runs the file, once for each content.
 
     field: what the configuration calls it, for errors. Raises ValueError when the file or the
     function is not right.
@@ -26,7 +26,11 @@ def load_function(path: str, field: str) -> Callable[..., Any]:
     module = _import(Path(file), field)
     function = getattr(module, name, None)
     if not callable(function):
-        known = [n for n, v in vars(module).items() if inspect.isfunction(v)]
+        known = [
+            n
+            for n, v in vars(module).items()
+            if (inspect.isfunction(v) or inspect.isclass(v)) and v.__module__ == module.__name__
+        ]
         raise ValueError(f"{field}: {file} has no function {name!r}; {nearest(name, known)}")
     return function
 
@@ -46,8 +50,11 @@ def accepted(function: Callable[..., object], values: Mapping[str, Any]) -> dict
 def _import(file: Path, field: str) -> ModuleType:
     if not file.is_file():
         raise ValueError(f"{field}: there is no file {file.absolute()}")
-    where = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]
-    spec = importlib.util.spec_from_file_location(f"lorelei_user_{file.stem}_{where}", file)
+    where = hashlib.sha256(str(file.resolve()).encode() + file.read_bytes()).hexdigest()[:8]
+    name = f"lorelei_user_{file.stem}_{where}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ValueError(f"{field}: {file} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
@@ -59,6 +66,7 @@ def _import(file: Path, field: str) -> ModuleType:
         spec.loader.exec_module(module)
     # The border to the user's code: whatever importing it raises is the user's to read.
     except (Exception, SystemExit) as error:
+        del sys.modules[spec.name]
         raise ValueError(
             f"{field}: importing {file} failed: {type(error).__name__}: {error}"
         ) from error

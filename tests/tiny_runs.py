@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from lorelei.launch.trained import TrainedRun
+from lorelei.cli.trained_run import TrainedRun
 from tests.tiny_models import make_tiny
 
 # rewards that differ between random completions, so that every step has a gradient

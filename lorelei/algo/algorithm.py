@@ -8,7 +8,7 @@ Shapes: S rollouts of one adapter's batch, T sampled tokens of a rollout, in the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -19,11 +19,13 @@ from lorelei.config.errors import FieldError
 from lorelei.config.section import Section
 from lorelei.types import BASE, Floats, Longs, LossSpec, Policy, Rollout
 
+Job = Literal["rl", "sft"]
+
 
 class Algorithm(Section):
     """How one adapter learns: every field of a subclass has an effect on what it does."""
 
-    job: ClassVar[str]  # the kind of job that feeds it: rl or sft
+    job: ClassVar[Job]  # the kind of job that feeds it
 
     kind: Any  # a Literal in each algorithm
     batch_size: int = Field(default=4, ge=1, description="Prompts (groups), or rows, of one step.")

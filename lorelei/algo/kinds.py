@@ -5,20 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import (
-    BeforeValidator,
-    GetJsonSchemaHandler,
-    SerializeAsAny,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import BeforeValidator, GetJsonSchemaHandler, SerializeAsAny, ValidationError
 from pydantic_core import CoreSchema
 
 import lorelei.algo
-from lorelei.algo.algorithm import Algorithm
+from lorelei.algo.algorithm import Algorithm, Job
+from lorelei.algo.loss import load_loss
 from lorelei.config.errors import FieldError, describe, nearest, shown, unknown_key
 from lorelei.config.optimizer import OptimizerConfig
 from lorelei.config.section import is_mapping
@@ -50,44 +44,85 @@ def algorithm(data: Any) -> Any:
     if not is_mapping(data):
         return data
     kind = data.get("kind", DEFAULT)
-    chosen = _class_of(kind)
+    chosen = class_of(kind)
     for key in map(str, data):
         if key not in chosen.model_fields:
             raise FieldError(key, _unknown(key, kind, chosen))
     try:
-        return chosen.model_validate({**data, "kind": kind})
+        made = chosen.model_validate({**data, "kind": kind})
     except ValidationError as error:
-        field, _, message = describe(error, data).partition(": ")
-        raise FieldError(field, message) from error
+        field, _, message = describe(error, data, "algo").partition(": ")
+        raise FieldError(field.removeprefix("algo").lstrip(".") or "kind", message) from error
+    if kind not in KINDS:
+        _check_loss(made)
+    return made
+
+
+def class_of(kind: object) -> type[Algorithm]:
+    """The settings of a kind. Runs a user's file. Raises FieldError for a kind that is none."""
+    if isinstance(kind, str) and kind in KINDS:
+        return KINDS[kind]
+    if not isinstance(kind, str) or ".py:" not in kind:
+        choices = f"{nearest(str(kind), KINDS)}, or a class of yours, my_file.py:MyClass"
+        raise FieldError("kind", f"{shown(kind)} is not allowed; {choices}")
+    try:
+        found = load_function(kind, "kind")
+    except ValueError as error:
+        line = " ".join(str(error).split())
+        raise FieldError("kind", line.removeprefix("kind: ")) from error
+    name = short_name(kind)
+    if not (inspect.isclass(found) and issubclass(found, Algorithm)):
+        raise FieldError("kind", f"{name} is not a subclass of Algorithm")
+    if getattr(found, "job", None) not in get_args(Job):
+        raise FieldError(
+            "kind", f"{name} says no job that feeds it; derive it from PolicyAlgorithm"
+        )
+    return found
+
+
+def fields_of(kind: object, values: dict[str, Any]) -> dict[str, Any]:
+    """What of `values` a kind has; all of them for a kind that is none, which others refuse."""
+    try:
+        known = class_of(kind).model_fields
+    except FieldError:
+        return values
+    return {key: value for key, value in values.items() if key in known}
+
+
+def short_name(kind: str) -> str:
+    """A kind for tables and figures: of a user's class without the folders of its file."""
+    return kind.rpartition(":")[2]
+
+
+def _check_loss(made: Algorithm) -> None:
+    """Raises FieldError where a user's class gives no loss that other processes can import."""
+    try:
+        load_loss(made.loss())
+    except NotImplementedError:
+        raise FieldError("kind", f"{short_name(made.kind)} has no method `loss`") from None
+    except ValueError as error:
+        raise FieldError("kind", f"{short_name(made.kind)}: {error}") from error
 
 
 def _unknown(key: str, kind: object, chosen: type[Algorithm]) -> str:
     others = [name for name, other in KINDS.items() if key in other.model_fields]
     if others:
-        return f"has no effect with kind: {kind}, only with {', '.join(others)}; remove it"
+        name = short_name(str(kind))
+        return f"has no effect with kind: {name}, only with {', '.join(others)}; remove it"
     # keys of the optimizer may stand here too
     return unknown_key(key, [*chosen.model_fields, *OptimizerConfig.model_fields])
 
 
-def _class_of(kind: object) -> type[Algorithm]:
-    if isinstance(kind, str) and ".py:" in kind:
-        found = cast(Callable[..., Any], load_function(kind, "algo.kind"))
-        if inspect.isclass(found) and issubclass(found, Algorithm):
-            return found
-        raise FieldError("kind", f"{shown(kind)} is not a subclass of Algorithm")
-    if isinstance(kind, str) and kind in KINDS:
-        return KINDS[kind]
-    raise FieldError("kind", f"{shown(kind)} is not allowed; {nearest(str(kind), KINDS)}")
-
-
 class _AnyOfKinds:
-    """The JSON schema of a field that takes any algorithm of KINDS."""
+    """The JSON schema of a field that takes any algorithm of KINDS, or one of a user's file."""
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        choices = [TypeAdapter(kind).json_schema() for kind in KINDS.values()]
-        return {"oneOf": choices}
+        choices = [handler(kind.__pydantic_core_schema__) for kind in KINDS.values()]
+        path = {"type": "string", "pattern": r"\.py:[A-Za-z_]\w*$"}
+        own = {"type": "object", "properties": {"kind": path}, "required": ["kind"]}
+        return {"anyOf": [*choices, own]}
 
 
 AlgoConfig = Annotated[SerializeAsAny[Algorithm], BeforeValidator(algorithm), _AnyOfKinds()]

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from lorelei.areal.file import ArealFile, rule_of
-from lorelei.config import sglang_options, vllm_options
 from lorelei.config.errors import ConfigError, nearest
+from lorelei.config.extra_args import DERIVED
 from lorelei.config.parallel import Allocation, Backend, parse_allocation, parse_backend
 
 Raw = dict[str, Any]
@@ -110,7 +110,7 @@ def _max_running(file: ArealFile, kind: str, replicas: int) -> int:
 
 def _extra_args(file: ArealFile, kind: str) -> Raw:
     """The server's own options that no rule takes, under the server's names."""
-    derived = {"sglang": sglang_options.DERIVED, "vllm": vllm_options.DERIVED}[kind]
+    derived = DERIVED[kind]
     found: Raw = {}
     for key, value in file.section(kind).items():
         rule = rule_of(f"{kind}.{key}")

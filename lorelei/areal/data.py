@@ -58,7 +58,7 @@ def _steps(file: ArealFile, epoch: int | None, config: Raw, missing: dict[str, s
         )
         return
     share = file.number("actor.optimizer.warmup_steps_proportion", 0.001)
-    config["algo"]["warmup_steps"] = int(share * config["steps"])
+    config["optimizer"]["warmup_steps"] = int(share * config["steps"])
 
 
 def _evaluation(file: ArealFile, epoch: int | None, config: Raw, missing: dict[str, str]) -> None:

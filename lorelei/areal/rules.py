@@ -126,16 +126,16 @@ _LORA = (
 )
 _OPTIMIZER = (
     only("actor.optimizer.type", "adam", why="AdamW is what there is"),
-    copied("actor.optimizer.lr", "algo.lr", default=1e-3),
-    copied("actor.optimizer.weight_decay", "algo.weight_decay", default=0.01),
-    copied("actor.optimizer.beta1", "algo.beta1", default=0.9),
-    copied("actor.optimizer.beta2", "algo.beta2", default=0.999),
-    copied("actor.optimizer.eps", "algo.eps", default=1e-8),
-    copied("actor.optimizer.lr_scheduler_type", "algo.lr_schedule", default="constant"),
-    copied("actor.optimizer.gradient_clipping", "algo.gradient_clipping", default=1.0),
+    copied("actor.optimizer.lr", "optimizer.lr", default=1e-3),
+    copied("actor.optimizer.weight_decay", "optimizer.weight_decay", default=0.01),
+    copied("actor.optimizer.beta1", "optimizer.beta1", default=0.9),
+    copied("actor.optimizer.beta2", "optimizer.beta2", default=0.999),
+    copied("actor.optimizer.eps", "optimizer.eps", default=1e-8),
+    copied("actor.optimizer.lr_scheduler_type", "optimizer.lr_schedule", default="constant"),
+    copied("actor.optimizer.gradient_clipping", "optimizer.gradient_clipping", default=1.0),
     made(
         "actor.optimizer.warmup_steps_proportion",
-        "algo.warmup_steps",
+        "optimizer.warmup_steps",
         default=0.001,
         why="of steps, rounded down",
     ),
@@ -248,7 +248,7 @@ DATA = (
         "task.max_prompt_tokens",
         why="a longer prompt is an error here, AReaL leaves it out",
     ),
-    only("train_dataset.type", "rl", why="there is no supervised training"),
+    only("train_dataset.type", "rl", why="write `algo: {kind: sft}` in a file of ours"),
     only("train_dataset.drop_last", True, why="every step has a whole batch"),
     ignored("train_dataset.shuffle", "the order is a seeded permutation"),
     *(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lorelei.algo.kinds import DEFAULT, fields_of
 from lorelei.areal.backends import allocation, rollout_section, train_section
 from lorelei.areal.contradictions import check
 from lorelei.areal.data import data_sections
@@ -17,20 +18,21 @@ from lorelei.config.section import is_mapping
 
 Raw = dict[str, Any]
 
-NORM_LEVELS = ("mean_level", "std_level")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Translation:
-    """What an AReaL file says in our words."""
+    """An AReaL file translated to our schema."""
 
     file: ArealFile
     config: Raw
     missing: Mapping[str, str]  # {our key: why the file does not give it, and what does}
 
 
-def translate(data: Raw) -> Translation:
-    """Of a file without interpolations. Raises ConfigError for what cannot be meant or done."""
+def translate(data: Raw, kind: object = DEFAULT) -> Translation:
+    """Of a file without interpolations. Raises ConfigError for what cannot be meant or done.
+
+    kind: of the algorithm; what only AReaL's own has is left out for another.
+    """
     file = ArealFile(data)
     check(file)
     config: Raw = {"name": _name(file), "algo": {}, "rollout": {}}
@@ -42,6 +44,7 @@ def translate(data: Raw) -> Translation:
     config["rollout"] |= rollout_section(file, parts.rollout)
     config["adapters"] = {_plain(str(file.value("gconfig.lora_name", "default_lora"))): {}}
     _algorithm(file, config["algo"])
+    config["algo"] = fields_of(kind, config["algo"])
     missing: dict[str, str] = {}
     data_sections(file, config, missing)
     return Translation(file=file, config=config, missing=missing)

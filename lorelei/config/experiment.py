@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from lorelei.algo.algorithm import Algorithm, PolicyAlgorithm
+from lorelei.algo.algorithm import PolicyAlgorithm
 from lorelei.algo.grpo import Grpo
-from lorelei.algo.kinds import KINDS, AlgoConfig
+from lorelei.algo.kinds import AlgoConfig, fields_of
 from lorelei.config.env import EnvConfig, SingleTurnEnv
 from lorelei.config.errors import ConfigError, FieldError, describe
 from lorelei.config.evaluation import EvalConfig
@@ -176,7 +176,8 @@ def resolve(name: str, defaults: ExperimentDefaults, overrides: AdapterOverrides
         raise ConfigError(f"{dotted}task: is required, such as {{kind: reasoning_gym, name: ...}}")
     reward = merged.reward
     if merged.algo.job != "rl":
-        _refuse_unused(merged, overrides if prefix else defaults, dotted)
+        refuse_unused(overrides if prefix else defaults, merged.algo.kind, dotted)
+        _check_answers(merged.task, merged.algo.kind, dotted)
         reward = None
     elif reward is None:
         if isinstance(merged.task, ReasoningGymTask):
@@ -198,11 +199,9 @@ def resolve(name: str, defaults: ExperimentDefaults, overrides: AdapterOverrides
 def _merge_sections(base: Raw, over: Raw) -> Raw:
     """`over` on top of `base`, without what means nothing to another task or reward."""
     base = dict(base)
-    own = over.get("algo", {}).get("kind")
-    if own is not None and own != base.get("algo", {}).get("kind"):
+    if "kind" in over.get("algo", {}):
         # what this algorithm does not have means nothing to it
-        fields = KINDS[own].model_fields if own in KINDS else Algorithm.model_fields
-        base["algo"] = {k: v for k, v in base.get("algo", {}).items() if k in fields}
+        base["algo"] = fields_of(over["algo"]["kind"], base.get("algo", {}))
     for section in ("task", "env", "reward"):
         below, above = base.get(section), over.get(section)
         if below is None or above is None:
@@ -235,9 +234,11 @@ SAMPLED: Mapping[str, frozenset[str] | None] = {
 }
 
 
-def _refuse_unused(merged: ExperimentDefaults, given: Section, dotted: str) -> None:
-    """Raises ConfigError for what was given to an adapter that samples nothing."""
-    kind = merged.algo.kind
+def refuse_unused(given: Section, kind: str, dotted: str = "") -> None:
+    """Raises ConfigError for what was given to adapters that sample nothing.
+
+    kind: of their algorithm. dotted: where `given` stands in the file, with a dot behind it.
+    """
     for name, keys in SAMPLED.items():
         section = getattr(given, name)
         if name not in given.model_fields_set or section is None:
@@ -246,7 +247,18 @@ def _refuse_unused(merged: ExperimentDefaults, given: Section, dotted: str) -> N
         unused = sorted(found if keys is None else found & keys)
         if unused:
             key = name if keys is None else f"{name}.{unused[0]}"
-            raise ConfigError(f"{dotted}{key}: has no effect with algo.kind: {kind}; remove it")
+            raise ConfigError(
+                f"{dotted}{key}: has no effect with algo.kind: {kind}, which samples nothing; "
+                "remove it"
+            )
+
+
+def _check_answers(task: TaskConfig, kind: str, dotted: str) -> None:
+    if isinstance(task, ReasoningGymTask):
+        raise ConfigError(
+            f"{dotted}task.kind: 'reasoning_gym' makes problems to be scored, without answers that "
+            f"a model could imitate, which algo.kind: {kind} learns from; use jsonl, parquet or hf"
+        )
 
 
 def _check_statistics(algo: PolicyAlgorithm, rollout: RolloutConfig) -> None:

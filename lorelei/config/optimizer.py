@@ -52,20 +52,18 @@ class OptimizerConfig(Section):
         )
 
 
-def from_algo(data: Any) -> Any:
+def from_algo(data: Any, *, replace: bool = False) -> Any:
     """Keys of the optimizer that stand in `algo`, as in earlier files, moved to `optimizer`.
 
-    Raises FieldError for a key that both have.
+    replace: what stands in `algo` is newer. Otherwise raises FieldError for a key that both have.
     """
     if not is_mapping(data) or not is_mapping(algo := data.get("algo")):
         return data
     moved = {key: value for key, value in algo.items() if key in OptimizerConfig.model_fields}
-    if not moved:
-        return data
     optimizer: Any = data.get("optimizer") or {}
-    if not is_mapping(optimizer):
+    if not moved or not is_mapping(optimizer):
         return data
-    for key in moved:
+    for key in () if replace else moved:
         if key in optimizer:
             raise FieldError(f"algo.{key}", f"is optimizer.{key} too; give one of them")
     kept = {key: value for key, value in algo.items() if key not in moved}

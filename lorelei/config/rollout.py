@@ -7,7 +7,6 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lorelei.config import sglang_options, vllm_options
 from lorelei.config.errors import FieldError
 from lorelei.config.extra_args import check_extra_args
 from lorelei.config.section import Section, tagged
@@ -164,7 +163,7 @@ class VllmRollout(ServerRollout):
 
     @model_validator(mode="after")
     def _derived_stay_derived(self) -> VllmRollout:
-        check_extra_args(self.extra_args, vllm_options.DERIVED)
+        check_extra_args(self.kind, self.extra_args)
         return self
 
 
@@ -175,12 +174,14 @@ class SglangRollout(ServerRollout):
 
     @model_validator(mode="after")
     def _derived_stay_derived(self) -> SglangRollout:
-        check_extra_args(self.extra_args, sglang_options.DERIVED)
+        check_extra_args(self.kind, self.extra_args)
         return self
 
 
+AnyServer = VllmRollout | SglangRollout
+
 RolloutConfig = Annotated[
-    EmbeddedRollout | VllmRollout | SglangRollout,
+    EmbeddedRollout | AnyServer,
     Field(discriminator="kind"),
     tagged(EmbeddedRollout, VllmRollout, SglangRollout, default="embedded"),
 ]

@@ -9,7 +9,13 @@ from pydantic import Field, field_validator, model_validator
 from lorelei.config.checkpoint import CheckpointConfig
 from lorelei.config.cluster import ClusterConfig, LocalCluster
 from lorelei.config.errors import FieldError
-from lorelei.config.experiment import AdapterOverrides, Experiment, ExperimentDefaults, resolve
+from lorelei.config.experiment import (
+    AdapterOverrides,
+    Experiment,
+    ExperimentDefaults,
+    refuse_unused,
+    resolve,
+)
 from lorelei.config.machine import MachineConfig
 from lorelei.config.publish import MemoryPublish, PublishConfig
 from lorelei.config.section import Name, is_mapping
@@ -101,6 +107,8 @@ class RunConfig(ExperimentDefaults):
     @model_validator(mode="after")
     def _every_adapter_can_run(self) -> RunConfig:
         experiments = self.experiments()
+        if not any(e.samples for e in experiments):
+            refuse_unused(self, experiments[0].algo.kind)
         if not all(e.lora.use_lora for e in experiments):
             self._check_full_fine_tuning(experiments)
         return self

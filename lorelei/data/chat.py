@@ -1,4 +1,4 @@
-"""The chat template: messages become tokens, and what was sampled stays as it was sampled.
+"""The chat template: messages become tokens; sampled tokens are kept, never tokenised again.
 
 Shapes: P prompt tokens.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from lorelei.data.tool_call import describe, format_call, format_response
 from lorelei.types import Ints, Turn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from lorelei.model.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # role, content; tool_calls and tool_call_id as OpenAI has them
 Tools = Sequence[Mapping[str, Any]]
@@ -26,9 +26,9 @@ _MARK = "lorelei4f1c7e"  # stands for an answer while the template is asked what
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatTemplate:
-    """A model's way of writing conversations."""
+    """How a model writes conversations."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     stop_token_ids: tuple[int, ...]
 
     def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> Ints:
@@ -44,7 +44,7 @@ class ChatTemplate:
         The tokens of the answer and of all that it was sampled from are kept, and only what the
         template writes behind it is tokenised. Where the template rewrites what came before (some
         drop the thinking of earlier answers), the conversation as it now reads is tokenised anew:
-        the answer then stays a row of its own. Raises like `prompt`.
+        the answer then is a training sequence apart. Raises like `prompt`.
         """
         spoken = {"role": "assistant", "content": answer.text}
         before, after = messages[:at], messages[at + 1 :]
@@ -98,6 +98,14 @@ class ChatTemplate:
         return both[len(before) :] if kept else self._tokens(tail)
 
 
+def is_message(value: object) -> TypeGuard[Message]:
+    """Whether a value from outside is a message with the strings 'role' and 'content'."""
+    if not isinstance(value, Mapping):
+        return False
+    message = cast(Mapping[str, object], value)
+    return all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
 def _same(text: str, other: str) -> bool:
     """Equal but for white space, which many templates trim."""
     return "".join(text.split()) == "".join(other.split())
@@ -105,7 +113,7 @@ def _same(text: str, other: str) -> bool:
 
 def _for_template(message: Message) -> dict[str, Any]:
     """A message with the arguments of its calls as objects: templates write them as JSON."""
-    plain = {"content": "", **{k: v for k, v in message.items() if v is not None}}
+    plain: dict[str, Any] = {"content": "", **{k: v for k, v in message.items() if v is not None}}
     if calls := plain.get("tool_calls"):
         plain["tool_calls"] = [
             {**call, "function": {**call["function"], "arguments": _arguments(call)}}

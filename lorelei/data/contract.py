@@ -1,10 +1,13 @@
-"""The PromptSource contract: where an adapter's problems come from."""
+"""The PromptSource contract: where an adapter's problems come from, and in which order."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Protocol
 
-from lorelei.types import Prompt
+import numpy as np
+
+from lorelei.types import Longs, Prompt
 
 
 class PromptSource(Protocol):
@@ -23,3 +26,18 @@ class PromptSource(Protocol):
         Raises ValueError when fewer are held out.
         """
         ...
+
+
+@lru_cache(maxsize=8)
+def permutation(size: int, seed: int, epoch: int) -> Longs:
+    """[size] a shuffle of 0..size-1."""
+    # Raw bits, sorted: numpy keeps the bit streams of its generators stable between releases,
+    # but not `Generator.permutation`, and a resumed run must see the same order.
+    bits = np.random.PCG64([seed, epoch]).random_raw(size)
+    return np.argsort(bits, kind="stable")
+
+
+def item_at(index: int, size: int, seed: int) -> int:
+    """The item at position `index` of the endless order: one permutation of `size` per epoch."""
+    epoch, place = divmod(index, size)
+    return int(permutation(size, seed, epoch)[place])

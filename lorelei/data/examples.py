@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from lorelei.config.errors import nearest
-from lorelei.data.order import item_at, permutation
+from lorelei.data.contract import item_at, permutation
 from lorelei.data.renderer import Renderer, chat_of, question_key
 from lorelei.data.rows import EVAL_SEED, first_held_out
 from lorelei.types import Example, Ints
@@ -30,7 +30,7 @@ class ExampleSource:
         """examples: with what tells equal questions. Raises ValueError when none is left."""
         if not examples:
             raise ValueError(f"task: {name} has no rows")
-        order = [examples[i] for i in permutation(len(examples), EVAL_SEED, 0)]
+        order = [examples[int(i)] for i in permutation(len(examples), EVAL_SEED, 0)]
         questions = {question for question, _ in order[:eval_size]}
         self._seed = seed
         self.held_out = [example for _, example in order[:eval_size]]
@@ -89,7 +89,7 @@ class ExampleRenderer:
                     f"task.answer_field: {where} has no column {field!r}; {nearest(field, row)}"
                 )
             return [dict(m) for m in self.prompts.messages(row, where)], str(row[field])
-        last: Row = whole[-1] if whole and isinstance(whole[-1], Mapping) else {}
+        last: Row = cast(Row, whole[-1]) if whole and isinstance(whole[-1], Mapping) else {}
         if last.get("role") != "assistant" or not isinstance(last.get("content"), str):
             raise ValueError(
                 f"task: the chat of {where} must end with the assistant's message, which is learnt"

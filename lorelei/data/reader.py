@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 Rows = list[dict[str, Any]]
 
@@ -21,25 +21,25 @@ def read_jsonl(path: Path) -> Rows:
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"task.path: line {number} of {path} is not JSON "
-                    f"({error.msg} at column {error.colno}); mend or remove it"
+                    f"({error.msg} at column {error.colno}); fix or remove it"
                 ) from error
             if not isinstance(row, dict):
                 raise ValueError(
-                    f"task.path: line {number} of {path} is a {type(row).__name__}, "
+                    f"task.path: line {number} of {path} is a {type(cast(object, row)).__name__}, "
                     "each line must be an object {column: value}"
                 )
-            rows.append(row)
+            rows.append(cast(dict[str, Any], row))
     return rows
 
 
 def read_parquet(path: Path) -> Rows:
     """The rows of a parquet file."""
-    import pyarrow
-    import pyarrow.parquet
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import read_table
 
     try:
-        return pyarrow.parquet.read_table(_existing(path)).to_pylist()
-    except pyarrow.ArrowInvalid as error:
+        return read_table(_existing(path)).to_pylist()
+    except ArrowInvalid as error:
         raise ValueError(f"task.path: {path} is not a parquet file ({error})") from error
 
 

@@ -13,7 +13,7 @@ from reasoning_gym.factory import DATASETS, create_dataset
 
 from lorelei.config.errors import nearest, shown
 from lorelei.config.task import MixtureItem
-from lorelei.data.order import item_at
+from lorelei.data.contract import item_at
 from lorelei.data.renderer import Renderer, question_key
 from lorelei.data.rows import first_held_out
 from lorelei.types import Prompt
@@ -47,10 +47,10 @@ class ReasoningGymSource:
             name, row = held_out.item(item)
             self._held_out.append(renderer.prompt(f"{name}/eval-{item}", row))
         self._held_out_keys = {question_key(p.messages) for p in self._held_out}
-        self.prompt(0)  # a task that cannot be rendered shows here, before any work
+        self.prompt(0)  # a task that cannot be rendered fails here, before anything is loaded
 
     def prompt(self, index: int) -> Prompt:
-        """See PromptSource. An item whose question is held out gives way to the next item.
+        """See PromptSource. An item whose question is held out is replaced by the next item.
 
         Raises ValueError when every question is held out, or when a prompt is too long.
         """

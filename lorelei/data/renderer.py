@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorelei.config.errors import nearest, shown
+from lorelei.data.chat import is_message
 from lorelei.types import Prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from lorelei.model.tokenizer import Tokenizer
 
 Row = Mapping[str, Any]
 Messages = tuple[Mapping[str, str], ...]
@@ -24,9 +25,9 @@ CHAT_COLUMNS = ("messages", "prompt")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Renderer:
-    """How the rows of one task are turned into prompts."""
+    """How the rows of one task become prompts."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     prompt_template: str = "{question}"
     system_prompt: str | None = None
     answer_field: str = "answer"
@@ -90,10 +91,7 @@ def question_key(messages: Messages) -> str:
 
 def _checked_chat(chat: list[Any], where: str) -> Messages:
     for message in chat:
-        good = isinstance(message, Mapping) and all(
-            isinstance(message.get(k), str) for k in ("role", "content")
-        )
-        if not good:
+        if not is_message(message):
             raise ValueError(
                 f"task: {where} has the chat message {shown(message)}; "
                 "each needs the strings 'role' and 'content'"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from lorelei.data.order import item_at, permutation
+from lorelei.data.contract import item_at, permutation
 from lorelei.data.renderer import Renderer, question_key
 from lorelei.types import Prompt
 
@@ -35,7 +35,7 @@ class RowSource:
             raise ValueError(f"task: {name} has no rows")
         self._seed = seed
         rendered = [renderer.prompt(f"{name}/{i}", row) for i, row in enumerate(rows)]
-        order = [rendered[i] for i in permutation(len(rows), EVAL_SEED, 0)]
+        order = [rendered[int(i)] for i in permutation(len(rows), EVAL_SEED, 0)]
         self._held_out = order[:eval_size]
         held_out_keys = {question_key(p.messages) for p in self._held_out}
         self._train = [p for p in order if question_key(p.messages) not in held_out_keys]

@@ -13,11 +13,11 @@ from lorelei.data.renderer import Renderer
 from lorelei.data.rows import RowSource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from lorelei.model.tokenizer import Tokenizer
 
 
 def make_source(
-    task: TaskConfig, tokenizer: PreTrainedTokenizerBase, seed: int, *, eval_size: int
+    task: TaskConfig, tokenizer: Tokenizer, seed: int, *, eval_size: int
 ) -> PromptSource:
     """The prompts of a task, of which `eval_size` are held out.
 
@@ -41,7 +41,7 @@ def make_source(
 
 def make_examples(
     task: TaskConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     seed: int,
     *,
     eval_size: int,
@@ -62,7 +62,7 @@ def make_examples(
     return ExampleSource(examples, name=name, eval_size=eval_size, seed=seed)
 
 
-def _renderer(task: TaskConfig, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+def _renderer(task: TaskConfig, tokenizer: Tokenizer) -> Renderer:
     return Renderer(
         tokenizer=tokenizer,
         prompt_template=task.prompt_template,

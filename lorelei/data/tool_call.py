@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
@@ -38,7 +38,7 @@ def format_call(name: str, arguments: Mapping[str, Any]) -> str:
 
 
 def format_response(content: str) -> str:
-    """What a tool returned, for templates that know no role `tool`."""
+    """What a tool returned, for templates without a role `tool`."""
     return f"<tool_response>\n{content}\n</tool_response>"
 
 
@@ -59,9 +59,10 @@ def _parse(body: str) -> ToolCall:
         call = json.loads(body)
     except (ValueError, RecursionError) as error:
         return ToolCall(name="", arguments={}, error=f"the call is not JSON: {error}")
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+    fields = cast(dict[str, Any], call) if isinstance(call, dict) else {}
+    name, arguments = fields.get("name"), fields.get("arguments", {})
+    if not isinstance(name, str):
         return ToolCall(name="", arguments={}, error='the call must be {"name", "arguments"}')
-    arguments = call.get("arguments", {})
     if not isinstance(arguments, dict):
-        return ToolCall(name=call["name"], arguments={}, error="arguments must be an object")
-    return ToolCall(name=call["name"], arguments=arguments)
+        return ToolCall(name=name, arguments={}, error="arguments must be an object")
+    return ToolCall(name=name, arguments=cast(dict[str, Any], arguments))

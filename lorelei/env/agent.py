@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorelei.env.contract import Endpoint, Episode, Line, Sampler
-from lorelei.env.outcome import given, scored
-from lorelei.env.your_code import call_within
+from lorelei.env.user_code import call_within, given, scored
 from lorelei.reward.contract import Reward
 from lorelei.types import Prompt
 from lorelei.user_file import accepted
@@ -41,7 +40,7 @@ class Agent:
             try:
                 result = await self._play(line, prompt)
             except Exception:
-                if line.failure is not None:  # the agent saw no more than a status of 5xx
+                if line.failure is not None:  # the agent only saw a status of 5xx
                     raise line.failure from None
                 raise
             turns = line.turns
@@ -67,7 +66,7 @@ class Agent:
 
 
 def check_client(function: Callable[..., Any]) -> None:
-    """Raises ValueError for a function that asks for a client where there is none."""
+    """Raises ValueError for a function that asks for `client` where openai is not installed."""
     asks = "client" in inspect.signature(function).parameters
     if asks and importlib.util.find_spec("openai") is None:
         raise ValueError(

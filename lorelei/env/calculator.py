@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import ast
-import operator
 from collections.abc import Callable
 from fractions import Fraction
 
 MAX_LENGTH = 200  # characters
-MAX_BITS = 2048  # of a numerator or denominator: what a line of digits may cost
+MAX_BITS = 2048  # of a numerator or denominator: bounds the time that an expression can take
 
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction | int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
+    ast.Add: Fraction.__add__,
+    ast.Sub: Fraction.__sub__,
+    ast.Mult: Fraction.__mul__,
+    ast.Div: Fraction.__truediv__,
+    ast.FloorDiv: Fraction.__floordiv__,
+    ast.Mod: Fraction.__mod__,
 }
 
 

@@ -48,7 +48,7 @@ class Episode:
 
 
 class Env(Protocol):
-    """Runs episodes, many at once; an object without state of its own."""
+    """Runs episodes, many at once; keeps no state between them."""
 
     async def run(self, prompt: Prompt, sample: Sampler) -> Episode:
         """Play one episode. Later turns hand `sample` the tokens so far and their own."""
@@ -63,7 +63,7 @@ class Line(Protocol):
 
     @property
     def api_key(self) -> str:
-        """Names the episode; worth nothing when it is over."""
+        """Identifies the episode; invalid once it is over."""
         ...
 
     @property

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from lorelei.config.errors import shown
-from lorelei.data.chat import ChatTemplate, Message
+from lorelei.data.chat import ChatTemplate, Message, is_message
 from lorelei.env.contract import Episode, Sampler
 from lorelei.env.conversation import Conversation
-from lorelei.env.outcome import given, scored
-from lorelei.env.your_code import call_within
+from lorelei.env.user_code import call_within, given, scored
 from lorelei.reward.contract import Reward
 from lorelei.types import Prompt
 from lorelei.user_file import accepted
@@ -68,17 +67,14 @@ def _messages(said: object) -> list[Message] | None:
     """What follows an answer; None for what is not messages."""
     if isinstance(said, str):
         return [{"role": "user", "content": said}]
-    if isinstance(said, Mapping):
-        said = [said]
-    if not isinstance(said, list):
+    if not isinstance(said, list | Mapping):
         return None
-    for message in said:
-        good = isinstance(message, Mapping) and all(
-            isinstance(message.get(k), str) for k in ("role", "content")
-        )
-        if not good:
+    messages: list[Message] = []
+    for message in cast(list[object], said if isinstance(said, list) else [said]):
+        if not is_message(message):
             raise ValueError(
                 f"env.path: the function returned the message {shown(message)}; "
                 "each needs the strings 'role' and 'content'"
             )
-    return [dict(message) for message in said]
+        messages.append(dict(message))
+    return messages

@@ -6,11 +6,11 @@ import asyncio
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from lorelei.data.tool_call import ToolCall
 from lorelei.env.calculator import calculator
-from lorelei.env.your_code import call_within
+from lorelei.env.user_code import call_within
 from lorelei.user_file import load_function
 
 MAX_RESULT = 4000  # characters of a result that the model reads
@@ -45,12 +45,15 @@ def load_tool(name: str) -> Tool:
     Its description is made of its type hints and its docstring, whose `Args:` say what each
     parameter is. Raises ValueError for one that has no such description.
     """
-    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import (
+        get_json_schema,  # pyright: ignore[reportUnknownVariableType] it has no types
+    )
 
+    describe = cast(Callable[[Callable[..., object]], Mapping[str, Any]], get_json_schema)
     function = BUILT_IN.get(name) or load_function(name, "env.tools")
     try:
-        return Tool(function=function, description=get_json_schema(function))
-    except Exception as error:  # transformers has exceptions of its own for each defect
+        return Tool(function=function, description=describe(function))
+    except Exception as error:  # transformers raises a different exception for each defect
         raise ValueError(
             f"env.tools: {name!r} cannot be described to the model: {error}"
         ) from error

@@ -16,7 +16,7 @@ class EngineClosed(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """A rollout engine's answer to `health`."""
+    """An inference engine's answer to `health`."""
 
     alive: bool
     running: int  # sequences being decoded
@@ -31,8 +31,8 @@ class InferenceEngine(Protocol):
     async def generate(self, request: GenerateRequest) -> Completion:
         """Sample one completion.
 
-        A request with a `position` goes on with an interrupted answer: its first token is drawn
-        with the number of that position of the stream, or at least not with an earlier one.
+        A request with a `position` continues an interrupted answer: its first token is drawn with
+        the random number of that position of the stream, or at least not with an earlier one.
         Cancelling the call aborts the request. Raises KeyError for an adapter version that is
         not loaded and ValueError for a prompt that does not fit the context.
         """

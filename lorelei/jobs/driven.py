@@ -12,6 +12,7 @@ from typing import Any
 
 from lorelei.jobs.job import JobFailed
 from lorelei.publish.canary import Watched
+from lorelei.train.checks import check_losses
 from lorelei.train.work import Result, Round, Work
 from lorelei.types import AdapterRef, AdapterSpec, Policy
 
@@ -53,6 +54,8 @@ class DrivenJob:
         work = Work(
             adapter=self.name, rounds=tuple(rounds), policies=policies or {}, publish=publish
         )
+        for one in rounds:
+            check_losses(one.batch, {self.name: one.loss})
         if publish and not work.steps:
             raise ValueError("publish: there is no optimizer step after which to publish")
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()

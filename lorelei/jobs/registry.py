@@ -16,10 +16,15 @@ from lorelei.train.work import Work
 class Registry:
     """Jobs by adapter name; see `ready`."""
 
-    def __init__(self, jobs: Iterable[Job] = (), warn: Callable[[str], None] = print) -> None:
-        """warn: called with one line when a job fails."""
+    def __init__(
+        self,
+        jobs: Iterable[Job] = (),
+        warn: Callable[[str], None] = print,
+        stays_open: bool = False,
+    ) -> None:
+        """warn: called with one line when a job fails. stays_open: more jobs may always come."""
         self._jobs = {job.name: job for job in jobs}
-        self._warn = warn
+        self._warn, self._stays_open = warn, stays_open
         self._asked: dict[str, asyncio.Task[Work]] = {}
         self._paused: set[str] = set()
         self._failed: dict[str, ValueError] = {}
@@ -89,10 +94,11 @@ class Registry:
     async def ready(self) -> AsyncIterator[list[Work]]:
         """Works of distinct adapters, in the order of the jobs, until none can give any more.
 
-        Whatever is ready comes together; the other jobs go on. Paused jobs are waited for.
+        Whatever is ready comes together; the other jobs go on. Paused jobs are waited for; one
+        that stays open ends with `stop` alone.
         """
         try:
-            while not self._stopping and any(self._alive(job) for job in self):
+            while not self._stopping and (self._stays_open or any(map(self._alive, self))):
                 self._ask()
                 works = self._take()
                 if works:
@@ -128,7 +134,7 @@ class Registry:
                 works.append(task.result())
             except ValueError as error:
                 self._failed[name] = error
-                if any(self._alive(job) for job in self):
+                if self._stays_open or any(map(self._alive, self)):
                     self._warn(f"adapter {name} stops, the others go on: {error}")
         return works
 

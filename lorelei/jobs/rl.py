@@ -23,7 +23,7 @@ from lorelei.rollout.evaluate import Evaluator
 from lorelei.store.run import RunStore
 from lorelei.train.batch import rollout_batch
 from lorelei.train.work import Result, Round, RoundResult, Work
-from lorelei.types import AdapterRef, AdapterSpec, Batch, Floats, Group, Rollout
+from lorelei.types import AdapterRef, AdapterSpec, Batch, Group, Rollout
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -61,23 +61,8 @@ class RlJob:
             await self._evaluate(self.evaluator, ref)
 
     async def work(self) -> Work:
-        kept = _trainable(await self.collector.batch())
-        credit = self.algo.credit(kept)
-        size = self.algo.batch_size // self.algo.ppo_n_minibatches
-        step = self.experiment.optimizer.at(self.version, self.experiment.steps)
-        return Work(
-            adapter=self.name,
-            rounds=tuple(
-                Round(
-                    batch=self._batch(kept[first : first + size], credit[first : first + size]),
-                    loss=self.algo.loss(),
-                    step=step,
-                )
-                for first in range(0, len(kept), size)
-            ),
-            policies=self.algo.policies,
-            last=self.version + 1 >= self.experiment.steps,
-        )
+        groups = await self.collector.batch()
+        return policy_work(self.experiment, self.algo, groups, self.version)
 
     async def tell(self, result: Result, ref: AdapterRef | None) -> Mapping[str, Any]:
         assert ref is not None, "every step is published"
@@ -126,15 +111,6 @@ class RlJob:
     async def close(self) -> None:
         await self.collector.close()
 
-    def _batch(
-        self, groups: Sequence[Sequence[Rollout]], credit: Sequence[Sequence[Floats]]
-    ) -> Batch:
-        """The groups of one optimizer step, weights normalised over it."""
-        temperature = self.experiment.rollout.temperature
-        batch = rollout_batch(self.name, groups, {"advantage": credit}, temperature)
-        weights = item_weights(batch.items.sequence, self.algo.loss_aggregation)
-        return replace(batch, items=replace(batch.items, weight=weights))
-
     async def _evaluate(self, evaluator: Evaluator, ref: AdapterRef) -> None:
         scores = await evaluator.run(ref)
         if ref.version == 0 and len(scores.errors) == scores.n:
@@ -143,6 +119,34 @@ class RlJob:
                 f"first one: {scores.errors[0]}"
             )
         self.evaluations.add(ref.version, scores)
+
+
+def policy_work(
+    e: Experiment, algo: PolicyAlgorithm, groups: Sequence[Group], version: int
+) -> Work:
+    """A batch of groups as rounds, one for each minibatch, all of which step at one rate.
+
+    version: of the adapter before them. Rollouts without a reward are left out.
+    """
+    kept = _trainable(groups)
+    credit = algo.credit(kept)
+    size = algo.batch_size // algo.ppo_n_minibatches
+    rounds: list[Round] = []
+    for first in range(0, len(kept), size):
+        part = slice(first, first + size)
+        streams = {"advantage": credit[part]}
+        batch = rollout_batch(e.name, kept[part], streams, e.rollout.temperature)
+        # normalised over one optimizer step
+        weights = item_weights(batch.items.sequence, algo.loss_aggregation)
+        batch = replace(batch, items=replace(batch.items, weight=weights))
+        step = e.optimizer.at(version, e.steps)
+        rounds.append(Round(batch=batch, loss=algo.loss(), step=step))
+    return Work(
+        adapter=e.name,
+        rounds=tuple(rounds),
+        policies=algo.policies,
+        last=version + 1 >= e.steps,
+    )
 
 
 def _trainable(groups: Sequence[Group]) -> list[list[Rollout]]:

@@ -23,7 +23,7 @@ from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.inference.server.engine import ServerEngine
 from lorelei.jobs.registry import Registry
 from lorelei.launch.jobs import Data, DataMaker, JobMaker, Problems, Sampler
-from lorelei.launch.train_engine import make_train_engine, trains_here
+from lorelei.launch.train_engine import make_train_engine
 from lorelei.loop import Loop
 from lorelei.lora.peft_folder import read_peft_folder
 from lorelei.lora.state import AdapterSnapshot, AdapterState
@@ -42,14 +42,14 @@ from lorelei.rollout.meter import Meter
 from lorelei.store.run import RunStore
 from lorelei.store.spool import Spool
 from lorelei.train.engine_thread import EngineThread
+from lorelei.train.kinds import trains_here
 from lorelei.train.remote.workers import LOOPBACK
 from lorelei.types import Ints
 from lorelei.venvs.recipe import interpreter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from lorelei.launch.ray_cluster import Cluster
+    from lorelei.model.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ async def build(
 
     The stack closes what was started. logs: for what servers print; none: logs/ of the
     run folder. training: whether a trainer is to be made of these parts too.
-    Raises ValueError with one line for what a user can mend.
+    Raises ValueError with one line for a user-fixable error.
     """
     experiments = config.experiments()
     if isinstance(config.train, MegatronTrain):
@@ -211,7 +211,7 @@ def _rollout_engine(
     folder: Path,
     model: ModelInfo,
     decoder: Decoder | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     cluster: Cluster | None,
     logs: Path,
 ) -> InferenceEngine:
@@ -294,7 +294,7 @@ def _untrained(state: AdapterState) -> AdapterSnapshot:
     return AdapterSnapshot(state=state, exp_avg=zeros, exp_avg_sq=zeros, step=0)
 
 
-def decoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[Ints], str]:
+def decoder_of(tokenizer: Tokenizer) -> Callable[[Ints], str]:
     """Token ids to text, without special tokens."""
     return lambda tokens: str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
 

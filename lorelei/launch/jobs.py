@@ -17,7 +17,6 @@ from lorelei.data.examples import ExampleSource
 from lorelei.data.source import make_examples, make_source
 from lorelei.env.contract import Endpoint, Env
 from lorelei.env.environment import make_env
-from lorelei.env.outcome import NoReward
 from lorelei.inference.contract import InferenceEngine
 from lorelei.jobs.evaluation import EvaluationLog
 from lorelei.jobs.job import Job
@@ -26,6 +25,7 @@ from lorelei.jobs.sft import SftJob
 from lorelei.model.config import ModelSizes
 from lorelei.obs.console import Console
 from lorelei.publish.canary import Watched, fixed_tokens
+from lorelei.reward.contract import NoReward
 from lorelei.reward.pool import make_pool
 from lorelei.rollout.admission import Admission
 from lorelei.rollout.collector import Collector
@@ -38,7 +38,7 @@ from lorelei.train.engine_thread import EngineThread
 from lorelei.types import Ints, Prompt, SamplingParams
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from lorelei.model.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ Data = Problems | ExampleSource
 class DataMaker:
     """Reads and checks the data of a run's adapters, before anything heavy is loaded."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     chat: ChatTemplate
     model: ModelSizes
     max_context: int | None  # as configured

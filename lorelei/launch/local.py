@@ -47,7 +47,7 @@ class Stopped(Exception):
 
 
 def train(config: RunConfig) -> None:
-    """Start a new run. Raises ValueError for what a user can mend, Stopped after a signal."""
+    """Start a new run. Raises ValueError for a user-fixable error, Stopped after a signal."""
     asyncio.run(_main(config, Path(config.runs_dir) / config.name, None))
 
 

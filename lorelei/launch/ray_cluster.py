@@ -1,7 +1,7 @@
-"""Train workers and rollout servers on the nodes of a Ray cluster.
+"""Train workers and inference servers on the nodes of a Ray cluster.
 
-Ray brings processes to nodes, carries calls to them, and notices their end. All places of a run
-are one placement group, taken before anything heavy starts.
+Ray brings processes to nodes, carries calls to them, and notices their end. All actors of a run
+are in one placement group, reserved before anything heavy starts.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _QUICK = 10.0  # seconds for an actor to answer a small question
 
 
 class Cluster:
-    """A connection to Ray, and the places that it keeps for this run."""
+    """A connection to Ray, and the resources that it reserves for this run."""
 
     def __init__(self, config: RayCluster, workers: int, servers: int, server_cpus: int) -> None:
-        """Connect and wait for places: of `workers` train workers, then of `servers` servers.
+        """Connect and reserve resources: of `workers` train workers, then of `servers` servers.
 
-        Raises ValueError for what a user can mend: no Ray, no token, other versions, no room.
+        Raises ValueError for a user-fixable error: no Ray, no token, other versions, no room.
         """
         self._config, self._workers = config, workers
         _connect(config.address)
@@ -58,13 +58,13 @@ class Cluster:
             self._idle: list[Any] = []
             self._bundles = [{"CPU": config.cpus_per_worker, "GPU": self.gpus}] * workers
             self._bundles += [{"CPU": server_cpus, "GPU": self.gpus}] * servers
-            self._places = placement_group(
+            self._group = placement_group(
                 [{k: v for k, v in b.items() if v} for b in self._bundles],
                 strategy=_STRATEGIES[config.spread],
             )
-            if not self._places.wait(config.wait):
+            if not self._group.wait(config.wait):
                 raise ValueError(f"cluster.wait: {self._no_room()}")
-            self._idle += [self._new_seat(n) for n in range(len(self._bundles))]
+            self._idle += [self._new_actor(n) for n in range(len(self._bundles))]
             self._check(self._idle)
         except BaseException:
             ray.shutdown()
@@ -72,27 +72,27 @@ class Cluster:
 
     def launch_workers(self, size: int, python: str) -> RayWorkers:
         """Implements Launcher. For our own interpreter, nodes take that of their Ray."""
-        assert size == self._workers, "one place was taken for each"
+        assert size == self._workers, "one bundle was reserved for each"
         theirs = None if python == sys.executable else python
-        return RayWorkers([self._seat(n) for n in range(size)], self._config, self.host, theirs)
+        return RayWorkers([self._actor(n) for n in range(size)], self._config, self.host, theirs)
 
     def start(self, backend: ServerBackend, number: int, token: str, folder: Path) -> RunningServer:
         """Implements Launcher."""
-        actor = self._seat(self._workers + number)
+        actor = self._actor(self._workers + number)
         return RayServer(actor, backend, number, token, folder, self._config.wait)
 
     def close(self) -> None:
-        """Give the places back and disconnect. Idempotent."""
+        """Release the resources and disconnect. Idempotent."""
         if ray.is_initialized():
-            remove_placement_group(self._places)
+            remove_placement_group(self._group)
             ray.shutdown()
 
-    def _seat(self, number: int) -> Any:
-        """An actor in one of the places that nobody has used."""
+    def _actor(self, number: int) -> Any:
+        """An actor in one of the bundles, unused so far."""
         actor, self._idle[number] = self._idle[number], None
-        return actor or self._new_seat(number)
+        return actor or self._new_actor(number)
 
-    def _new_seat(self, number: int) -> Any:
+    def _new_actor(self, number: int) -> Any:
         bundle = self._bundles[number]
         return (
             ray.remote(Host)
@@ -102,7 +102,7 @@ class Cluster:
                 max_restarts=0,
                 max_concurrency=4,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    self._places, placement_group_bundle_index=number
+                    self._group, placement_group_bundle_index=number
                 ),
             )
             .remote()
@@ -227,7 +227,7 @@ class RayServer:
         return self._told(self._actor.server_pids, [])
 
     def log_tail(self) -> str:
-        return self._told(self._actor.server_words, "its node is lost")
+        return self._told(self._actor.server_log_tail, "its node is lost")
 
     async def stop(self) -> None:
         await asyncio.to_thread(self._told, self._actor.end_server, None, 60.0)

@@ -56,7 +56,7 @@ class Host:
     # --- a train worker
 
     def start_worker(self, seat: RankInfo, python: str | None) -> int:
-        """Its pid. python: none: this node's."""
+        """Its pid. python: None: this node's."""
         seat = replace(seat, interface=interface_toward(seat.host))
         self._worker = WorkerProcess(seat, python or sys.executable)
         return self._worker.pid
@@ -90,7 +90,7 @@ class Host:
         while self._server.alive:
             ended.wait(0.5)
 
-    def server_words(self) -> str:
+    def server_log_tail(self) -> str:
         return self._server.log_tail() if self._server is not None else ""
 
     def server_pids(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""The engine of rollout servers, built from a run's configuration."""
+"""The engine of inference servers, built from a run's configuration."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from lorelei.config.rollout import SglangRollout, VllmRollout
+from lorelei.config.rollout import AnyServer
 from lorelei.config.run import RunConfig
+from lorelei.inference.kinds import SERVERS
 from lorelei.inference.limits import Limits
 from lorelei.inference.server.backend import ServerBackend
 from lorelei.inference.server.engine import ServerEngine
 from lorelei.inference.server.launcher import LOCAL, Launcher
-from lorelei.inference.server.options import ServerOptions
+from lorelei.inference.server.options import ServerOptions, largest_rank, versions_in_use
 from lorelei.lora.targets import match_targets
 from lorelei.model.config import ModelInfo
 from lorelei.model.load import read_config
@@ -23,7 +24,7 @@ from lorelei.plan.hardware import has_accelerator
 from lorelei.plan.model_info import model_info
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from lorelei.model.tokenizer import Tokenizer
 
 TOKEN = "LORELEI_SERVER_TOKEN"
 
@@ -32,35 +33,34 @@ Device = Literal["cpu", "cuda"]
 
 def make_server_engine(
     config: RunConfig,
-    rollout: VllmRollout | SglangRollout,
+    rollout: AnyServer,
     folder: Path,
     model: ModelInfo,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     logs: Path,
-    place: Launcher = LOCAL,
+    launcher: Launcher = LOCAL,
     device: Device | None = None,
 ) -> ServerEngine:
     """Not started yet. folder: of the model. logs: a folder for what the servers print.
 
-    place: where they are started. device: of that place; none: this machine's.
+    launcher: starts them. device: of its machines; None: this machine's.
     """
-    sizes = model.sizes
-    context = min(rollout.max_context or sizes.max_positions, sizes.max_positions)
+    context = model.sizes.context(rollout.max_context)
     return ServerEngine(
         _backend(config, rollout, folder, model, device or device_here()),
-        Limits(vocab=sizes.vocab, context=context, decodes_text=True),
+        Limits(vocab=model.sizes.vocab, context=context, decodes_text=True),
         logs,
-        tokenizer=tokenizer,  # type: ignore[arg-type]  # its decode takes more
+        tokenizer=tokenizer,
         replicas=rollout.replicas,
         urls=rollout.urls,
         token=os.environ.get(TOKEN),
         max_running=rollout.max_running,
-        place=place,
+        launcher=launcher,
     )
 
 
 def serve(config: RunConfig, host: str, port: int) -> NoReturn:
-    """Become the rollout server of a run. Raises ValueError for what a user can mend."""
+    """Become the inference server of a run. Raises ValueError for user-fixable errors."""
     rollout = config.rollout
     if rollout.kind == "embedded":
         raise ValueError("rollout.kind: 'embedded' is no server; use vllm or sglang")
@@ -78,54 +78,35 @@ def serve(config: RunConfig, host: str, port: int) -> NoReturn:
     os.execvpe(launch.command[0], launch.command, {**os.environ, **launch.environment})
 
 
-def max_rank(config: RunConfig, rollout: VllmRollout | SglangRollout) -> int:
-    """Of any adapter that a server may get."""
-    return max(rollout.reserve_rank, *(e.lora.lora_rank for e in config.experiments()))
-
-
-def versions_in_use(config: RunConfig) -> int:
-    """Adapter versions that may be sampled from at once, and one that is being published."""
-    return sum(e.rollout.max_head_offpolicyness + 2 for e in config.experiments())
-
-
 def device_here() -> Device:
     return "cuda" if has_accelerator() else "cpu"
 
 
 def _backend(
     config: RunConfig,
-    rollout: VllmRollout | SglangRollout,
+    rollout: AnyServer,
     folder: Path,
     model: ModelInfo,
     device: Device,
 ) -> ServerBackend:
-    options = None if rollout.urls else _options(config, rollout, folder, model, device)
-    match rollout:
-        case VllmRollout():
-            from lorelei.inference.vllm.backend import VllmBackend
-
-            return VllmBackend(options)
-        case SglangRollout():
-            from lorelei.inference.sglang.backend import SglangBackend
-
-            return SglangBackend(options)
+    options = None if rollout.urls else server_options(config, rollout, folder, model, device)
+    return SERVERS[rollout.kind].backend(options)
 
 
-def _options(
+def server_options(
     config: RunConfig,
-    rollout: VllmRollout | SglangRollout,
+    rollout: AnyServer,
     folder: Path,
     model: ModelInfo,
     device: Device,
 ) -> ServerOptions:
-    sizes = model.sizes
-    context = min(rollout.max_context or sizes.max_positions, sizes.max_positions)
+    """What a server of the run is started with. folder: of the model."""
     return ServerOptions(
         model=folder,
-        sizes=sizes,
+        sizes=model.sizes,
         dtype=config.dtype,
-        context=context,
-        max_rank=max_rank(config, rollout),
+        context=model.sizes.context(rollout.max_context),
+        max_rank=largest_rank(config, rollout),
         target_modules=projections(config, model),
         versions=versions_in_use(config),
         max_running=rollout.max_running,

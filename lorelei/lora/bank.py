@@ -14,19 +14,26 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lorelei.lora.fresh import fresh_a, stable_seed
 from lorelei.lora.full import FullWeights
 from lorelei.lora.linear import LoraPart, Span, lora_linear, side_by_side
 from lorelei.lora.sharded import set_from
-from lorelei.lora.state import AdapterState, check_tensors, check_tied, copies, tensor_names
+from lorelei.lora.state import (
+    AdapterState,
+    check_tensors,
+    check_tied,
+    copies,
+    fresh_a,
+    stable_seed,
+    tensor_names,
+)
 from lorelei.lora.targets import match_targets, tied_names
 from lorelei.model.backend import Weight
-from lorelei.model.linear import FrozenLinear, FusedInput, Route, lifted
+from lorelei.model.linear import FrozenLinear, FusedInput, Route, transformed
 from lorelei.types import AdapterSpec
 
 
 class Base(Protocol):
-    """A frozen base model: our decoder, or another that keeps its linear layers in our type."""
+    """A frozen base model: our decoder, or another whose linear layers are FrozenLinear."""
 
     @property
     def architecture(self) -> str:
@@ -44,6 +51,9 @@ class Base(Protocol):
         ...
 
 
+T = TypeVar("T")
+
+
 class ModelRoute(Route, Protocol):
     """A route that knows which layers it changes."""
 
@@ -52,6 +62,19 @@ class ModelRoute(Route, Protocol):
         ...
 
     def take(self, index: Tensor) -> ModelRoute: ...
+
+
+class Named(dict[str, T]):
+    """Adapters by name."""
+
+    def __missing__(self, name: str) -> T:
+        known = ", ".join(sorted(self)) or "none"
+        raise KeyError(f"no adapter {name!r}; there are: {known}")
+
+    def check_free(self, name: str) -> None:
+        """Raises ValueError when the name is taken."""
+        if name in self:
+            raise ValueError(f"adapter {name!r} exists already; drop it first")
 
 
 B = TypeVar("B", bound=Base)
@@ -105,7 +128,7 @@ class AdapterBank(Generic[B]):
         """copy: makes the full weights of a base."""
         self.decoder, self._copy = decoder, copy
         self._dtype = torch.promote_types(decoder.dtype, torch.float32)
-        self._adapters: dict[str, Adapter | Trained[B]] = {}
+        self._adapters = Named[Adapter | Trained[B]]()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,9 +142,6 @@ class AdapterBank(Generic[B]):
         return iter(self._adapters)
 
     def __getitem__(self, name: str) -> Adapter | Trained[B]:
-        if name not in self._adapters:
-            known = ", ".join(sorted(self._adapters)) or "none"
-            raise KeyError(f"no adapter {name!r}; there are: {known}")
         return self._adapters[name]
 
     def lora(self, name: str) -> Adapter:
@@ -136,8 +156,7 @@ class AdapterBank(Generic[B]):
         Raises ValueError when the name is taken, a target matches nothing or full weights would
         not be alone.
         """
-        if name in self._adapters:
-            raise ValueError(f"adapter {name!r} exists already; drop it first")
+        self._adapters.check_free(name)
         if self._adapters and (spec.full or self._full() is not None):
             raise ValueError(
                 f"adapter {name!r}: full fine-tuning trains one model and nothing beside it, and "
@@ -195,14 +214,18 @@ class AdapterBank(Generic[B]):
         adapter = self[name]
         return AdapterState(spec=adapter.spec, tensors=copies(adapter.tensors()))
 
-    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite an adapter's tensors. Raises ValueError unless names and shapes agree."""
+    def check(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Raises ValueError unless names and shapes are those of an adapter."""
         adapter = self[name]
-        live = adapter.tensors()
-        check_tensors(name, {n: tuple(t.shape) for n, t in live.items()}, tensors)
+        shapes = {n: tuple(t.shape) for n, t in adapter.tensors().items()}
+        check_tensors(name, shapes, tensors)
         if isinstance(adapter, Adapter):
             check_tied(name, adapter.tied, tensors)
-        for tensor_name, tensor in live.items():
+
+    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite an adapter's tensors. Raises ValueError unless names and shapes agree."""
+        self.check(name, tensors)
+        for tensor_name, tensor in self[name].tensors().items():
             set_from(tensor, tensors[tensor_name])
 
     def model(
@@ -217,7 +240,7 @@ class AdapterBank(Generic[B]):
     def route(
         self, spans: Sequence[tuple[str | None, int]], dropout_seed: int | None = None
     ) -> BankRoute:
-        """The route of a row of tokens: (adapter or none, number of tokens), in order.
+        """The route of a row of tokens: (adapter or None, number of tokens), in order.
 
         dropout_seed: draws the dropout masks; None (inference) turns dropout off.
         """
@@ -249,20 +272,22 @@ class _Stretch:
     start: int
     stop: int
     adapter: Adapter | None
-    ordinal: int  # among the adapter's stretches: each draws a dropout mask of its own
+    ordinal: int  # among the adapter's stretches: each draws another dropout mask
 
 
 class BankRoute:
-    """Tokens of several adapters, and of none, in one row; an adapter's tokens may stand apart."""
+    """Tokens of several adapters, and of none, in one row; an adapter's need not be neighbours."""
 
     def __init__(
         self, stretches: tuple[_Stretch, ...], tokens: int, dropout_seed: int | None
     ) -> None:
         self._stretches, self._tokens, self._dropout_seed = stretches, tokens, dropout_seed
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: FusedInput | None = None) -> Tensor:
+    def __call__(
+        self, layer: FrozenLinear, x_TD: Tensor, fused_input: FusedInput | None = None
+    ) -> Tensor:
         assert len(x_TD) == self._tokens, f"route of {self._tokens} tokens, row of {len(x_TD)}"
-        return lora_linear(layer, x_TD, self.spans(layer), lift)
+        return lora_linear(layer, x_TD, self.spans(layer), fused_input)
 
     def spans(self, layer: FrozenLinear) -> tuple[Span, ...]:
         """What the adapters do to a layer's row of tokens."""
@@ -293,13 +318,15 @@ class BankRoute:
 
 
 class MergedRoute:
-    """Every token through one adapter, at the cost of none. For inference: gives no gradients."""
+    """Every token through one adapter, merged: costs no more than the base. For inference only."""
 
     def __init__(self, weights: Mapping[FrozenLinear, Weight]) -> None:
         self._weights = weights
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: FusedInput | None = None) -> Tensor:
-        return self.weight(layer).product(lifted(x_TD, lift), layer.bias)
+    def __call__(
+        self, layer: FrozenLinear, x_TD: Tensor, fused_input: FusedInput | None = None
+    ) -> Tensor:
+        return self.weight(layer).product(transformed(x_TD, fused_input), layer.bias)
 
     def weight(self, layer: FrozenLinear) -> Weight:
         """What a layer multiplies with."""

@@ -1,6 +1,6 @@
-"""Full fine-tuning: a model of its own, every weight of which is trained.
+"""Full fine-tuning: a copy of the base model, every weight of which is trained.
 
-It stands where an adapter stands, so that LoRA's saving can be measured.
+It takes an adapter's place in the bank, so that LoRA's saving can be measured.
 Shapes: T tokens, D inputs, O outputs.
 """
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lorelei.lora.state import AdapterState
+from lorelei.model.autograd import Function
 from lorelei.model.decoder import Decoder
-from lorelei.model.linear import FrozenLinear, FusedInput, lifted
+from lorelei.model.linear import FrozenLinear, FusedInput, transformed
 from lorelei.model.norm import RmsNorm
 from lorelei.model.weights import named_tensors, rebuilt, unpack
 from lorelei.types import FULL_WEIGHTS, AdapterSpec
@@ -62,11 +63,13 @@ class FullRoute:
     def __init__(self, weights: FullWeights) -> None:
         self._weights = weights
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: FusedInput | None = None) -> Tensor:
+    def __call__(
+        self, layer: FrozenLinear, x_TD: Tensor, fused_input: FusedInput | None = None
+    ) -> Tensor:
         trained = self._weights.layers[layer]
         # norms outside of a linear layer, the embedding and routers are autograd's
-        norm = (lift.weight,) if isinstance(lift, RmsNorm) else ()
-        return _FullLinear.apply(x_TD, layer, lift, *trained, *norm)  # type: ignore[no-any-return]
+        norm = (fused_input.weight,) if isinstance(fused_input, RmsNorm) else ()
+        return _FullLinear.apply(x_TD, layer, fused_input, *trained, *norm)
 
     def adapts(self, layer: FrozenLinear) -> bool:
         """Whether the layer is trained."""
@@ -76,32 +79,32 @@ class FullRoute:
         return self
 
 
-class _FullLinear(torch.autograd.Function):
-    """Keeps x before its lift."""
+class _FullLinear(Function):
+    """Keeps x before its fused input."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layer: FrozenLinear, lift: FusedInput | None, *trained: Tensor
+        ctx: Any, x: Tensor, layer: FrozenLinear, fused_input: FusedInput | None, *trained: Tensor
     ) -> Tensor:
-        ctx.layer, ctx.lift = layer, lift
+        ctx.layer, ctx.fused_input = layer, fused_input
         # weights are saved through the layer: the optimizer writes them only between passes
         ctx.save_for_backward(x)
-        return layer.product(lifted(x, lift))
+        return layer.product(transformed(x, fused_input))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,), (dy_TO,) = ctx.saved_tensors, grads
-        layer, lift = ctx.layer, ctx.lift
-        x_TD = lifted(x, lift)
+        layer, fused_input = ctx.layer, ctx.fused_input
+        x_TD = transformed(x, fused_input)
         d_weight_OD = dy_TO.T @ x_TD
         found = [d_weight_OD[part.start : part.stop] for part in layer.parts]
         if layer.bias is not None:
             d_bias_O = dy_TO.sum(0)
             found += [d_bias_O[part.start : part.stop] for part in layer.parts]
         dx_TD = layer.weight.transposed_product(dy_TO)
-        if isinstance(lift, RmsNorm):
-            found.append(lift.weight_grad(x, dx_TD))
-        dx = dx_TD if lift is None else lift.backward(x, dx_TD)
+        if isinstance(fused_input, RmsNorm):
+            found.append(fused_input.weight_grad(x, dx_TD))
+        dx = dx_TD if fused_input is None else fused_input.backward(x, dx_TD)
         return dx, None, None, *found
 
 
@@ -122,5 +125,7 @@ def serving_copy(base: Decoder, name: str, state: AdapterState) -> Decoder:
                 f"{tensor.dtype}; full weights need a run with dtype: float32"
             )
     if extra:
-        raise ValueError(f"adapter {name!r}: tensor {min(extra)!r} is of no layer of the model")
+        raise ValueError(
+            f"adapter {name!r}: tensor {min(extra)!r} belongs to no layer of the model"
+        )
     return decoder

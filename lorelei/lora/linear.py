@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorelei.model.autograd import Function
 from lorelei.model.backend import add_product
-from lorelei.model.linear import FrozenLinear, FusedInput, lifted
+from lorelei.model.linear import FrozenLinear, FusedInput, transformed
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +65,15 @@ def side_by_side(
 
 
 def lora_linear(
-    layer: FrozenLinear, x: Tensor, spans: tuple[Span, ...], lift: FusedInput | None = None
+    layer: FrozenLinear, x: Tensor, spans: tuple[Span, ...], fused_input: FusedInput | None = None
 ) -> Tensor:
-    """x [T, D'] -> [T, O] of lift(x) [T, D]. The gradient reaches x, A and B, never W."""
+    """x [T, D'] -> [T, O] of fused_input(x) [T, D]. The gradient reaches x, A and B, never W."""
     weights = [w for span in spans for part in span.parts for w in (part.a, part.b)]
-    return _LoraLinear.apply(x, layer, spans, lift, *weights)  # type: ignore[no-any-return]
+    return _LoraLinear.apply(x, layer, spans, fused_input, *weights)
 
 
-class _LoraLinear(torch.autograd.Function):
-    """Keeps x before its lift, and lift(x) @ A.T; products with W and their gradients never."""
+class _LoraLinear(Function):
+    """Keeps x and fused_input(x) @ A.T; fused_input(x) and the product with W are not kept."""
 
     @staticmethod
     def forward(
@@ -80,10 +81,10 @@ class _LoraLinear(torch.autograd.Function):
         x: Tensor,
         layer: FrozenLinear,
         spans: tuple[Span, ...],
-        lift: FusedInput | None,
+        fused_input: FusedInput | None,
         *weights: Tensor,
     ) -> Tensor:
-        x_TD = lifted(x, lift)
+        x_TD = transformed(x, fused_input)
         y_TO = layer.product(x_TD)
         lows: list[Tensor] = []
         for span in spans:
@@ -96,11 +97,11 @@ class _LoraLinear(torch.autograd.Function):
             for part in span.parts:
                 b_OR = part.b.to(x_TD.dtype)
                 low = low_tR[:, r : r + b_OR.shape[1]]
-                # for so few inputs a contiguous factor is worth its copy
+                # R inputs are so few that copying the factor costs less than strided reads
                 y_tO = y_TO[rows, part.o0 : part.o1]
                 y_tO.addmm_(low, b_OR.T.contiguous(), alpha=span.scale)
                 r += b_OR.shape[1]
-        ctx.layer, ctx.spans, ctx.lift = layer, spans, lift
+        ctx.layer, ctx.spans, ctx.fused_input = layer, spans, fused_input
         # weights are saved through the spans: the optimizer writes them only between passes
         ctx.save_for_backward(x, *lows)
         return y_TO
@@ -108,7 +109,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *lows = ctx.saved_tensors
-        x_TD = lifted(x, ctx.lift) if ctx.spans else x
+        x_TD = transformed(x, ctx.fused_input) if ctx.spans else x
         dy_TO = grads[0].contiguous()
         dx_TD = ctx.layer.weight.transposed_product(dy_TO) if ctx.needs_input_grad[0] else None
         d_weights: list[Tensor] = []
@@ -135,7 +136,11 @@ class _LoraLinear(torch.autograd.Function):
                 d_weights += [d_a.to(part.a.dtype), d_b]
             if dx_TD is not None:
                 _add_input_grad(dx_TD[rows], d_low_tR, span, x_TD.dtype)
-        dx = ctx.lift.backward(x, dx_TD) if ctx.lift is not None and dx_TD is not None else dx_TD
+        dx = (
+            ctx.fused_input.backward(x, dx_TD)
+            if ctx.fused_input is not None and dx_TD is not None
+            else dx_TD
+        )
         return dx, None, None, None, *d_weights
 
 

@@ -17,7 +17,7 @@ from lorelei.types import AdapterSpec
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
-# what changes the meaning of the tensors in a way we do not have, with the values that do not
+# fields that change what the tensors mean: the values that leave them plain LoRA
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": (None, "none"),
@@ -40,7 +40,9 @@ def write_peft_folder(folder: Path, state: AdapterState, base_model: str) -> Non
     """Create the folder whole or not at all. Raises StoreError when it exists with content."""
     spec = state.spec
     if spec.full:
-        raise StoreError(f"{folder}: full weights are no PEFT adapter; write a checkpoint folder")
+        raise StoreError(
+            f"{folder}: full weights are not a PEFT adapter; write a checkpoint folder"
+        )
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

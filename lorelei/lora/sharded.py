@@ -1,4 +1,4 @@
-"""Tensors of which every process holds a part (DTensor), whole and in parts. Others are whole."""
+"""Tensors of which each process holds a part (DTensor): gathered, and set from a whole one."""
 
 from __future__ import annotations
 

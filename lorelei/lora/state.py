@@ -1,6 +1,6 @@
-"""Adapter state and snapshot: an adapter's tensors under PEFT's standard names.
+"""Adapter state and snapshot: an adapter's tensors under PEFT's standard names; how it starts.
 
-Full weights (spec.full) have the checkpoint's names instead.
+Full weights (spec.full) have the checkpoint's names instead. Shapes: R rank, D inputs.
 """
 
 from __future__ import annotations
@@ -54,6 +54,20 @@ class AdapterSnapshot:
     step: int
 
 
+def fresh_a(name: str, seed: int, rank: int, in_features: int) -> Tensor:
+    """A [R, D] in fp32 on the CPU: kaiming-uniform, the same alone, among others, on any engine."""
+    generator = torch.Generator().manual_seed(stable_seed(seed, name))
+    bound = in_features**-0.5
+    a = torch.empty(rank, in_features, dtype=torch.float32)
+    return a.uniform_(-bound, bound, generator=generator)
+
+
+def stable_seed(*parts: object) -> int:
+    """63 bits from the parts' text; the same in every process."""
+    text = "\0".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU; names that share a tensor share its copy."""
     # an explicit copy: on the CPU `.cpu()` would share memory with the trained tensor
@@ -72,7 +86,7 @@ def check_tensors(
         raise ValueError(f"adapter {name!r}: tensor {missing[0]!r} is missing (of {len(missing)})")
     if extra := sorted(given.keys() - expected.keys()):
         raise ValueError(
-            f"adapter {name!r}: tensor {extra[0]!r} is of no target module (of {len(extra)})"
+            f"adapter {name!r}: tensor {extra[0]!r} belongs to no target module (of {len(extra)})"
         )
     for tensor_name, shape in expected.items():
         if tuple(given[tensor_name].shape) != shape:

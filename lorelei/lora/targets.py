@@ -1,7 +1,7 @@
 """Which linear layers of a model get an adapter, and which share their A. No torch.
 
 The names are those of the checkpoint, such as 'model.layers.0.self_attn.q_proj'; each expert of a
-mixture is a layer of its own. A router is never adapted and has no entry.
+mixture counts as a layer. A router is never adapted and has no entry.
 
 Megatron's names mean its fused layers: `linear_qkv` is q, k and v with one A for all three, which
 every engine keeps tied.
@@ -116,7 +116,7 @@ def _matches(names: Sequence[str], target: str, field: str, model_name: str) -> 
     try:
         pattern = re.compile(target)
     except re.error as error:
-        raise ValueError(f"{field}: {target!r} is no regular expression: {error}") from error
+        raise ValueError(f"{field}: {target!r} is not a regular expression: {error}") from error
     found = {name for name in names if pattern.fullmatch(name)}
     if not found:
         raise ValueError(

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorelei.model.autograd import Function
 from lorelei.model.backend import flashes, fuses_attention
 from lorelei.model.flash_attention import Level, flash_with_lse, levels, packed_flash
 from lorelei.model.kernels import fused
@@ -50,7 +51,7 @@ def tree_blocks(lengths: Sequence[int], parents: Sequence[int]) -> tuple[Block, 
     """
     last = list(range(len(lengths)))  # the last descendant
     size = [1] * len(lengths)  # descendants and the segment itself
-    for i in reversed(range(len(lengths))):
+    for i in reversed(range(len(lengths))):  # children come before their parent: counted already
         parent = parents[i]
         if parent >= i:
             raise ValueError(f"segment {i}: parent {parent} does not stand before it")
@@ -109,9 +110,9 @@ class PackedAttention:
         if fused.attends(q_THd):
             if self._trees is None:
                 self._trees = trees(self._blocks)
-            return _TreeAttention.apply(q_THd, k_TKd, v_TKd, self._trees)  # type: ignore[no-any-return]
+            return _TreeAttention.apply(q_THd, k_TKd, v_TKd, self._trees)
         if fuses_attention(q_THd.device):
-            return _BlockAttention.apply(q_THd, k_TKd, v_TKd, self._blocks)  # type: ignore[no-any-return]
+            return _BlockAttention.apply(q_THd, k_TKd, v_TKd, self._blocks)
         if flashes(q_THd):
             if self._levels is None:  # the same for every layer
                 self._levels = levels(self._blocks, q_THd.device)
@@ -169,8 +170,8 @@ def trees(blocks: Sequence[Block]) -> fused.Trees:
     )
 
 
-class _TreeAttention(torch.autograd.Function):
-    """By the kernel. q, k and v are parts of one tensor, which is kept whole."""
+class _TreeAttention(Function):
+    """By the C kernel. q, k and v are views of one tensor, so keeping them keeps it once."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, trees: fused.Trees) -> Tensor:
@@ -186,7 +187,7 @@ class _TreeAttention(torch.autograd.Function):
         return *fused.tree_attention_backward(q, k, v, ctx.trees, out, lse, grads[0]), None
 
 
-class _BlockAttention(torch.autograd.Function):
+class _BlockAttention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Block, ...]) -> Tensor:
         v = v.contiguous()  # kept for the backward pass: a view would keep all of q, k and v
@@ -205,6 +206,7 @@ class _BlockAttention(torch.autograd.Function):
             lse = unfolded(lse[..., None], b.q1 - b.q0)[..., 0]
             merged = torch.logaddexp(lse_TH[rows], lse)
             share = (lse - merged).exp_()[..., None].to(q.dtype)
+            # softmax over both key sets = the two outputs weighted by exp(lse - merged lse)
             out[rows].lerp_(unfolded(o, b.q1 - b.q0), share)
             lse_TH[rows] = merged
         ctx.save_for_backward(q, k, v, out, lse_TH)
@@ -213,7 +215,9 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        # each block's exact gradient comes from the merged output and log-sum-exp
+        # a block's backward pass needs the probabilities exp(score - lse) of the whole softmax and
+        # sum(grad * out) of the whole output: given the merged lse and out, it gives the exact
+        # gradient of its share, and the shares add up
         q, k, v, out, lse_TH = ctx.saved_tensors
         grad = grads[0]
         kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]

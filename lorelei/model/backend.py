@@ -1,4 +1,4 @@
-"""The one place that knows devices: where tensors live and which kernels multiply and attend."""
+"""All that depends on the device: where tensors live, which kernels multiply and attend."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from lorelei.model.config import GPU_LOGITS, flash_heads
 from lorelei.model.kernels import fused
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HOST = torch.device("cpu")
 
 
 def default_device() -> torch.device:
@@ -29,6 +31,17 @@ def dist_backend(device: torch.device, local_ranks: int) -> str:
     return "gloo"
 
 
+def move(model: nn.Module, device: torch.device) -> None:
+    """Copy parameters and buffers there; what they held is free, for other processes too.
+
+    Parameters stay the objects they are, and so do FSDP's shards. On a CPU nothing is gained.
+    """
+    # not .to(), which would do nothing on a CPU, where this is tested
+    model._apply(lambda tensor: tensor.to(device, copy=True))
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
 def fuses_attention(device: torch.device) -> bool:
     """Whether attention with a returned log-sum-exp is available (see model.attention)."""
     return device.type == "cpu"
@@ -37,7 +50,7 @@ def fuses_attention(device: torch.device) -> bool:
 def flashes(x: Tensor) -> bool:
     """Whether CUDA's fused attention takes tensors like x [..., d] (see model.flash_attention)."""
     halves = x.dtype in (torch.bfloat16, torch.float16)
-    return halves and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256 and _has_flash(x.device)
+    return halves and flash_heads(x.shape[-1]) and _has_flash(x.device)
 
 
 @cache
@@ -48,13 +61,13 @@ def _has_flash(device: torch.device) -> bool:
 
 
 def fuses_rms_norm(x: Tensor) -> bool:
-    """Whether torch has one kernel for it; launching several costs more than their work."""
+    """Whether to use torch's own kernel: on a GPU, launching several costs more than their work."""
     return x.is_cuda
 
 
 def logits_factor(device: torch.device) -> int:
     """How many times the logits of a CPU's chunk to hold at once: a GPU needs long products."""
-    return 16 if device.type == "cuda" else 1
+    return GPU_LOGITS if device.type == "cuda" else 1
 
 
 @dataclass(slots=True)
@@ -105,7 +118,7 @@ class LowRank:
 
     @classmethod
     def of(cls, a_DR: Tensor, b_RO: Tensor) -> LowRank:
-        """A rank that kernels do not take is filled up with zeros."""
+        """A rank that the kernels do not take is padded with zeros."""
         if not fused.fuses(a_DR):
             return cls(a_DR, b_RO)
         spare = -a_DR.shape[1] % fused.lanes()

@@ -21,12 +21,17 @@ ROPE_TYPES = {  # and the fields that each needs
 }
 
 
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a number
+CHUNK_ELEMENTS = 1 << 23  # logits held at once on a CPU: 32 MiB in fp32
+GPU_LOGITS = 16  # times as many on a GPU, which needs long products
+
+
 class UnsupportedModel(ValueError):
     """The checkpoint is of an architecture or variant that an engine does not build."""
 
 
 class ForeignModel(UnsupportedModel):
-    """Our decoder does not build it; transformers and the servers may."""
+    """An architecture that our decoder does not build; transformers and the servers may."""
 
     def __init__(self, what: str) -> None:
         super().__init__(
@@ -34,6 +39,11 @@ class ForeignModel(UnsupportedModel):
             f"rollout.kind embedded, which build {', '.join(FAMILIES)}; use train.kind: fsdp with "
             "rollout.kind: vllm or sglang"
         )
+
+
+def flash_heads(head_dim: int) -> bool:
+    """Whether CUDA's fused attention takes heads of this size, in half precision."""
+    return head_dim % 8 == 0 and head_dim <= 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +77,17 @@ class ModelSizes:
     qk_norm: bool
     max_positions: int
     moe: MoeConfig | None
-    window: int | None = None  # tokens that some layers see, the last included; none: all see all
+    window: int | None = None  # tokens that some layers attend to; None: full attention
     softcap: float | None = None  # of the attention's scores
+
+    def context(self, most: int | None) -> int:
+        """Most tokens of a sequence where `most` are asked for; None: all positions."""
+        return min(most or self.max_positions, self.max_positions)
+
+    def cache_bytes(self, dtype: str, processes: int = 1) -> int:
+        """Keys and values of one token, on each of `processes` that share the heads."""
+        heads = -(-self.kv_heads // processes)
+        return self.layers * 2 * heads * self.head_dim * BYTES[dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +100,7 @@ class ModelInfo:
     sizes: ModelSizes
     # {name: (out, in)} of every linear layer that can get an adapter, in order of execution
     linears: Mapping[str, tuple[int, int]]
-    parameters: Mapping[str, int]  # by part; a tied lm_head has none of its own
+    parameters: Mapping[str, int]  # by part; a tied lm_head counts none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +127,8 @@ class DecoderConfig(ModelSizes):
     def _of_family(cls, architecture: str, family: str, hf: Mapping[str, Any]) -> DecoderConfig:
         heads = hf["num_attention_heads"]
         default_head_dim = 128 if family == "qwen3" else hf["hidden_size"] // heads
-        eos = hf.get("eos_token_id")
+        eos: int | list[int] | None = hf.get("eos_token_id")
+        eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         return cls(
             architecture=architecture,
             vocab=hf["vocab_size"],
@@ -123,13 +143,13 @@ class DecoderConfig(ModelSizes):
             qk_norm=family.startswith("qwen3"),
             max_positions=hf.get("max_position_embeddings", 2048),
             rope=_rope(hf),
-            eos_token_ids=tuple(eos if isinstance(eos, list) else [eos] if eos is not None else []),
+            eos_token_ids=tuple(eos_ids),
             moe=_moe(hf) if family == "qwen3_moe" else None,
         )
 
 
 def _architecture(hf: Mapping[str, Any]) -> str:
-    names = hf.get("architectures") or []
+    names: list[str] = hf.get("architectures") or []
     if not names:  # GGUF and some tests carry only the model type
         by_type = {family: name for name, family in FAMILIES.items()}
         names = [by_type.get(str(hf.get("model_type")), str(hf.get("model_type")))]

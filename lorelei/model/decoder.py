@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from lorelei.model.autograd import checkpoint
 from lorelei.model.config import DecoderConfig
 from lorelei.model.linear import FrozenLinear, Route
 from lorelei.model.mlp import Mlp, Moe
@@ -25,9 +25,9 @@ from lorelei.model.rope import RotaryTable, rotate, split_rotated
 
 
 class Attend(Protocol):
-    """Attention over whatever the caller keeps: a packed batch, a prompt, a KV cache."""
+    """Attention over what the caller holds: a packed batch, a prompt, a KV cache."""
 
-    def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, /) -> Tensor:
         """Rotated queries and keys, values -> [T, H, d]."""
         ...
 
@@ -95,7 +95,7 @@ class Decoder:
         angles = self.rotary.at(positions_T, longest)
         for number, layer in enumerate(self.layers):
             if recompute and torch.is_grad_enabled():
-                # dropout masks come from seeds of their own: no RNG state to keep
+                # dropout masks are drawn from explicit seeds: there is no RNG state to restore
                 x_TD = checkpoint(
                     self._block,
                     *(number, layer, x_TD, angles, route, attend),
@@ -119,12 +119,15 @@ class Decoder:
         qkv = route(layer.qkv, x_TD, layer.input_norm)
         heads, kv, d = config.heads, config.kv_heads, config.head_dim
         qkv_THd = qkv.view(len(x_TD), heads + 2 * kv, d)
+        # the norms of Qwen3 act on each head before its rotation; without them, one function
+        # rotates and splits, so that the backward pass writes one gradient of qkv and copies none
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k, v = qkv_THd.split([heads, kv, kv], dim=1)
+            q, k, v = torch.split(qkv_THd, [heads, kv, kv], dim=1)
             q = rotate(rms_norm(q, layer.q_norm), angles)
             k = rotate(rms_norm(k, layer.k_norm), angles)
         else:
             q, k, v = split_rotated(qkv_THd, heads, kv, angles)
         mixed_THd = attend(number, q, k, v)
+        # not +=: the backward pass of the norm above reads x_TD
         x_TD = x_TD + route(layer.out, mixed_THd.reshape(len(x_TD), heads * d))
         return x_TD + layer.mlp(x_TD, route, layer.mlp_norm)

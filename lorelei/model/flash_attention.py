@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorelei.model.autograd import Function
+
 if TYPE_CHECKING:
     from lorelei.model.attention import Block
 
@@ -28,7 +30,7 @@ _MASK_ALIGNMENT = 16  # elements: the kernel reads rows of a mask in whole vecto
 class Level:
     """Blocks of which no two share queries or keys: one call of the kernel."""
 
-    queries: Tensor | None  # [t] rows of q; none: all, in order
+    queries: Tensor | None  # [t] rows of q; None: all, in order
     keys: Tensor | None
     q_ends: Tensor  # [B + 1] int32, from 0
     k_ends: Tensor
@@ -40,7 +42,7 @@ class Level:
 def levels(blocks: Sequence[Block], device: torch.device) -> tuple[Level, ...]:
     """The causal blocks, then the others in as few levels as their nesting allows."""
     nested: list[list[Block]] = []
-    for block in (b for b in blocks if not b.causal):  # a block stands before those inside it
+    for block in (b for b in blocks if not b.causal):  # a block comes before those nested in it
         free = (level for level in nested if level[-1].q1 <= block.q0)
         level = next(free, None)
         if level is None:
@@ -76,10 +78,10 @@ def _ends(spans: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
 
 def packed_flash(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, levels: tuple[Level, ...]) -> Tensor:
     """Attention of a packed batch -> [T, H, d]. bf16 or fp16."""
-    return _PackedFlash.apply(q_THd, k_TKd, v_TKd, levels)  # type: ignore[no-any-return]
+    return _PackedFlash.apply(q_THd, k_TKd, v_TKd, levels)
 
 
-class _PackedFlash(torch.autograd.Function):
+class _PackedFlash(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, levels: tuple[Level, ...]) -> Tensor:
         v = v.contiguous()  # kept for the backward pass: a view would keep all of q, k and v
@@ -99,7 +101,8 @@ class _PackedFlash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        # each block's exact gradient comes from the merged output and log-sum-exp
+        # with the merged output and log-sum-exp each block gives its exact share of the gradient,
+        # see model.attention
         q, k, v, out, lse_HT = ctx.saved_tensors
         own, *shared = ctx.levels
         grad = grads[0].contiguous()
@@ -136,7 +139,7 @@ def flash_spans(
     Queries q_ends[b] to q_ends[b + 1] look at keys and values [A, K, d] from k_starts[b] on,
     k_lengths[b] of them. All int32; q_ends and k_starts have one more value than k_lengths.
     """
-    # a longest of 1 would be laid out in another way
+    # the kernel lays out its results differently for a longest query of 1
     sizes = (q_ends, k_starts, max(longest_q, 2), len(k))
     out, lse, *_ = _aten._flash_attention_forward(
         q_THd, k, v, *sizes, 0.0, False, False, seqused_k=k_lengths

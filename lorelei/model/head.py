@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from lorelei.model.autograd import Function, checkpoint
 from lorelei.model.backend import logits_factor
+from lorelei.model.config import CHUNK_ELEMENTS
 from lorelei.model.kernels import fused
 from lorelei.model.linear import FrozenLinear, Route
-
-CHUNK_ELEMENTS = 1 << 23  # logits held at once on a CPU: 32 MiB in fp32
 
 
 def target_logprobs(
@@ -25,13 +24,13 @@ def target_logprobs(
     """log p(target) and entropy [I] of softmax(logits / temperature), nats, at least fp32.
 
     The gradient of a log-probability with respect to its hidden state does not depend on the
-    loss, so it is computed in the forward pass while the chunk's logits are at hand, and the
+    loss, so it is computed in the forward pass while the chunk's logits are in memory, and the
     backward pass multiplies it by one number an item. The entropy carries no gradient.
     """
-    return _TargetLogprobs.apply(hidden_ID, head, target_I, temperature_I)  # type: ignore[no-any-return]
+    return _TargetLogprobs.apply(hidden_ID, head, target_I, temperature_I)
 
 
-class _TargetLogprobs(torch.autograd.Function):
+class _TargetLogprobs(Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ID: Tensor, head: FrozenLinear, target_I: Tensor, temperature_I: Tensor
@@ -41,7 +40,7 @@ class _TargetLogprobs(torch.autograd.Function):
         logprobs = torch.empty(len(target_I), dtype=dtype, device=hidden_ID.device)
         entropy = torch.empty_like(logprobs)
         unit_ID = torch.empty_like(hidden_ID) if wants_grad else None
-        spare: Tensor | None = None  # fresh memory costs more than a softmax over it
+        spare: Tensor | None = None  # page faults of fresh memory cost more than a softmax over it
         for rows in _chunks(len(target_I), head.weight.shape[0], hidden_ID.device):
             scale_C = temperature_I[rows].to(dtype).reciprocal()
             out = None if spare is None else spare[: len(scale_C)]

@@ -25,7 +25,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FrozenLinear:
-    """y = x @ W.T + b; what adapters add is the route's business."""
+    """y = x @ W.T + b; the route adds what adapters contribute."""
 
     parts: tuple[Part, ...]
     weight: Weight
@@ -33,7 +33,7 @@ class FrozenLinear:
 
     @classmethod
     def fuse(cls, modules: dict[str, tuple[Tensor, Tensor | None]]) -> FrozenLinear:
-        """One layer from {module name: (weight [O, D], bias [O] or none)} that share an input."""
+        """One layer from {module name: (weight [O, D], bias [O] or None)} that share an input."""
         parts: list[Part] = []
         for name, (weight, _) in modules.items():
             start = parts[-1].stop if parts else 0
@@ -57,9 +57,9 @@ class FrozenLinear:
 
 
 class FusedInput(Protocol):
-    """What a layer's input goes through first: a norm, a gate.
+    """What a layer applies to its input first: a norm, a gate.
 
-    It is cheap, so a backward pass computes it again instead of keeping its output.
+    Cheap to compute, so a backward pass computes it again and keeps only its input.
     """
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -71,16 +71,18 @@ class FusedInput(Protocol):
         ...
 
 
-def lifted(x: Tensor, lift: FusedInput | None) -> Tensor:
-    """x, or lift(x)."""
-    return x if lift is None else lift(x)
+def transformed(x: Tensor, fused_input: FusedInput | None) -> Tensor:
+    """x, or fused_input(x)."""
+    return x if fused_input is None else fused_input(x)
 
 
 class Route(Protocol):
     """Says which adapters act on which tokens, and applies a layer with them."""
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: FusedInput | None = None) -> Tensor:
-        """[T, D'] -> [T, O]: of lift(x), the frozen product plus each token's adapter's."""
+    def __call__(
+        self, layer: FrozenLinear, x_TD: Tensor, fused_input: FusedInput | None = None
+    ) -> Tensor:
+        """[T, D'] -> [T, O]: of fused_input(x), the frozen product plus each token's adapter's."""
         ...
 
     def take(self, index: Tensor) -> Route:
@@ -91,8 +93,10 @@ class Route(Protocol):
 class BaseRoute:
     """Every token sees the base model alone. For inference: gives no gradients."""
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: FusedInput | None = None) -> Tensor:
-        return layer.product(lifted(x_TD, lift))
+    def __call__(
+        self, layer: FrozenLinear, x_TD: Tensor, fused_input: FusedInput | None = None
+    ) -> Tensor:
+        return layer.product(transformed(x_TD, fused_input))
 
     def take(self, index: Tensor) -> BaseRoute:
         return self

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,10 +66,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The parsed config.json (or what transformers reads from a GGUF file's header)."""
     path = folder / "config.json"
     if not path.exists() and (gguf := sorted(folder.glob("*.gguf"))):
-        from transformers import AutoConfig
-
+        configs: Any = import_module("transformers").AutoConfig  # its methods have no types
         with _one_line_errors(gguf[0]):
-            return AutoConfig.from_pretrained(folder, gguf_file=gguf[0].name).to_dict()
+            return configs.from_pretrained(folder, gguf_file=gguf[0].name).to_dict()
     if not path.exists():
         raise CheckpointError(f"model: {folder} has neither config.json nor a .gguf file")
     return _read_json(path)
@@ -97,7 +97,7 @@ def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for shard in found:
         try:
-            file = files.enter_context(safe_open(shard, framework="pt"))
+            file: Any = files.enter_context(cast(Any, safe_open)(shard, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"model: {shard} is not a readable safetensors file: {error}"
@@ -125,15 +125,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_gguf(folder: Path, name: str) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM
-
+    models: Any = import_module("transformers").AutoModelForCausalLM  # its methods have no types
     with _one_line_errors(folder / name):
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        model = models.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     return dict(_unstacked(model.state_dict()))
 
 
 @contextmanager
-def _one_line_errors(path: Path) -> Iterator[None]:
+def _one_line_errors(path: Path) -> Generator[None]:
     try:
         yield
     except (ImportError, RuntimeError, ValueError) as error:
@@ -159,7 +158,7 @@ def _unstacked(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 def build_decoder(config: DecoderConfig, checkpoint: Checkpoint) -> Decoder:
     """Fuse the projections that share an input and pack every matrix."""
     embedding = checkpoint.tensor("model.embed_tokens.weight", config.vocab, config.hidden)
-    # a head of its own wins over the tie, as in transformers
+    # a checkpoint with a separate head is not tied, whatever its config says, as in transformers
     tied = config.tied_embeddings and "lm_head.weight" not in checkpoint
     own = None if tied else checkpoint.linear("lm_head", config.vocab, config.hidden)
     return Decoder(

@@ -61,7 +61,7 @@ class Moe:
     normalise: bool
 
     def __call__(self, x_TD: Tensor, route: Route, norm: RmsNorm) -> Tensor:
-        x_TD = rms_norm(x_TD, norm)  # kept: the router reads it too
+        x_TD = rms_norm(x_TD, norm)  # not left to the experts: the router reads it too
         scores_TE = F.softmax(F.linear(x_TD, self.router), dim=-1, dtype=torch.float32)
         weights, chosen = scores_TE.topk(self.per_token, dim=-1)  # [T, k]
         if self.normalise:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorelei.model.autograd import Function
 from lorelei.model.backend import fuses_rms_norm
 from lorelei.model.kernels import fused
 
@@ -54,7 +55,7 @@ class RmsNorm:
         return wide, torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(self.eps))
 
 
-class _RmsNorm(torch.autograd.Function):
+class _RmsNorm(Function):
     """Keeps only the input; autograd's version keeps three tensors."""
 
     @staticmethod
@@ -73,4 +74,4 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, norm: RmsNorm) -> Tensor:
     """The norm with its gradient, where no linear layer follows directly."""
-    return _RmsNorm.apply(x, norm.weight, norm.eps)  # type: ignore[no-any-return]
+    return _RmsNorm.apply(x, norm.weight, norm.eps)

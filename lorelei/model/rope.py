@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorelei.model.autograd import Function
 from lorelei.model.config import DecoderConfig
 from lorelei.model.kernels import fused
 
@@ -103,18 +104,18 @@ class RotaryTable:
 
 def rotate(x_THd: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate queries or keys [T, H, d] by their positions' angles."""
-    return _Rotate.apply(x_THd, *cos_sin)  # type: ignore[no-any-return]
+    return _Rotate.apply(x_THd, *cos_sin)
 
 
 def split_rotated(
     qkv_THd: Tensor, heads: int, kv_heads: int, cos_sin: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries and keys, and values, of a fused [T, H + 2 K, d]."""
-    return _SplitRotated.apply(qkv_THd, heads, kv_heads, *cos_sin)  # type: ignore[no-any-return]
+    return _SplitRotated.apply(qkv_THd, heads, kv_heads, *cos_sin)
 
 
-class _Rotate(torch.autograd.Function):
-    """The transpose of a rotation rotates back, so the backward pass needs the angles alone."""
+class _Rotate(Function):
+    """Rotates back in the backward pass (a rotation's transpose), which needs the angles alone."""
 
     @staticmethod
     def forward(ctx: Any, x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -123,10 +124,11 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _rotate(grads[0], *ctx.saved_tensors, -1.0, torch.empty_like(grads[0])), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, sin, -1.0, torch.empty_like(grads[0])), None, None
 
 
-class _SplitRotated(torch.autograd.Function):
+class _SplitRotated(Function):
     """The three gradients are written into one tensor, where autograd would copy them together."""
 
     @staticmethod
@@ -138,7 +140,7 @@ class _SplitRotated(torch.autograd.Function):
         out = torch.empty_like(qkv_THd)
         _rotate(qkv_THd[:, :rotated], cos, sin, 1.0, out[:, :rotated])
         out[:, rotated:] = qkv_THd[:, rotated:]
-        q, k, v = out.split([heads, kv_heads, kv_heads], dim=1)
+        q, k, v = torch.split(out, [heads, kv_heads, kv_heads], dim=1)
         return q, k, v
 
     @staticmethod

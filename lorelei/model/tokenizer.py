@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import Any, Protocol
 
 from lorelei.model.load import CheckpointError, read_config
 
+Messages = Sequence[Mapping[str, Any]]
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+class Tokenizer(Protocol):
+    """What is used here of transformers' PreTrainedTokenizerBase, with types."""
+
+    chat_template: str | dict[str, str] | None  # a dict: templates by name
+    eos_token: str | None
+    eos_token_id: int | None
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]:
+        """{"input_ids": ...}."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
+
+    def apply_chat_template(
+        self,
+        conversation: Messages,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        return_dict: bool = True,
+    ) -> Any:
+        """Text without `tokenize`; token ids without `return_dict`. Raises jinja2.TemplateError."""
+        ...
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
     """Raises CheckpointError when the folder has none, or one that cannot be read."""
     # transformers would make up an empty tokenizer for some architectures
     if not any((folder / name).is_file() for name in _FILES):
@@ -20,8 +48,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"model: {folder} has no tokenizer (none of {', '.join(_FILES)}); "
             "copy the tokenizer files of the model into it"
         )
+    tokenizers: Any = import_module("transformers").AutoTokenizer  # its methods have no types
     try:
-        return AutoTokenizer.from_pretrained(
+        return tokenizers.from_pretrained(
             folder,
             trust_remote_code=False,
             local_files_only=True,
@@ -34,16 +63,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def stop_token_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Every end-of-sequence token that config.json, generation_config.json or the tokenizer names.
 
     Instruct models often name the end of a turn in only one of the three.
     """
     generation = folder / "generation_config.json"
-    named = [
+    named: list[int | list[int] | None] = [
         read_config(folder).get("eos_token_id"),
         json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None,
         tokenizer.eos_token_id,
     ]
     ids = {i for value in named for i in (value if isinstance(value, list) else [value])}
-    return tuple(sorted(ids - {None}))
+    return tuple(sorted(i for i in ids if i is not None))

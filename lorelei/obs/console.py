@@ -62,14 +62,14 @@ class Console:
     def step(self, record: Mapping[str, Any]) -> None:
         """A committed step: the object that goes to metrics.jsonl."""
         parsed = step_record(record)
-        progress = self._progress[parsed.adapter]
+        progress = self._of(parsed.adapter)
         progress.stepped(parsed)
         self._screen.line(step_words(parsed.adapter, progress))
         self._refresh()
 
     def evaluated(self, adapter: str, step: int, scores: Mapping[str, float]) -> None:
         """A held-out evaluation."""
-        progress = self._progress[adapter]
+        progress = self._of(adapter)
         progress.evaluated(scores)
         self._screen.line(eval_words(adapter, step, progress), style="bold cyan")
         self._refresh()
@@ -96,6 +96,10 @@ class Console:
     def close(self) -> None:
         """Give the terminal back."""
         self._screen.close()
+
+    def _of(self, adapter: str) -> Progress:
+        """Of one that was there from the start, or was added while the run goes on."""
+        return self._progress.setdefault(adapter, Progress(total=0))
 
     def _refresh(self) -> None:
         progresses = tuple(self._progress.values())
@@ -126,7 +130,7 @@ def _row(name: str, p: Progress, scores: Sequence[str]) -> tuple[str, ...]:
         return (name, f"0/{p.total}", "-", *held_out, counted(p.errors), "-", "-", "-", "-")
     return (
         name,
-        f"{r.step}/{p.total}",
+        p.counted(r.step),
         _or_dash(r.reward, ".3f"),
         *held_out,
         counted(p.errors),

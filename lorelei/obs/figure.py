@@ -1,16 +1,18 @@
-"""Figures: the look that all pictures of a run share. matplotlib loads inside the functions.
+"""Figures: the style that all plots of a run share. matplotlib loads inside the functions.
 
 Shapes: N points of one curve.
 """
+# pyright: reportUnknownMemberType=false
+# matplotlib's methods take **kwargs without types
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,7 @@ COLOURS = (
 )  # fmt: skip
 # Of parts of one whole, from dark to light: no hue, so that none is taken for an adapter's.
 SHADES = ("#3F4B5B", "#73849B", "#A9B5C5", "#D0D7E0", "#E9E3D8", "#C9B99A")
+Label = tuple[float, str, str, str]  # y, text, colour, weight
 INK = "#222222"
 GREY = "#777777"
 DPI = 100
@@ -55,13 +58,14 @@ _STYLE = {
 
 
 @contextmanager
-def new_figure(width: int, height: int, out: Path) -> Iterator[Figure]:
+def new_figure(width: int, height: int, out: Path) -> Generator[Figure]:
     """A figure of width x height pixels, written to `out` as PNG when the block ends well."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
-        # Not pyplot: this figure belongs to nobody else and draws with Agg, without a display.
+    style: dict[Any, Any] = {**matplotlib.rcParamsDefault, **_STYLE}
+    with matplotlib.rc_context(style):
+        # Not pyplot, which keeps figures alive and may look for a display: this one draws with Agg.
         figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
         yield figure
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -142,9 +146,9 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def label_ends(
-    axes: Axes, x: float, labels: Sequence[tuple[float, str, str, str]], side: str
+    axes: Axes, x: float, labels: Sequence[Label], side: Literal["left", "right"]
 ) -> None:
-    """Write (y, text, colour, weight) beside x on the 'left' or 'right', none over another.
+    """Write the labels beside x on the left or right, none over another.
 
     The limits of y must be final.
     """

@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lorelei.obs.records import EvalRecord, StepRecord, eval_record, step_record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """What is true of a run: every step and evaluation once, in rising order."""
+    """The committed steps and evaluations of a run, each once, in rising order."""
 
     steps: Mapping[str, tuple[StepRecord, ...]]  # by adapter
     evals: Mapping[str, tuple[EvalRecord, ...]]  # by adapter
@@ -78,5 +78,5 @@ def _objects(path: Path) -> list[Mapping[str, Any]]:
             raise ValueError(f"{path}:{number}: not JSON ({error}); delete this line") from error
         if not isinstance(value, dict):
             raise ValueError(f"{path}:{number}: {line[:40]!r} is not a JSON object; delete it")
-        objects.append(value)
+        objects.append(cast(Mapping[str, Any], value))
     return objects

@@ -30,6 +30,10 @@ class Progress:
         """Steps done."""
         return self.record.step if self.record else 0
 
+    def counted(self, step: int) -> str:
+        """A step of all that are planned, where they are."""
+        return f"{step}/{self.total}" if self.total else str(step)
+
     def stepped(self, record: StepRecord) -> None:
         """Take in a committed step."""
         self.record = record
@@ -66,7 +70,7 @@ def step_words(name: str, progress: Progress) -> list[str]:
     errors = error_counts(r)
     gen, train = rate(r.generated_tokens, r), rate(r.trained_tokens, r)
     words = [
-        f"step {r.step}/{progress.total}",
+        f"step {progress.counted(r.step)}",
         name,
         _value("reward", r.reward, ".3f") + _value(" +-", r.reward_std, ".2f", space=""),
         f"errors {counted(errors)}" if errors else "",

@@ -67,8 +67,8 @@ def step_record(raw: Mapping[str, Any]) -> StepRecord:
         version=int(raw.get("version") or 0),
         failed_rollouts=int(raw.get("failed_rollouts") or 0),
         **{name: _number(raw.get(name)) for name in _NUMBERS},
-        seconds={str(k): _number(v) for k, v in (raw.get("seconds") or {}).items()},
-        errors={str(k): int(v) for k, v in (raw.get("errors") or {}).items() if v},
+        seconds={name: _number(value) for name, value in _mapping(raw, "seconds").items()},
+        errors={name: int(count) for name, count in _mapping(raw, "errors").items() if count},
     )
 
 
@@ -86,6 +86,10 @@ def eval_record(raw: Mapping[str, Any]) -> EvalRecord:
 
 def _number(value: Any) -> float:
     return nan if value is None else float(value)
+
+
+def _mapping(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    return raw.get(key) or {}
 
 
 def _measured(value: Any) -> bool:

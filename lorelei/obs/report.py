@@ -1,4 +1,6 @@
-"""The report of a run: one picture of how it went."""
+"""The report of a run: one picture of scores, rewards, distances and times."""
+# pyright: reportUnknownMemberType=false
+# matplotlib's methods take **kwargs without types
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from math import floor, isfinite, log10
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from lorelei.obs.figure import (
     COLOURS,
     GREY,
     SHADES,
+    Label,
     fit_y,
     label_ends,
     new_figure,
@@ -60,7 +63,7 @@ def render_report(run_folder: Path, out: Path) -> Path:
     return out
 
 
-def run_config(run_folder: Path) -> dict[str, object]:
+def run_config(run_folder: Path) -> dict[str, Any]:
     """`config` of run.json, empty when the run has none."""
     path = run_folder / "run.json"
     return json.loads(path.read_bytes()).get("config", {}) if path.is_file() else {}
@@ -68,14 +71,14 @@ def run_config(run_folder: Path) -> dict[str, object]:
 
 def _subtitle(run_folder: Path, history: History) -> str:
     config = run_config(run_folder)
-    lora, algo = config.get("lora"), config.get("algo")
-    rank = lora.get("lora_rank") if isinstance(lora, dict) else None
-    kind = algo.get("kind") if isinstance(algo, dict) else None
+    lora: dict[str, Any] = config.get("lora") or {}
+    algo: dict[str, Any] = config.get("algo") or {}
+    rank, kind = lora.get("lora_rank"), algo.get("kind")
     steps = max((r.step for rs in history.steps.values() for r in rs[-1:]), default=0)
     words = [
         str(config.get("model", "")),
         f"LoRA rank {rank}" if rank else "",
-        str(kind or ""),
+        str(kind or "").rpartition(":")[2],  # of a user's class without its file's folders
         f"{steps} steps" if steps != 1 else "1 step",
         f"{len(history.adapters)} adapters" if len(history.adapters) > 1 else "",
         _idle(history),
@@ -104,7 +107,9 @@ def _held_out(axes: Axes, history: History) -> None:
     scores = history.score_names[: 3 if len(history.adapters) <= _FEW else 1]
     axes.set_title("Held-out score" + (f", {scores[0]}" if len(scores) == 1 else ""))
     axes.set_xlabel("step")
-    first, last, values = [], [], []
+    first: list[tuple[float, Label]] = []
+    last: list[tuple[float, Label]] = []
+    values: list[float] = []
     for score, dash in zip(scores, _DASHES, strict=False):
         for adapter, records in history.evals.items():
             points = [(r.step, r.scores[score]) for r in records if score in r.scores]
@@ -194,10 +199,10 @@ def _seconds(axes: Axes, history: History) -> None:
         _empty(axes, "shown from two steps on" if steps else "not recorded")
         return
     layers = {
-        phase: np.array([np.mean([r.seconds.get(phase, 0.0) for r in at[s]]) for s in steps])
+        phase: np.array([float(np.mean([r.seconds.get(phase, 0.0) for r in at[s]])) for s in steps])
         for phase in named
     }
-    whole = np.array([np.mean([r.step_seconds for r in at[s]]) for s in steps])
+    whole = np.array([float(np.mean([r.step_seconds for r in at[s]])) for s in steps])
     # Phases that overlap (asynchronous runs) leave nothing over.
     layers["other"] = np.clip(whole - sum(layers.values(), np.zeros(len(steps))), 0.0, None)
     # What takes under a hundredth of the time is not visible, and its name only fills the legend.

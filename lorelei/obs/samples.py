@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from lorelei.obs.escape import escaped
+from lorelei.obs.screen import escaped
 
 Order = Literal["worst", "best", "random"]
 Record = Mapping[str, Any]
@@ -72,7 +72,7 @@ def _one(record: Record) -> str:
 
 
 def _block(label: str, value: Any) -> list[str]:
-    """The text under its label, wrapped, with a bar that tells our words from the model's."""
+    """The text under its label, wrapped, behind a bar that separates the text from the labels."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     shown = escaped(text.expandtabs(4), keep="\n")
     wrapped = [

@@ -1,7 +1,11 @@
-"""Screens: where lines of text go, a terminal with a live table or a plain stream."""
+"""Screens: where lines of text go, a terminal with a live table or a plain stream.
+
+Text that models and rewards wrote is escaped, so that it cannot act on a terminal.
+"""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Protocol, TextIO
 
@@ -10,7 +14,9 @@ from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from lorelei.obs.escape import escaped
+# Control, format (bidi overrides, zero width), surrogate, private, line and paragraph separator:
+# a terminal acts on some of them, and a reader cannot see the others.
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 class Screen(Protocol):
@@ -90,3 +96,17 @@ def fitting(words: Sequence[str], width: int) -> int:
         if used > width:
             return max(1, count)
     return len(words)
+
+
+def escaped(text: str, keep: str = "") -> str:
+    r"""The text with every character that does not print written as \n, \x1b, \u202e.
+
+    Characters in `keep` stay. Other text, accents and emoji included, is unchanged.
+    """
+    return "".join(c if c in keep or (c.isascii() and c.isprintable()) else _shown(c) for c in text)
+
+
+def _shown(char: str) -> str:
+    if unicodedata.category(char) not in _UNSEEN:
+        return char
+    return char.encode("unicode_escape").decode("ascii")

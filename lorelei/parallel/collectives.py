@@ -1,7 +1,9 @@
-"""Exchanges between the processes of a team, with their gradients.
+"""Exchanges between the processes of an axis, with their gradients.
 
-A team of one exchanges nothing.
+An axis of one exchanges nothing.
 """
+# pyright: reportUnknownMemberType=false
+# torch.distributed declares no types
 
 from __future__ import annotations
 
@@ -11,106 +13,107 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lorelei.parallel.mesh import Team
+from lorelei.model.autograd import Function
+from lorelei.parallel.mesh import Axis
 
 
-def spread(x: Tensor, team: Team) -> Tensor:
+def spread(x: Tensor, axis: Axis) -> Tensor:
     """x, the same everywhere, where each process goes on with other parts of a matrix."""
-    return x if team.size == 1 else _Spread.apply(x, team)  # type: ignore[no-any-return]
+    return x if axis.size == 1 else _Spread.apply(x, axis)
 
 
-def summed(x: Tensor, team: Team) -> Tensor:
+def summed(x: Tensor, axis: Axis) -> Tensor:
     """The sum of every process's x; what follows is the same everywhere."""
-    return x if team.size == 1 else _Summed.apply(x, team)  # type: ignore[no-any-return]
+    return x if axis.size == 1 else _Summed.apply(x, axis)
 
 
-def gathered(x: Tensor, team: Team) -> Tensor:
+def gathered(x: Tensor, axis: Axis) -> Tensor:
     """[..., n] of each process -> [..., n * size]; what follows is the same everywhere."""
-    return x if team.size == 1 else _Gathered.apply(x, team)  # type: ignore[no-any-return]
+    return x if axis.size == 1 else _Gathered.apply(x, axis)
 
 
-def divided(x: Tensor, team: Team) -> Tensor:
+def divided(x: Tensor, axis: Axis) -> Tensor:
     """[..., n * size], the same everywhere -> this process's [..., n]."""
-    return x if team.size == 1 else _Divided.apply(x, team)  # type: ignore[no-any-return]
+    return x if axis.size == 1 else _Divided.apply(x, axis)
 
 
-def exchanged(x: Tensor, team: Team) -> Tensor:
+def exchanged(x: Tensor, axis: Axis) -> Tensor:
     """[size, ...]: entry i goes to process i; what comes back from process i is entry i."""
-    return x if team.size == 1 else _Exchanged.apply(x, team)  # type: ignore[no-any-return]
+    return x if axis.size == 1 else _Exchanged.apply(x, axis)
 
 
-def _sum(x: Tensor, team: Team) -> Tensor:
+def _sum(x: Tensor, axis: Axis) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=team.group)
+    dist.all_reduce(total, group=axis.group)
     return total
 
 
-def _gather(x: Tensor, team: Team) -> Tensor:
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(team.size)]
-    dist.all_gather(parts, x.contiguous(), group=team.group)
+def _gather(x: Tensor, axis: Axis) -> Tensor:
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(axis.size)]
+    dist.all_gather(parts, x.contiguous(), group=axis.group)
     return torch.cat(parts, dim=-1)
 
 
-def _own(x: Tensor, team: Team) -> Tensor:
-    start, stop = team.part(x.shape[-1])
+def _own(x: Tensor, axis: Axis) -> Tensor:
+    start, stop = axis.part(x.shape[-1])
     return x[..., start:stop].contiguous()
 
 
-def _exchange(x: Tensor, team: Team) -> Tensor:
+def _exchange(x: Tensor, axis: Axis) -> Tensor:
     got = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(got, x.contiguous(), group=team.group)
+    dist.all_to_all_single(got, x.contiguous(), group=axis.group)
     return got
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
-        ctx.team = team
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _sum(grads[0], ctx.team), None
+        return _sum(grads[0], ctx.axis), None
 
 
-class _Summed(torch.autograd.Function):
+class _Summed(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
-        return _sum(x, team)
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return _sum(x, axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
 
-class _Gathered(torch.autograd.Function):
+class _Gathered(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
-        ctx.team = team
-        return _gather(x, team)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _own(grads[0], ctx.team), None
-
-
-class _Divided(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
-        ctx.team = team
-        return _own(x, team)
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _gather(x, axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gather(grads[0], ctx.team), None
+        return _own(grads[0], ctx.axis), None
 
 
-class _Exchanged(torch.autograd.Function):
+class _Divided(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, team: Team) -> Tensor:
-        ctx.team = team
-        return _exchange(x, team)
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _own(x, axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _exchange(grads[0], ctx.team), None
+        return _gather(grads[0], ctx.axis), None
+
+
+class _Exchanged(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _exchange(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _exchange(grads[0], ctx.axis), None

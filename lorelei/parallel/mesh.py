@@ -1,4 +1,6 @@
-"""How the processes of an engine share the work: who holds which part of the model."""
+"""Which part of the model and of the work each process of an engine has."""
+# pyright: reportUnknownMemberType=false
+# torch.distributed declares no types
 
 from __future__ import annotations
 
@@ -10,18 +12,21 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Team:
-    """Processes that share out one thing, and which of them this one is."""
+class Axis:
+    """One kind of parallelism: which of the processes that share in it this one is."""
 
     rank: int
     size: int
-    group: dist.ProcessGroup | None  # none: this process alone
+    group: dist.ProcessGroup | None  # None: this process alone
 
     def part(self, length: int) -> tuple[int, int]:
         """[start, stop) of this process's equal part."""
         assert length % self.size == 0, f"{length} over {self.size}"
         each = length // self.size
         return self.rank * each, (self.rank + 1) * each
+
+
+ALONE = Axis(rank=0, size=1, group=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +37,10 @@ class Mesh:
     matrices.
     """
 
-    shards: DeviceMesh | None  # over which the base is sharded; none: nothing to shard over
+    shards: DeviceMesh | None  # over which the base is sharded; None: nothing to shard over
     shard: int
-    sequence: Team
-    tensor: Team
+    sequence: Axis
+    tensor: Axis
 
     @classmethod
     def joined(
@@ -54,16 +59,16 @@ class Mesh:
         return cls(
             shards=mesh["shards"] if shards > 1 or offloaded else None,
             shard=rank // tensor,
-            sequence=_team(rank, everyone.view(-1, sequence, tensor).mT.flatten(0, 1).tolist()),
-            tensor=_team(rank, everyone.view(-1, tensor).tolist()),
+            sequence=_axis(rank, everyone.view(-1, sequence, tensor).mT.flatten(0, 1).tolist()),
+            tensor=_axis(rank, everyone.view(-1, tensor).tolist()),
         )
 
 
-def _team(rank: int, teams: list[list[int]]) -> Team:
-    """The team with this rank; every process makes every group, in the same order."""
-    if len(teams[0]) == 1:
-        return Team(rank=0, size=1, group=None)
-    groups = [(ranks, dist.new_group(ranks)) for ranks in teams]
+def _axis(rank: int, listed: list[list[int]]) -> Axis:
+    """That of the listed groups with this rank; every process makes all, in the same order."""
+    if len(listed[0]) == 1:
+        return ALONE
+    groups = [(ranks, dist.new_group(ranks)) for ranks in listed]
     ranks, group = next((r, g) for r, g in groups if rank in r)
     assert isinstance(group, dist.ProcessGroup)
-    return Team(rank=ranks.index(rank), size=len(ranks), group=group)
+    return Axis(rank=ranks.index(rank), size=len(ranks), group=group)

@@ -1,9 +1,11 @@
 """The ranks an engine is one of; a single process is the case of one rank."""
+# pyright: reportUnknownMemberType=false
+# torch.distributed declares no types
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,36 +23,36 @@ class RankFailed(RuntimeError):
 class Ranks:
     """A torch.distributed group, or nothing when `size` is 1.
 
-    Each `team` neighbours hold one model together and work on the same tokens; a batch is shared
-    out to teams.
+    Each `group` of neighbours hold one model together and work on the same tokens; a batch is
+    shared out to groups.
     """
 
     rank: int = 0
     size: int = 1
-    team: int = 1
+    group: int = 1
 
     @classmethod
-    def joined(cls, team: int = 1) -> Ranks:
+    def joined(cls, group: int = 1) -> Ranks:
         """The default group of this process."""
-        return cls(dist.get_rank(), dist.get_world_size(), team)
+        return cls(dist.get_rank(), dist.get_world_size(), group)
 
     @property
     def share(self) -> int:
         """Which share of a batch is this rank's."""
-        return self.rank // self.team
+        return self.rank // self.group
 
     @property
     def shares(self) -> int:
         """How many a batch is cut into."""
-        return self.size // self.team
+        return self.size // self.group
 
     @property
     def is_leader(self) -> bool:
-        """Whether this rank reports for its team, so that nothing is counted twice."""
-        return self.rank % self.team == 0
+        """Whether this rank reports for its group, so that nothing is counted twice."""
+        return self.rank % self.group == 0
 
     @contextmanager
-    def all_or_none(self) -> Iterator[None]:
+    def all_or_none(self) -> Generator[None]:
         """The body succeeds on every rank, or raises on every rank."""
         error: BaseException | None = None
         try:
@@ -84,7 +86,7 @@ class Ranks:
         if not present.item():
             return
         dist.all_reduce(flat)
-        for tensor, grad in zip(held, flat.split([t.numel() for t in held]), strict=True):
+        for tensor, grad in zip(held, torch.split(flat, [t.numel() for t in held]), strict=True):
             tensor.grad = grad.view_as(tensor)
 
     def add_up_dicts(self, sums: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

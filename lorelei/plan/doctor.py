@@ -1,4 +1,4 @@
-"""What is installed on this machine, what can run here, and what mends what cannot."""
+"""What is installed on this machine, what can run here, and how to fix what is missing."""
 
 from __future__ import annotations
 
@@ -19,16 +19,11 @@ from rich.text import Text
 from lorelei.config.publish import PublishConfig
 from lorelei.config.rollout import RolloutConfig
 from lorelei.config.train import TrainConfig
+from lorelei.inference.kinds import INFERENCE, SERVERS
 from lorelei.model.locate import cache_folder
 from lorelei.process import physical_cores
 from lorelei.venvs.recipe import KINDS, PACKAGE, command, packages, recipe
 
-# by which publishers a rollout engine can be reached
-_PUBLISHERS = {
-    "embedded": ("memory",),
-    "vllm": ("disk", "xccl", "http"),
-    "sglang": ("disk", "xccl", "http"),
-}
 _SMOLLM2 = "HuggingFaceTB--SmolLM2-135M-Instruct"
 
 
@@ -37,8 +32,8 @@ class Component:
     """Something Lorelei uses."""
 
     name: str
-    found: str | None  # version or words; none: it is not here
-    fix: str = ""  # what to do where it is not here, or what works without it
+    found: str | None  # version or words; None: it is not here
+    fix: str = ""  # what to do where it is missing, or what works without it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +43,7 @@ class Combination:
     train: str
     rollout: str
     publishers: tuple[str, ...]
-    fix: str = ""  # what is to be done first; empty: it runs
+    fix: str = ""  # what to do first; empty: it runs
 
     @property
     def runs(self) -> bool:
@@ -57,7 +52,7 @@ class Combination:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """All of it."""
+    """What was found on this machine."""
 
     parts: tuple[Component, ...]
     combinations: tuple[Combination, ...]
@@ -78,7 +73,7 @@ def kinds(section: Any) -> tuple[str, ...]:
 
 
 def doctor_table(found: Diagnosis) -> Group:
-    """What there is, what can run, one under the other."""
+    """Tables of what is installed, what can run and what is missing."""
     missing = [part for part in found.parts if part.found is None]
     tables = [_found(found.parts), _runs(found.combinations)]
     if missing:
@@ -189,7 +184,7 @@ def _combinations() -> Iterator[Combination]:
     known = kinds(PublishConfig)
     for train in kinds(TrainConfig):
         for rollout in kinds(RolloutConfig):
-            publishers = tuple(p for p in _PUBLISHERS[rollout] if p in known)
+            publishers = tuple(p for p in INFERENCE[rollout].publishers if p in known)
             yield Combination(
                 train=train,
                 rollout=rollout,
@@ -199,11 +194,10 @@ def _combinations() -> Iterator[Combination]:
 
 
 def _obstacle(engine: str) -> str:
-    """What keeps an engine from running here."""
+    """What keeps an engine from running here; empty: nothing."""
     if engine not in KINDS:
         return ""
-    servers = ("vllm", "sglang")
-    if engine in servers and recipe(engine).build == "cpu" and "avx2" not in _cpu_flags():
+    if engine in SERVERS and recipe(engine).build == "cpu" and "avx2" not in _cpu_flags():
         return "a processor with AVX2, or an NVIDIA GPU"
     return "" if packages(engine) is not None else command(engine)
 
@@ -211,4 +205,4 @@ def _obstacle(engine: str) -> str:
 def _cpu_flags() -> list[str]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split() for line in lines if line.startswith("flags")), [])
+    return next((line.split() for line in lines if line.startswith("flags")), list[str]())

@@ -57,7 +57,7 @@ def _verdict(plan: Plan) -> str:
 
 
 def _processes(plan: Plan) -> list[Table | Text]:
-    """Who is where, then what each holds and why."""
+    """Where each process is, then what it holds and why."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("process", no_wrap=True)
     table.add_column("where", overflow="fold")
@@ -124,12 +124,13 @@ def _adapters(adapters: Sequence[AdapterPlan]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("adapter", "task", "reward", "algo"):
         table.add_column(name, overflow="fold")
-    for name in ("steps", "rollouts", "rank", "trained"):  # rollouts of one step
+    of_a_step = "/".join(sorted({"rollouts" if a.reward else "rows" for a in adapters}))
+    for name in ("steps", of_a_step, "rank", "trained"):
         table.add_column(name, justify="right", no_wrap=True)
     for a in adapters:
         rank = f"{a.rank}" if a.rank else "full"
-        numbers = (f"{a.steps}", f"{a.rollouts_per_step}", rank, f"{a.parameters:,}")
-        table.add_row(*map(Text, (a.name, a.task, a.reward, a.algo, *numbers)))
+        numbers = (f"{a.steps}", f"{a.sequences_per_step}", rank, f"{a.parameters:,}")
+        table.add_row(*map(Text, (a.name, a.task, a.reward or "", a.algo, *numbers)))
     return table
 
 

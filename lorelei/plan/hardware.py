@@ -1,4 +1,4 @@
-"""The devices that a plan is made for, and who gets which. No torch."""
+"""The devices that a plan is made for, and which process gets which. No torch."""
 
 from __future__ import annotations
 

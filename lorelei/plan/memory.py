@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorelei.algo.algorithm import PolicyAlgorithm
 from lorelei.config.experiment import Experiment
 from lorelei.config.run import RunConfig
-from lorelei.model.config import ModelSizes
+from lorelei.inference.embedded.kind import FIRST_CAPACITY, PREFILL_TOKENS, row_capacity
+from lorelei.model.config import BYTES, CHUNK_ELEMENTS, GPU_LOGITS, ModelSizes, flash_heads
 from lorelei.plan.adapter_size import AdapterSize, tied_head
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FP32 = 4
 _MIB = 1 << 20
 # `python -m benchmarks.memory programs` prints these: resident memory of each kind of process of a
@@ -31,11 +32,6 @@ REWARD_WORKER = {
 }
 # task.max_prompt_tokens is a guard against odd problems: prompts are taken to be this much of it
 PROMPT_SHARE = 0.25
-# of the code that allocates; tests compare them
-LOGITS_CHUNK = 1 << 23  # elements, model.head
-GPU_LOGITS = 16  # of these chunks at once, model.backend
-PREFILL_TOKENS = 4096  # rollout.embedded.engine
-FIRST_CAPACITY = 32  # rollout.embedded.kv_cache
 
 Parts = dict[str, int]
 
@@ -53,19 +49,24 @@ class Footprint:
 
     @property
     def served(self) -> bool:
-        """Whether servers sample, in processes of their own."""
+        """Whether servers sample, in separate processes."""
         return self.config.rollout.kind != "embedded"
+
+    @property
+    def samplers(self) -> tuple[Experiment, ...]:
+        """The adapters that are trained on rollouts."""
+        return tuple(e for e in self.config.experiments() if e.samples)
 
     @property
     def overlaps(self) -> bool:
         """Whether memory of sampling and of training is held at once.
 
-        An adapter that waits for its batch goes on sampling while another trains; other processes
+        An adapter that waits for its batch keeps sampling while another trains; other processes
         keep what they freed.
         """
-        experiments = self.config.experiments()
-        stale = any(e.rollout.max_head_offpolicyness for e in experiments)
-        return stale or len(experiments) > 1 or self.config.train.workers > 1
+        stale = any(e.rollout.max_head_offpolicyness for e in self.samplers)
+        several = len(self.config.experiments()) > 1
+        return stale or several or self.config.train.workers > 1
 
 
 def estimate_memory(run: Footprint) -> dict[str, Parts]:
@@ -82,11 +83,11 @@ def estimate_memory(run: Footprint) -> dict[str, Parts]:
         "training": held | beside | _training(run),
         "saving": held | beside | {"snapshots": snapshot_bytes(run)},
     }
-    if not run.on_cpu:  # files are read and written by way of the CPU's memory
+    if not run.on_cpu:  # files are read and written through the CPU's memory
         del phases["loading"], phases["saving"]
-    if run.served:  # the servers sample
+    if run.served or not run.samplers:  # the servers sample, or nobody does
         del phases["sampling"], phases["evaluating"]
-    elif not any(e.eval.every for e in run.config.experiments()):
+    elif not any(e.eval.every for e in run.samplers):
         del phases["evaluating"]
     return phases
 
@@ -94,7 +95,7 @@ def estimate_memory(run: Footprint) -> dict[str, Parts]:
 def sampler_parts(run: Footprint) -> Parts:
     """Of an embedded engine whose trainer is in other processes."""
     base = {"base model": one_model_bytes(run), "published adapters": published_bytes(run)}
-    return base | _sampling(run, evaluating=any(e.eval.every for e in run.config.experiments()))
+    return base | _sampling(run, evaluating=any(e.eval.every for e in run.samplers))
 
 
 def _programs(run: Footprint) -> Parts:
@@ -103,8 +104,13 @@ def _programs(run: Footprint) -> Parts:
     workers, experiments = run.config.train.workers, run.config.experiments()
     return {
         "programs": CONTROLLER + (workers * TRAIN_WORKER if workers > 1 else 0),
-        "reward workers": sum(REWARD_WORKER[e.reward.kind] * e.reward.workers for e in experiments),
+        "reward workers": sum(map(reward_bytes, experiments)),
     }
+
+
+def reward_bytes(e: Experiment) -> int:
+    """Of an adapter's reward workers."""
+    return REWARD_WORKER[e.reward.kind] * e.reward.workers if e.reward else 0
 
 
 def base_bytes(run: Footprint) -> int:
@@ -116,7 +122,7 @@ def base_bytes(run: Footprint) -> int:
 
 def one_model_bytes(run: Footprint) -> int:
     """The base model as our own decoder holds it."""
-    # packed for multiplication, a tied lm_head is a matrix of its own besides the embedding
+    # packed for multiplication, a tied lm_head is a second matrix besides the embedding
     tied = tied_head(run.model) if _packs(run) else 0
     return (run.base + tied) * BYTES[run.config.dtype]
 
@@ -135,7 +141,7 @@ def _trained(run: Footprint) -> Parts:
 def published_bytes(run: Footprint) -> int:
     """Of all versions that may be sampled from; servers hold them themselves."""
     # rollouts in flight use the versions they started on
-    versions = 1 + max(e.rollout.max_head_offpolicyness for e in run.config.experiments())
+    versions = 1 + max((e.rollout.max_head_offpolicyness for e in run.samplers), default=0)
     published = sum(size.published for size in run.adapters) * _FP32
     if not run.served:
         published += sum(size.serving for size in run.adapters) * BYTES[run.config.dtype]
@@ -143,6 +149,8 @@ def published_bytes(run: Footprint) -> int:
 
 
 def _sampling(run: Footprint, *, evaluating: bool) -> Parts:
+    if not run.samplers:
+        return {}
     prompts, rows = in_flight(run, evaluating=evaluating)
     # the layers of one version, merged with its adapter
     copy = max(size.merged for size in run.adapters) * BYTES[run.config.dtype]
@@ -155,7 +163,7 @@ def _sampling(run: Footprint, *, evaluating: bool) -> Parts:
 
 def in_flight(run: Footprint, *, evaluating: bool) -> tuple[int, int]:
     """(prompts, rows) that are decoded at once."""
-    experiments, limit = run.config.experiments(), run.config.rollout.max_running
+    experiments, limit = run.samplers, run.config.rollout.max_running
     groups = sum(e.max_concurrent for e in experiments)
     rows = sum(e.max_concurrent * e.rollout.n_samples for e in experiments)
     if evaluating:
@@ -169,12 +177,13 @@ def in_flight(run: Footprint, *, evaluating: bool) -> tuple[int, int]:
 
 def kv_cache_bytes(run: Footprint, prompts: int, rows: int) -> int:
     """Keys and values: of each prompt once, of each row as many as its slot has room for."""
-    model = run.model
-    room = max(FIRST_CAPACITY, 1 << max(_new_tokens(run) - 2, 0).bit_length())
-    if room > FIRST_CAPACITY:  # it doubles: keys first, then values, from what had half the room
-        room += room // 4
+    halves = run.config.dtype != "float32"
+    whole_tokens = halves and not run.on_cpu and flash_heads(run.model.head_dim)
+    room = row_capacity(_new_tokens(run) - 1, whole_tokens)  # the last token is not read
+    if room > FIRST_CAPACITY[whole_tokens]:
+        room += room // 4  # keys grow first, then values, from what had half the room
     tokens = prompts * _prompt_tokens(run) + rows * room
-    return tokens * model.layers * 2 * model.kv_heads * model.head_dim * BYTES[run.config.dtype]
+    return tokens * run.model.cache_bytes(run.config.dtype)
 
 
 def decoding_bytes(run: Footprint, prompts: int, rows: int) -> int:
@@ -207,7 +216,7 @@ def activation_bytes(run: Footprint) -> int:
     model, recompute = run.model, run.config.train.gradient_checkpointing
     T, D = micro_batch_tokens(run), model.hidden
     each, block = BYTES[run.config.dtype], T * block_elements(run)
-    logits = 3 * LOGITS_CHUNK * (1 if run.on_cpu else GPU_LOGITS) * _FP32
+    logits = 3 * CHUNK_ELEMENTS * (1 if run.on_cpu else GPU_LOGITS) * _FP32
     mlp = T * 6 * intermediate(model) * each
     if recompute:
         return T * (model.layers + 2) * D * each + max(logits, block * each + mlp)
@@ -237,14 +246,22 @@ def micro_batch_tokens(run: Footprint) -> int:
     """Tokens of the largest micro-batch: no more than a worker's share of an optimizer step."""
     prompt, experiments = _prompt_tokens(run), run.config.experiments()
     step = sum(_step_tokens(e, prompt) for e in experiments) // run.config.train.sizes.data
-    longest = max(e.task.max_prompt_tokens + e.rollout.max_new_tokens for e in experiments)
-    longest = min(longest, run.config.rollout.max_context or run.model.max_positions)
+    longest = max(map(_longest, experiments))
+    longest = min(longest, run.model.context(run.config.rollout.max_context))
     return min(step, max(run.config.train.max_tokens_per_mb, longest))
 
 
 def _step_tokens(e: Experiment, prompt: int) -> int:
+    if not isinstance(e.algo, PolicyAlgorithm):
+        return e.algo.batch_size * _longest(e)
     groups = e.algo.batch_size // e.algo.ppo_n_minibatches
     return groups * (prompt + e.rollout.n_samples * e.rollout.max_new_tokens)
+
+
+def _longest(e: Experiment) -> int:
+    """Tokens of the longest sequence; a given answer may be as long as its prompt."""
+    answer = e.rollout.max_new_tokens if e.samples else e.task.max_prompt_tokens
+    return e.task.max_prompt_tokens + answer
 
 
 def snapshot_bytes(run: Footprint) -> int:
@@ -262,8 +279,7 @@ def _prompt_tokens(run: Footprint) -> int:
 
 
 def _new_tokens(run: Footprint) -> int:
-    experiments = run.config.experiments()
-    return max(max(e.rollout.max_new_tokens, e.eval.max_new_tokens or 0) for e in experiments)
+    return max(max(e.rollout.max_new_tokens, e.eval.max_new_tokens or 0) for e in run.samplers)
 
 
 def intermediate(model: ModelSizes) -> int:
@@ -273,5 +289,5 @@ def intermediate(model: ModelSizes) -> int:
 
 
 def _packs(run: Footprint) -> bool:
-    """Whether matrices are kept in layouts of their own, see model.backend."""
+    """Whether matrices are kept packed, see model.backend."""
     return run.on_cpu and run.config.dtype == "float32"

@@ -1,4 +1,4 @@
-"""The outline of a run's base model. No torch for the families that our own decoder builds."""
+"""The sizes of a run's base model. No torch for the families that our own decoder builds."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from lorelei.config.run import RunConfig
-from lorelei.config.train import FsdpTrain
 from lorelei.lora.targets import HEAD, Shape, module_shapes
 from lorelei.model.config import DecoderConfig, ForeignModel, ModelInfo
+from lorelei.train.kinds import TRAIN
 
 
 def model_info(config: RunConfig, folder: Path, hf_config: Mapping[str, Any]) -> ModelInfo:
     """Of the model in `folder`, whose parsed config.json is hf_config.
 
-    Models that our decoder does not build are looked at as transformers builds them, where the
-    train engine is fsdp and servers sample. Raises UnsupportedModel with one clear line.
+    A model that our decoder does not build is left to the train engine, where servers sample.
+    Raises UnsupportedModel with one clear line.
     """
     try:
         return decoder_info(hf_config)
     except ForeignModel:
-        train = config.train
-        if not isinstance(train, FsdpTrain) or config.rollout.kind == "embedded":
+        foreign_info = TRAIN[config.train.kind].foreign_info
+        if foreign_info is None or config.rollout.kind == "embedded":
             raise
-    from lorelei.train.fsdp.model_info import hosted_info
-
-    return hosted_info(folder, train.tensor_parallel)
+    return foreign_info(config.train, folder)
 
 
 def decoder_info(hf_config: Mapping[str, Any]) -> ModelInfo:

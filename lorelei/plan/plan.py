@@ -9,23 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lorelei.algo.kinds import short_name
 from lorelei.config.errors import ConfigError
 from lorelei.config.experiment import Experiment
+from lorelei.config.reward import PythonReward
 from lorelei.config.run import RunConfig
 from lorelei.config.section import is_mapping
 from lorelei.config.task import JsonlTask, ParquetTask
-from lorelei.config.train import ArchonTrain
+from lorelei.inference.kinds import INFERENCE
 from lorelei.lora.targets import Shape, match_targets, tied_names
-from lorelei.model.config import ModelInfo, ModelSizes
+from lorelei.model.config import BYTES, ModelInfo, ModelSizes
 from lorelei.model.shapes import find_shape
 from lorelei.plan.adapter_size import AdapterSize, full_size, lora_size, trained_size
 from lorelei.plan.hardware import Hardware, this_machine
-from lorelei.plan.memory import BYTES, Footprint, estimate_memory
+from lorelei.plan.memory import Footprint, estimate_memory
 from lorelei.plan.memory_item import ProcessGroup
 from lorelei.plan.model_info import model_info
 from lorelei.plan.processes import process_groups
-from lorelei.plan.server_limits import check_servers
-from lorelei.plan.train_limits import check_training
+from lorelei.train.kinds import TRAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +35,10 @@ class AdapterPlan:
 
     name: str
     task: str
-    reward: str
+    reward: str | None  # None: it learns from answers that are given
     algo: str
     steps: int
-    rollouts_per_step: int
+    sequences_per_step: int  # rollouts, or rows of the data
     rank: int  # 0: full fine-tuning
     modules: tuple[str, ...]  # the linear layers that get an adapter, or that are trained
     tied: Mapping[str, str]  # {module: the name of the A that it shares}
@@ -83,7 +84,7 @@ class Plan:
 
 
 def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
-    """Look the model up and say what the run would do. hardware: none for this machine.
+    """Look the model up and say what the run would do. hardware: None: this machine.
 
     Raises ValueError (one line) for a model that is nowhere or not supported, for targets that
     match nothing, for completions that the model has no room for, and for too few devices.
@@ -100,10 +101,10 @@ def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
     model, shapes, parameters = known.sizes, known.linears, known.parameters
     _check_context(config, model)
     _check_files(config)
-    check_training(config, model, hf_config)
+    TRAIN[config.train.kind].check(config.train, model, hf_config)
     adapters = tuple(_adapter_plan(e, config, known) for e in config.experiments())
     on_cpu, modules = hardware.on_cpu, {name for a in adapters for name in a.modules}
-    check_servers(config, model, modules, on_cpu)
+    INFERENCE[config.rollout.kind].check(config, model, sorted(modules), on_cpu)
     run = Footprint(
         config=config,
         model=model,
@@ -112,7 +113,7 @@ def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
         adapters=tuple(_size(a, model, shapes) for a in adapters),
         on_cpu=on_cpu,
     )
-    alone = isinstance(config.train, ArchonTrain) and config.cluster.kind == "local"
+    alone = TRAIN[config.train.kind].here is not None and config.cluster.kind == "local"
     phases = estimate_memory(run) if alone else {}
     processes, problems = process_groups(run, parameters, shapes, modules, hardware, phases)
     return Plan(
@@ -145,10 +146,11 @@ def _adapter_plan(experiment: Experiment, config: RunConfig, model: ModelInfo) -
     return AdapterPlan(
         name=experiment.name,
         task=_task_name(experiment),
-        reward=experiment.reward.kind,
-        algo=experiment.algo.kind,
+        reward=experiment.reward.kind if experiment.reward else None,
+        algo=short_name(experiment.algo.kind),
         steps=experiment.steps,
-        rollouts_per_step=experiment.algo.batch_size * experiment.rollout.n_samples,
+        sequences_per_step=experiment.algo.batch_size
+        * (experiment.rollout.n_samples if experiment.samples else 1),
         rank=spec.rank,
         modules=tuple(modules),
         tied=tied,
@@ -184,6 +186,8 @@ def _check_context(config: RunConfig, model: ModelSizes) -> None:
             f"rollout.max_context: {asked} is more than the model's {limit} positions; lower it"
         )
     for experiment in config.experiments():
+        if not experiment.samples:
+            continue
         longest = max(experiment.rollout.max_new_tokens, experiment.eval.max_new_tokens or 0)
         if longest >= (asked or limit):
             raise ConfigError(
@@ -201,7 +205,7 @@ def _check_files(config: RunConfig) -> None:
             "env.path": _file(env.path) if env.kind in ("python", "agent") else None,
             **{f"env.tools: {tool}": _file(tool) for tool in yours if ".py:" in tool},
             "task.path": task.path if isinstance(task, JsonlTask | ParquetTask) else None,
-            "reward.path": _file(reward.path) if reward.kind == "python" else None,
+            "reward.path": _file(reward.path) if isinstance(reward, PythonReward) else None,
             "lora.init_from": str(Path(start, "adapter_config.json")) if start else None,
         }
         for field, file in files.items():

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lorelei.config.rollout import ServerRollout
-from lorelei.config.train import ArchonTrain
 from lorelei.lora.targets import Shape
 from lorelei.plan.hardware import Hardware, seat
-from lorelei.plan.memory import CONTROLLER, REWARD_WORKER, Footprint, Parts, sampler_parts
+from lorelei.plan.memory import CONTROLLER, Footprint, Parts, reward_bytes, sampler_parts
 from lorelei.plan.memory_item import MemoryItem, ProcessGroup
 from lorelei.plan.rank_memory import Counts, rank_parts
 from lorelei.plan.server_memory import server_parts
+from lorelei.train.kinds import trains_here
 
 _GIB = 1 << 30
 
@@ -30,7 +30,7 @@ def process_groups(
     """
     rollout, train = run.config.rollout, run.config.train
     on_ray = ", on Ray" if run.config.cluster.kind == "ray" else ""
-    inside = isinstance(train, ArchonTrain) and train.workers == 1 and not on_ray
+    inside = trains_here(run.config)
     servers = rollout if isinstance(rollout, ServerRollout) and not rollout.urls else None
     ranks = 1 if inside else train.workers
     sampler = rollout.kind == "embedded" and not inside
@@ -71,8 +71,8 @@ def process_groups(
 def _controller(run: Footprint) -> ProcessGroup:
     """What is on the CPU in any case, beside what the controller does itself."""
     experiments = run.config.experiments()
-    workers = sum(REWARD_WORKER[e.reward.kind] * e.reward.workers for e in experiments)
-    count = sum(e.reward.workers for e in experiments)
+    workers = sum(map(reward_bytes, experiments))
+    count = sum(e.reward.workers for e in experiments if e.reward)
     parts = (
         MemoryItem(
             name="programs", bytes=CONTROLLER, how="Python, torch and the tokenizer, measured"

@@ -1,4 +1,4 @@
-"""The Publisher contract: how a new adapter version reaches a rollout engine."""
+"""The Publisher contract: how a new adapter version reaches an inference engine."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Publisher(Protocol):
     ) -> dict[str, AdapterRef]:
         """Send {adapter: version number} and return when every replica can serve them.
 
-        states: the tensors of each. Raises PublishError; then none of the new versions may be
-        used.
+        states: what each of these versions is; nothing may change the tensors before the return.
+        Raises PublishError; then none of the new versions may be used.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Publishing by disk: an immutable PEFT folder for each version, then the servers' load call."""
+"""Publishing by disk: an immutable PEFT folder for each version, which the servers read."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from lorelei.inference.server.delivery import ByFolder
 from lorelei.inference.server.engine import ServerEngine
+from lorelei.inference.server.payload import Folder
 from lorelei.lora.peft_folder import write_peft_folder
 from lorelei.lora.state import AdapterState
 from lorelei.types import AdapterRef
@@ -18,7 +18,7 @@ class Disk:
     """Implements Transport. A folder is durable before any server hears of it."""
 
     def __init__(self, engine: ServerEngine, folder: Path, base_model: str) -> None:
-        """folder: ours alone; what an earlier process left there is deleted."""
+        """folder: used by nothing else; what an earlier process left there is deleted."""
         self._engine, self._folder, self._base_model = engine, folder.absolute(), base_model
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -26,7 +26,7 @@ class Disk:
         folder = self._folder / ref.served_name
         await asyncio.to_thread(write_peft_folder, folder, state, self._base_model)
         try:
-            return await self._engine.install(ref, ByFolder(ref=ref, folder=folder))
+            return await self._engine.install(ref, Folder(folder))
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -1,4 +1,4 @@
-"""The publisher: each new version to one rollout engine, all of them or none."""
+"""The publisher: each new version to one inference engine, all of them or none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Transport(Protocol):
         ...
 
     async def unload(self, ref: AdapterRef) -> None:
-        """Forget it, once nothing in flight uses it, and whatever it took on the way."""
+        """Forget it and its files, once nothing in flight uses it."""
         ...
 
     @property
@@ -31,7 +31,7 @@ class Transport(Protocol):
         ...
 
     async def close(self) -> None:
-        """Give up what was kept between versions."""
+        """Give up what was kept between versions: folders, groups."""
         ...
 
 
@@ -84,7 +84,7 @@ class VersionPublisher:
         try:
             installed = await self._transport.send(ref, state)
         except ValueError as error:
-            raise PublishError(f"{ref}: the rollout engine refuses it: {error}") from error
+            raise PublishError(f"{ref}: the inference engine refuses it: {error}") from error
         except ServerTrouble as error:
             raise PublishError(f"{ref}: it does not arrive: {error}") from error
         if installed is not None and installed != digest:

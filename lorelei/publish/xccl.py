@@ -11,17 +11,17 @@ import secrets
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from lorelei.inference.server import broadcast
-from lorelei.inference.server.backend import Group
+from lorelei.inference.server.broadcast import Group
 from lorelei.inference.server.client import ServerTrouble
-from lorelei.inference.server.delivery import ByBroadcast
 from lorelei.inference.server.engine import ServerEngine
-from lorelei.inference.server.payload import pack
+from lorelei.inference.server.payload import Broadcast, pack
 from lorelei.inference.server.replicas import Replica
 from lorelei.lora.state import AdapterState
 from lorelei.types import AdapterRef
@@ -40,7 +40,7 @@ class Xccl:
     ) -> None:
         """device: of the sender. host: where the servers find this process.
 
-        warn: is told of the first fallback.
+        warn: called on the first fallback.
         """
         self._engine, self._host, self._timeout, self._warn = engine, host, timeout, warn
         self._device = device if device.type == "cuda" else torch.device("cpu")
@@ -72,7 +72,7 @@ class Xccl:
                     f"broadcast failed: {error}; metrics.jsonl counts those that follow as "
                     "publish_fallbacks"
                 )
-        return await self._engine.install(ref, ByBroadcast(ref=ref, state=state))
+        return await self._engine.install(ref, Broadcast(data))
 
     async def unload(self, ref: AdapterRef) -> None:
         await self._engine.unload(ref)
@@ -88,7 +88,8 @@ class Xccl:
         servers = [replica for replica in self._engine.replicas if replica.ready]
         if self._group is None or self._members != tuple(r.identity for r in servers):
             await self._form(servers)
-        await _all(replica.receive(ref, self._name, len(data)) for replica in servers)
+        asked = {"name": ref.served_name, "group": self._name, "size": len(data)}
+        await _all(replica.client.call("receive", asked) for replica in servers)
         await asyncio.to_thread(broadcast.send, self._group, data, self._device)
 
     async def _form(self, servers: Sequence[Replica]) -> None:
@@ -98,37 +99,33 @@ class Xccl:
         workers = [replica.facts.workers for replica in servers if replica.facts is not None]
         firsts = [1 + sum(workers[:n]) for n in range(len(servers))]
         self._members = tuple(replica.identity for replica in servers)
+        group = Group(
+            name=self._name,
+            host=self._host,
+            port=self._port,
+            size=1 + sum(workers),
+            first_rank=0,
+            backend=backend,
+            timeout=self._timeout,
+        )
         await _all(
-            replica.join(
-                Group(
-                    name=self._name,
-                    host=self._host,
-                    port=self._port,
-                    size=1 + sum(workers),
-                    first_rank=first,
-                    backend=backend,
-                    timeout=self._timeout,
-                )
-            )
+            replica.client.call("join", asdict(replace(group, first_rank=first)))
             for replica, first in zip(servers, firsts, strict=True)
         )
-        self._group = await asyncio.to_thread(
-            broadcast.meet,
-            *(self._name, self._host, self._port, 1 + sum(workers), 0, backend, self._timeout),
-        )
+        self._group = await asyncio.to_thread(broadcast.form, group, 0)
 
     async def _leave(self) -> None:
-        """Whoever has accepted something wakes up."""
+        """Servers that wait for a broadcast of the group stop waiting."""
         name, self._name, self._group, self._members = self._name, "", None, ()
         if not name:
             return
         for replica in self._engine.replicas:
             if replica.ready:
                 with suppress(ServerTrouble, KeyError, ValueError):
-                    await replica.leave(name)
+                    await replica.client.call("leave", {"group": name})
 
 
-async def _all(calls: Iterable[Awaitable[None]]) -> None:
+async def _all(calls: Iterable[Awaitable[Any]]) -> None:
     """Once all have ended; raises the first failure, so that none is accepted after `leave`."""
     for result in await asyncio.gather(*calls, return_exceptions=True):
         if isinstance(result, BaseException):

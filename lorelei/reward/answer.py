@@ -1,4 +1,4 @@
-"""The lenient reading of an answer: does the text end on the right one, in whatever form?"""
+"""Lenient matching of an answer: whether a text ends with the gold one, in whatever form."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ class RewardPool:
             self._discard(worker)
 
     def _score(self, line: str) -> RewardResult:
-        """Runs in a thread of its own, as many as there are workers: one is always free."""
+        """Runs in one of as many threads as there are workers: one worker is always free."""
         worker = self._free.get()
         try:
             worker.wait_ready()
@@ -146,7 +146,7 @@ class RewardPool:
 
 
 class _Worker:
-    """One process of `lorelei.reward.worker`, in a process group of its own."""
+    """One process of `lorelei.reward.worker`, in its own process group."""
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
         package = str(Path(lorelei.__file__).parents[1])
@@ -161,7 +161,7 @@ class _Worker:
         )
         self._ready = False
         self._buffer = b""
-        with contextlib.suppress(BrokenPipeError):  # told by wait_ready
+        with contextlib.suppress(BrokenPipeError):  # reported by wait_ready
             self._send(json.dumps(spec))
 
     def wait_ready(self) -> None:
@@ -214,7 +214,7 @@ class _Worker:
                 raise WorkerLost("timeout")
             chunk = os.read(out, 65536)
             if not chunk:
-                self.kill()  # it closed its pipe: whatever is left of it goes too
+                self.kill()  # it closed its pipe: end what is left of it
                 raise WorkerLost(f"crashed: {self._status(self._process.wait())}")
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")

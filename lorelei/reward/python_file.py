@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 from lorelei.config.errors import shown
 from lorelei.reward.contract import Scorer
@@ -51,9 +51,12 @@ def _batch(function: Callable[..., object]) -> Scorer:
         reply = [{"role": "assistant", "content": completion}] if chat else completion
         columns = {**data, "prompts": data.get("prompt"), "completions": reply}
         columns.pop("prompt", None)  # TRL passes it as `prompts` only
-        scores = function(**accepted(function, {k: [v] for k, v in columns.items()}))
-        if not isinstance(scores, list | tuple) or len(scores) != 1:
-            raise ValueError(f"one completion needs a list of one score, not {shown(scores)}")
+        found: object = function(**accepted(function, {k: [v] for k, v in columns.items()}))
+        scores = cast(Sequence[object], found) if isinstance(found, list | tuple) else ()
+        if len(scores) != 1:
+            raise ValueError(
+                f"one completion needs a list of one score, not {shown(cast(object, found))}"
+            )
         return scores[0]
 
     return score

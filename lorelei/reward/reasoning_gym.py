@@ -1,4 +1,4 @@
-"""reasoning-gym's own scores, without its habit of evaluating answers."""
+"""reasoning-gym's own scores, without evaluating answers as Python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from ast import literal_eval
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import create_dataset
@@ -43,9 +43,9 @@ def score(
 ) -> tuple[float, dict[str, float]]:
     """The dataset's score of the answer in a completion.
 
-    The answer is what stands after the last `answer_after`, else in the last <answer> tags, else
-    the whole text. Metrics: `strict`, the same score, and `lenient`, 1.0 if the answer ends on the
-    gold one, whatever stands before (equal to `strict` where a question has no single gold one).
+    The answer is what follows the last `answer_after`, else in the last <answer> tags, else
+    the whole text. Metrics: `strict`, the same score, and `lenient`, 1.0 if the answer ends with
+    the gold one, whatever precedes it (equal to `strict` where there is no single gold one).
     """
     answer = _answer(completion, answer_after)
     name = data["dataset"]
@@ -97,7 +97,7 @@ def _dataset(name: str, config: str) -> ProceduralDataset:
 
 def _tuples(value: Any) -> Any:
     if isinstance(value, list):
-        return tuple(_tuples(v) for v in value)
+        return tuple(_tuples(v) for v in cast(list[Any], value))
     if isinstance(value, dict):
-        return {k: _tuples(v) for k, v in value.items()}
+        return {k: _tuples(v) for k, v in cast(dict[str, Any], value).items()}
     return value

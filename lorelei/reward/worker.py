@@ -16,8 +16,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, TextIO
 
-from lorelei.reward.contract import Scorer
-from lorelei.reward.score import NotANumber, read_score
+from lorelei.reward.contract import NotANumber, Scorer, read_score
 
 # Private writable memory. RLIMIT_AS would also count the libraries a user's file maps, which are
 # tens of GB for a CUDA build of torch.
@@ -59,7 +58,7 @@ def make_scorer(kind: str, path: str | None, answer_after: str | None = None) ->
             return python_file.load(path or "")
         case _:
             raise ValueError(
-                f"reward.kind: {kind!r} is none of 'reasoning_gym', 'math_verify', 'python'"
+                f"reward.kind: {kind!r} is not one of 'reasoning_gym', 'math_verify', 'python'"
             )
 
 
@@ -92,7 +91,7 @@ def _reply(replies: TextIO, message: Mapping[str, Any]) -> None:
 
 
 def _limit_cpu(timeout: float) -> None:
-    """End this process some time after the deadline, should the pool not live to do it."""
+    """End this process some time after the deadline, in case the pool has died and cannot."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     limit = math.ceil(usage.ru_utime + usage.ru_stime + timeout) + 5
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)

@@ -1,4 +1,4 @@
-"""One AdamW for one adapter: clip, step, clear, and its state under the adapter's names."""
+"""AdamW of one adapter: clip, step, clear, and its state under the adapter's names."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorelei.lora.sharded import part_like, whole
+from lorelei.lora.sharded import is_sharded, part_like, whole
+from lorelei.parallel.ranks import Ranks
 from lorelei.types import AdamHyper, OptimStats
 
 
 class AdapterOptimizer:
-    """torch's AdamW over the tensors of one adapter; moments in the tensors' dtype.
+    """Implements adapter_engine.Optimizer by torch's AdamW; moments in the tensors' dtype.
 
     A tensor with several names, a tied A, is one: it counts once in the norm and steps once.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = dict(tensors)
+    def __init__(self, tensors: Mapping[str, Tensor], ranks: Ranks | None = None) -> None:
+        """ranks: all have the same tensors, and gradients to be summed."""
+        self._tensors, self._ranks = dict(tensors), ranks or Ranks()
         self._own = list({id(tensor): tensor for tensor in tensors.values()}.values())
         # fused: no temporary copies of the tensors, which full weights would feel
         self._adam = torch.optim.AdamW(self._own, lr=0.0, fused=True)
         self.step_count = 0
 
     def grad_norm(self) -> Tensor | None:
-        """The norm of all gradients together; None when there are none."""
+        """Sum the gradients over the ranks. Returns their norm, None when there are none."""
+        # FSDP has added up those of what it shards
+        self._ranks.add_up_gradients([t for t in self._tensors.values() if not is_sharded(t)])
         if all(t.grad is None for t in self._own):
             return None
         for tensor in self._own:

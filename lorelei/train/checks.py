@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -47,6 +47,14 @@ def check_policy(policy: Policy) -> None:
     """Raises ValueError for a name that is taken."""
     if policy in (CURRENT, BASE):
         raise ValueError(f"policy: {policy!r} has a meaning of its own; give another name")
+
+
+def check_held(policy: Policy, held: Iterable[str]) -> None:
+    """Raises KeyError for a policy that is not held, naming those that are."""
+    if policy not in (names := sorted(held)):
+        raise KeyError(
+            f"no policy {policy!r} is held; there are: {', '.join([CURRENT, BASE, *names])}"
+        )
 
 
 def under(batch: Batch, policy: Policy) -> Batch:

@@ -1,4 +1,4 @@
-"""The items of a micro-batch as losses want them, and what a pass found out as the caller does.
+"""The items of a micro-batch as losses read them, and the outputs of a pass as callers do.
 
 Shapes: I items.
 """
@@ -6,40 +6,78 @@ Shapes: I items.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lorelei.algo.loss import LossItems, LossResult
+from lorelei.algo.loss import LossItems, LossResult, load_loss
+from lorelei.lora.state import stable_seed
+from lorelei.parallel.ranks import Ranks
 from lorelei.train.layout import Piece
-from lorelei.types import Batch, Floats, ItemOutputs, Items
+from lorelei.types import Batch, Floats, ItemOutputs, Items, LossSpec
 
 
 class Outputs:
-    """Collects micro-batches into arrays of the whole batch and sums by adapter."""
+    """Collects micro-batches into arrays of the whole batch and sums by adapter.
+
+    What a micro-batch gives stays on its device until all have run: a copy would wait for it.
+    """
 
     def __init__(self, items: int, dtype: torch.dtype) -> None:
-        self.logprobs = torch.zeros(items, dtype=dtype)
-        self.entropy = torch.zeros(items, dtype=dtype)
-        self.sums: dict[str, dict[str, float]] = {}
+        self._items, self._dtype = items, dtype
+        self._outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # which items, and their values
+        self._results: list[tuple[str, Mapping[str, Tensor]]] = []
 
-    def put(self, part: Piece, logprobs_I: Tensor, entropy_I: Tensor) -> None:
-        """The outputs of a micro-batch's items."""
+    def put(
+        self,
+        part: Piece,
+        logprobs_I: Tensor,
+        entropy_I: Tensor,
+        results: Mapping[str, LossResult],
+    ) -> None:
+        """The outputs of a micro-batch's items, and the losses of its adapters."""
         at = torch.from_numpy(part.items)
-        self.logprobs[at] = logprobs_I.to("cpu", self.logprobs.dtype)
-        self.entropy[at] = entropy_I.to("cpu", self.entropy.dtype)
+        self._outputs.append((at, logprobs_I.detach(), entropy_I.detach()))
+        for name, result in results.items():
+            values = {"loss": result.total, **result.metrics}
+            self._results.append((name, {key: value.detach() for key, value in values.items()}))
 
-    def add(self, name: str, result: LossResult) -> None:
-        """An adapter's loss and metrics over a micro-batch."""
-        sums = self.sums.setdefault(name, {})
-        for key, value in {"loss": result.total.detach(), **result.metrics}.items():
-            sums[key] = sums.get(key, 0.0) + float(value)
-
-    def items(self) -> ItemOutputs:
-        """What was put, in the batch's order."""
+    def items(self, ranks: Ranks) -> ItemOutputs:
+        """What was put on all ranks, in the batch's order."""
+        logprobs_I, entropy_I = (torch.zeros(self._items, dtype=self._dtype) for _ in range(2))
+        for at, logprobs, entropy in self._outputs:
+            logprobs_I[at] = logprobs.to("cpu", self._dtype)
+            entropy_I[at] = entropy.to("cpu", self._dtype)
+        ranks.add_up([logprobs_I, entropy_I])
         # numpy keeps the engine's precision: fp64 engines are for parity tests
-        return ItemOutputs(logprobs=self.logprobs.numpy(), entropy=self.entropy.numpy())
+        return ItemOutputs(logprobs=logprobs_I.numpy(), entropy=entropy_I.numpy())
+
+    def sums(self, ranks: Ranks) -> dict[str, dict[str, float]]:
+        """Losses and metrics of all ranks, by adapter."""
+        sums: dict[str, dict[str, float]] = {}
+        for name, values in self._results:
+            own = sums.setdefault(name, {})
+            for key, value in values.items():
+                own[key] = own.get(key, 0.0) + float(value)
+        return ranks.add_up_dicts(sums)
+
+
+def piece_losses(
+    part: Piece, losses: Mapping[str, LossSpec], logprobs_I: Tensor
+) -> dict[str, LossResult]:
+    """The loss of each adapter with items in a micro-batch."""
+    found: dict[str, LossResult] = {}
+    for name, rows in item_rows(part.batch).items():
+        items, spec = loss_items(part.batch.items, rows, logprobs_I), losses[name]
+        found[name] = load_loss(spec)(logprobs_I[rows], items, **spec.params)
+    return found
+
+
+def dropout_seed(steps: Mapping[str, int], part: Piece) -> int:
+    """Of a micro-batch: others, and other ranks and steps, draw other masks."""
+    return stable_seed(*(steps[name] for name in part.batch.adapters), *part.items[:1])
 
 
 def item_rows(batch: Batch) -> dict[str, slice]:

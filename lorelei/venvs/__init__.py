@@ -1,4 +1,4 @@
-"""Virtual environments of what cannot share Lorelei's own: vLLM, SGLang, Megatron.
+"""Virtual environments for what conflicts with Lorelei's own dependencies: vLLM, SGLang, Megatron.
 
 Standard library only.
 """

@@ -1,4 +1,4 @@
-"""Makes an environment by its recipe: whole, or not usable. About 5 minutes and 3.5 GB each.
+"""Makes an environment by its recipe; an unfinished one is never used. 5 minutes, 3.5 GB each.
 
 The CUDA recipes are the upstream releases of the versions that run on a CPU here; they have not
 been run.
@@ -25,7 +25,7 @@ def install(kind: str) -> Path:
     """
     wanted = recipe(kind)
     wanted.folder.parent.mkdir(parents=True, exist_ok=True)
-    # flock: freed by the system when this process ends in any way
+    # flock: the system frees it however this process ends
     with wanted.folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         os.set_inheritable(lock.fileno(), True)  # a pip that outlives this process keeps the lock
@@ -60,7 +60,7 @@ def _do(step: list[str], wanted: Recipe) -> None:
         case ["import", module]:
             _run([str(wanted.python), "-c", f"import {module}"], wanted)
         case _:
-            raise AssertionError(f"{wanted.kind}: {step} is no step of a recipe")
+            raise AssertionError(f"{wanted.kind}: {step} is not a step of a recipe")
 
 
 def _pip(wanted: Recipe) -> list[str]:

@@ -93,7 +93,7 @@ def command(kind: str) -> str:
 
 
 def packages(kind: str) -> Mapping[str, str] | None:
-    """Name and version of what is installed; none where nothing is."""
+    """Name and version of what is installed; None where it is not."""
     marker = recipe(kind).marker
     return json.loads(marker.read_text()) if marker.is_file() else None
 

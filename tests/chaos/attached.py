@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +19,8 @@ from tests.contract.servers import TOKEN, VOCAB
 from tests.contract.test_rollout_contract import close, whole
 from tests.contract.vllm_server import CONTEXT
 
-
-@dataclass(frozen=True, slots=True)
-class Impatient(SglangBackend):
-    """A stuck connection is noticed soon: the answers of tiny models take no second."""
-
-    @property
-    def read_timeout(self) -> float:
-        return 2.0
+# a stuck connection is noticed soon: the answers of tiny models take no second
+IMPATIENT = SglangBackend(None, read_timeout=2.0)
 
 
 @asynccontextmanager
@@ -37,7 +30,7 @@ async def attached(
     """An engine, started. No fault is in the proxy yet."""
     async with Proxy(server=server, rewrite=rewrite) as proxy:
         limits = Limits(vocab=VOCAB, context=CONTEXT, decodes_text=False)
-        engine = ServerEngine(Impatient(None), limits, folder, urls=[proxy.url], token=TOKEN)
+        engine = ServerEngine(IMPATIENT, limits, folder, urls=[proxy.url], token=TOKEN)
         try:
             await engine.start()
             yield engine, proxy

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from lorelei.cli.trained_run import TrainedRun
 from lorelei.data.source import make_source
-from lorelei.launch.trained import TrainedRun
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.store.check import check_run
 from lorelei.store.manifest import manifest_paths
@@ -284,7 +284,7 @@ def spooled(folder: Path, since: int) -> Callable[[], bool]:
         if newest < since:
             return False
         manifest = json.loads((folder / f"manifests/{newest:06d}.json").read_text())
-        position = manifest["adapters"]["default"]["record"]["data_position"]
+        position = manifest["adapters"]["default"]["record"]["state"]["next_index"]
         return max(spool(folder), default=-1) >= position
 
     return seen

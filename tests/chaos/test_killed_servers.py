@@ -7,7 +7,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from lorelei.inference.limits import Limits
-from lorelei.inference.server.backend import Sampled
-from lorelei.inference.server.client import Client
+from lorelei.inference.server.client import Client, Sampled
 from lorelei.inference.server.engine import ServerEngine
 from lorelei.inference.server.process import wait_gone
 from lorelei.inference.server.replicas import Replica
@@ -36,27 +35,13 @@ T = TypeVar("T")
 LONG = 60  # tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Noting(SglangBackend):
-    """Notes which server answered which prompt."""
-
-    answered: list[tuple[bytes, str]] = field(default_factory=list[tuple[bytes, str]])
-
-    async def generate(
-        self, client: Client, request: GenerateRequest, limit: int, seed: int
-    ) -> Sampled:
-        sampled = await SglangBackend.generate(self, client, request, limit, seed)
-        self.answered.append((request.tokens.tobytes(), client.url))
-        return sampled
-
-
 @dataclass(slots=True, kw_only=True)
 class Pair:
     """The engine, in an event loop that lives as long as it does."""
 
     runner: asyncio.Runner
     engine: ServerEngine
-    backend: Noting
+    answered: list[tuple[bytes, str]]  # (prompt, URL of the server that answered it)
     way: Xccl
     folder: Path  # of the model
     warnings: list[str]
@@ -89,24 +74,34 @@ class Pair:
         """Whether a server, asked directly, has every live version."""
         if not replica.usable:
             return False
-        status = await self.backend.status(replica.client)
+        status = await replica.client.status()
         return set(status.adapters) == {ref.served_name for ref in self.states if ref is not None}
 
 
 @pytest.fixture(scope="module")
 def pair(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     folder, warnings = folders["llama"], list[str]()
-    backend = Noting(sglang_options(folder))
+    answered: list[tuple[bytes, str]] = []
+    generate = Client.generate
+
+    async def noting(self: Client, request: GenerateRequest, limit: int, seed: int) -> Sampled:
+        sampled = await generate(self, request, limit, seed)
+        answered.append((request.tokens.tobytes(), self.url))
+        return sampled
+
     limits = Limits(vocab=VOCAB, context=CONTEXT, decodes_text=False)
     logs = tmp_path_factory.mktemp("logs")
-    with asyncio.Runner() as runner:
-        engine = ServerEngine(backend, limits, logs, replicas=2, max_running=8)
+    with asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Client, "generate", noting)
+        engine = ServerEngine(
+            SglangBackend(sglang_options(folder)), limits, logs, replicas=2, max_running=8
+        )
         try:
             runner.run(asyncio.wait_for(engine.start(), 240))
             yield Pair(
                 runner=runner,
                 engine=engine,
-                backend=backend,
+                answered=answered,
                 way=Xccl(engine, torch.device("cpu"), "127.0.0.1", 20.0, warnings.append),
                 folder=folder,
                 warnings=warnings,
@@ -129,7 +124,7 @@ def test_two_replicas_share_the_work_and_both_have_every_version(pair: Pair) -> 
         assert all([await pair.holds_all(replica) for replica in pair.engine.replicas])
         requests = pair.requests(None)
         assert pair.right(requests, await asyncio.gather(*pair.ask(requests)))
-        places = set(pair.backend.answered)
+        places = set(pair.answered)
         assert len(places) == 4, "both samples of a prompt were asked where its prefix is cached"
         assert len({url for _, url in places}) == 2
         requests = pair.requests(*pair.states)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,17 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lorelei import loop as the_loop
 from lorelei.inference.server.client import Client
-from lorelei.inference.sglang.backend import SglangBackend
-from lorelei.launch.assemble import build, make_loop, make_trainer
 from lorelei.loop import Loop
-from lorelei.obs.console import Console
 from lorelei.publish.page import CanaryFailed
-from lorelei.run_file import load_config, to_plain
 from lorelei.store.check import check_run
-from lorelei.store.run import RunStore
 from lorelei.types import AdapterRef
 from tests.chaos.attached import attached
 from tests.chaos.proxy import Json, Proxy
 from tests.contract.servers import TOKEN, Servers
 from tests.contract.test_rollout_contract import make_state
 from tests.environments import needs
+from tests.loops import open_loop, versions, whole
 from tests.tiny_runs import make_workplace, records, write_run
 
 pytestmark = needs("sglang")
@@ -88,32 +82,10 @@ def server(servers: Servers, folders: dict[str, Path], monkeypatch: pytest.Monke
     return servers.url("sglang", folders["llama"])
 
 
-@asynccontextmanager
-async def loop_of(folder: Path, place: Path, url: str, **sections: Any) -> AsyncIterator[Loop]:
+def loop_of(folder: Path, place: Path, url: str) -> AbstractAsyncContextManager[Loop]:
     """The loop of a run over an attached server, built as `lorelei train` or `resume` does."""
     rollout = {"kind": "sglang", "urls": [url], "n_samples": 4, "max_new_tokens": 8}
-    path = write_run(place, "run", **{"eval": {"every": 0}, "rollout": rollout, **sections})
-    config = load_config(path)
-    async with AsyncExitStack() as stack:
-        if (folder / "run.json").exists():
-            store = RunStore.open(folder)
-        else:
-            store = RunStore.create(folder, to_plain(config))
-        stack.callback(store.close)
-        parts = await build(config, stack, folder / "logs")
-        trainer = make_trainer(config, parts, stack)
-        for name in store.latest.adapters if store.latest else ():
-            trainer.engine.restore(name, store.load(name))
-        console = Console({e.name: e.steps for e in config.experiments()}, io.StringIO())
-        loop = make_loop(config, parts, trainer, store, console)
-        stack.push_async_callback(loop.publisher.close)
-        stack.push_async_callback(loop.collector.close)
-        yield loop
-
-
-async def whole(loop: Loop) -> None:
-    await the_loop.begin(loop)
-    await the_loop.run(loop)
+    return open_loop(write_run(place, "run", eval={"every": 0}, rollout=rollout), folder)
 
 
 @asynccontextmanager
@@ -151,7 +123,7 @@ def test_a_server_that_begins_to_lie_stops_the_run_which_resumes_on_an_honest_on
             assert others in await adapters(server)
         assert await adapters(server) == (), "the run has left the server as it was"
         async with loop_of(tmp_path / "run", place, server) as loop:
-            assert loop.versions == {"default": 1}
+            assert versions(loop) == {"default": 1}
             await whole(loop)
 
     asyncio.run(asyncio.wait_for(body(), 120))
@@ -187,6 +159,6 @@ async def adapters(server: str) -> tuple[str, ...]:
     """What the server holds."""
     client = Client(server, TOKEN)
     try:
-        return (await SglangBackend(None).status(client)).adapters
+        return (await client.status()).adapters
     finally:
         await client.close()

@@ -178,7 +178,7 @@ def test_what_always_fails_ends_in_an_error_that_says_how(
                 await engine.load(ref, state)
             assert said in str(caught.value)
             (replica,) = engine.replicas
-            status = await replica.backend.status(replica.client)
+            status = await replica.client.status()
             assert ref.served_name not in status.adapters, "none has it"
             with pytest.raises(KeyError, match="is not loaded"):
                 await engine.generate(ask(adapter=ref))
@@ -194,10 +194,10 @@ def test_what_always_fails_ends_in_an_error_that_says_how(
 
 
 @pytest.mark.parametrize("times", [2, 3])
-def test_a_server_that_is_looked_at_in_vain_is_found_again(
+def test_a_server_that_fails_health_checks_is_attached_to_again(
     place: tuple[str, Path], state: AdapterState, times: int
 ) -> None:
-    """Two damaged looks are forgiven; after the third everything is loaded anew."""
+    """Two failed checks are forgiven; after the third everything is loaded anew."""
     url, folder = place
 
     async def body() -> None:
@@ -227,7 +227,7 @@ def test_a_server_that_forgot_a_version_is_given_it_again(
         async with attached(url, folder) as (engine, _):
             ref, (replica,) = make_ref(state), engine.replicas
             await engine.load(ref, state)
-            await replica.backend.unload(replica.client, ref)
+            await replica.client.unload(ref)
             if call == "generate":
                 request = ask(adapter=ref, max_new_tokens=TOKENS)
                 assert right(folder, {ref: state}, [request], [await engine.generate(request)])
@@ -241,7 +241,7 @@ def test_a_server_that_forgot_a_version_is_given_it_again(
 
 @pytest.mark.parametrize(
     ("route", "kind"),
-    [("join", "500"), ("receive", "500"), ("receive", "500 after"), ("load_received", "half")],
+    [("join", "500"), ("receive", "500"), ("receive", "500 after"), ("load", "half")],
 )
 def test_a_broadcast_that_fails_is_told_once_and_the_next_one_works(
     place: tuple[str, Path], folders: dict[str, Path], route: str, kind: Kind
@@ -265,7 +265,7 @@ def test_a_broadcast_that_fails_is_told_once_and_the_next_one_works(
                 proxy.faults.append(Fault(route=route, kind=kind))
                 await send(way, number, engine)
             assert time.monotonic() - start < 15, "nobody waited for a broadcast that never comes"
-            if route == "load_received":  # the broadcast itself went well
+            if route == "load":  # the broadcast itself went well
                 assert (way.broadcasts, way.metrics) == (2, {"publish_fallbacks": 0})
                 assert warnings == []
             else:

@@ -15,6 +15,13 @@ def likelihood(current_I: Tensor, items: LossItems, *, factor: float) -> LossRes
     return LossResult(total=-factor * (current_I * items.weight).sum(), metrics={})
 
 
+def follows(current_I: Tensor, items: LossItems) -> LossResult:
+    """Half the weighted squared distance from a stream of our own, number by number."""
+    gap_I = current_I - items.streams["teacher"]
+    metrics = {"teacher": (items.streams["teacher"] * items.weight).sum()}
+    return LossResult(total=(0.5 * gap_I.square() * items.weight).sum(), metrics=metrics)
+
+
 def refuses(current_I: Tensor, items: LossItems) -> LossResult:
     """Raises what a user is to blame for."""
     raise ValueError("loss: this one refuses")

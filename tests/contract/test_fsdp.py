@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import MambaConfig, MambaForCausalLM
 
 from lorelei.lora.state import AdapterSnapshot, AdapterState
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.archon.engine import archon_engine
 from lorelei.train.contract import TrainEngine
+from lorelei.train.fsdp.kind import FsdpSpec
 from lorelei.train.remote.engine import RemoteEngine
-from lorelei.train.remote.spec import FsdpSpec
 from lorelei.types import AdamHyper, AdapterSpec, Batch, Rollout
 from tests.contract.oracle import PeftOracle, grpo_loss, turn_logprobs
 from tests.contract.train_engines import (
@@ -163,7 +163,7 @@ def test_fp32_adapters_on_a_bf16_base_have_the_gradients_of_bf16_and_learn(
     workers: int, llama: Path, tmp_path: Path
 ) -> None:
     folder = rounded(llama, tmp_path / "rounded")
-    archon = ArchonEngine(load_decoder(folder))
+    archon = archon_engine(load_decoder(folder))
     archon.add_adapter("a", SPEC)
     tensors = randomise(archon, "a", seed=1).tensors
     ours: list[float] = []

@@ -17,7 +17,7 @@ from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.lora.state import AdapterState
 from lorelei.publish.contract import PublishError
 from lorelei.publish.publisher import VersionPublisher
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.archon.engine import archon_engine
 from lorelei.train.contract import TrainEngine
 from lorelei.types import (
     BASE,
@@ -192,8 +192,8 @@ def test_a_snapshot_is_a_copy_and_a_misshapen_one_is_refused(full: TrainEngine) 
 
 
 @pytest.fixture
-def trainer(folder: Path) -> ArchonEngine:
-    engine = ArchonEngine(load_decoder(folder))
+def trainer(folder: Path) -> TrainEngine:
+    engine = archon_engine(load_decoder(folder))
     engine.add_adapter("a", FULL_WEIGHTS)
     train(engine, range(1))
     return engine
@@ -217,14 +217,14 @@ def bits(answer: Completion) -> tuple[bytes, bytes]:
 
 
 def test_versions_and_the_base_are_served_side_by_side_as_each_alone(
-    folder: Path, trainer: ArchonEngine
+    folder: Path, trainer: TrainEngine
 ) -> None:
     async def body() -> None:
         engine = EmbeddedEngine(load_decoder(folder), max_running=4)
         publisher = VersionPublisher(engine, "r")
-        one = (await publisher.publish(trainer, {"a": 1}))["a"]
+        one = (await publisher.publish({"a": 1}, {"a": trainer.adapter_state("a")}))["a"]
         train(trainer, range(1, 3))
-        two = (await publisher.publish(trainer, {"a": 2}))["a"]
+        two = (await publisher.publish({"a": 2}, {"a": trainer.adapter_state("a")}))["a"]
         asked = [ask(ref, str(i)) for i in range(3) for ref in (one, two, None)]
         alone = {}
         for ref in (one, two, None):  # those of one version at once
@@ -248,7 +248,7 @@ def test_versions_and_the_base_are_served_side_by_side_as_each_alone(
 
 
 def test_what_is_served_is_what_was_published_whatever_the_trainer_does_next(
-    folder: Path, trainer: ArchonEngine
+    folder: Path, trainer: TrainEngine
 ) -> None:
     rollouts = some_groups(7)[0]
     tokens = [np.concatenate([r.turns[0].prompt, r.turns[0].completion.tokens]) for r in rollouts]
@@ -257,7 +257,8 @@ def test_what_is_served_is_what_was_published_whatever_the_trainer_does_next(
 
     async def body() -> list[np.ndarray]:
         engine = EmbeddedEngine(trainer._bank.decoder)  # one process, one base model
-        ref = (await VersionPublisher(engine, "r").publish(trainer, {"a": 1}))["a"]
+        states = {"a": trainer.adapter_state("a")}
+        ref = (await VersionPublisher(engine, "r").publish({"a": 1}, states))["a"]
         train(trainer, range(1, 3))
         scores = await engine.score(tokens, ref)
         base = await engine.score(tokens, None)
@@ -274,7 +275,7 @@ def test_what_is_served_is_what_was_published_whatever_the_trainer_does_next(
 
 
 def test_weights_that_do_not_fit_are_refused_and_change_nothing(
-    folder: Path, trainer: ArchonEngine
+    folder: Path, trainer: TrainEngine
 ) -> None:
     state = trainer.adapter_state("a")
     norm = "model.norm.weight"
@@ -283,7 +284,7 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(
         "no tensor 'model.norm.weight'": lacking,
         "has shape": {**lacking, norm: torch.zeros(3)},
         "not finite": {**lacking, norm: torch.full_like(state.tensors[norm], torch.nan)},
-        "is of no layer": {**state.tensors, "model.more.weight": torch.zeros(3)},
+        "belongs to no layer": {**state.tensors, "model.more.weight": torch.zeros(3)},
         "dtype: float32": {**lacking, norm: state.tensors[norm].double()},
     }
 
@@ -299,19 +300,17 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(
     run(body())
 
 
-def test_a_sampler_in_bf16_refuses_fp32_weights(folder: Path, trainer: ArchonEngine) -> None:
+def test_a_sampler_in_bf16_refuses_fp32_weights(folder: Path, trainer: TrainEngine) -> None:
     async def body() -> None:
         engine = EmbeddedEngine(load_decoder(folder, torch.bfloat16))
         with pytest.raises(PublishError, match=r"need a run with dtype: float32"):
-            await VersionPublisher(engine, "r").publish(trainer, {"a": 1})
+            await VersionPublisher(engine, "r").publish({"a": 1}, {"a": trainer.adapter_state("a")})
         await engine.close()
 
     run(body())
 
 
-def test_a_published_version_sent_again_is_the_same_one(
-    folder: Path, trainer: ArchonEngine
-) -> None:
+def test_a_published_version_sent_again_is_the_same_one(folder: Path, trainer: TrainEngine) -> None:
     state = trainer.adapter_state("a")
     ref = AdapterRef(name="a", version=1, run_id="r", digest=state.digest())
 

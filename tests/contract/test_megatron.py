@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from lorelei.lora.state import AdapterState, tensor_names
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.archon.engine import archon_engine
 from lorelei.train.batch import concatenate
 from lorelei.train.contract import TrainEngine
+from lorelei.train.megatron.kind import MegatronSpec
 from lorelei.train.remote.engine import RemoteEngine
-from lorelei.train.remote.spec import MegatronSpec
 from lorelei.types import BASE, AdamHyper, AdapterSpec, Batch, LossSpec, Rollout
 from lorelei.venvs.recipe import interpreter
 from tests.contract.oracle import grpo_loss, make_oracle, turn_logprobs
@@ -23,6 +23,7 @@ from tests.contract.train_engines import (
     DECOUPLED,
     GRPO,
     adapters,
+    assert_a_stream_arrives,
     assert_close,
     assert_equal,
     gradients,
@@ -105,6 +106,12 @@ def test_a_split_model_has_the_gradients_of_transformers(
     np.testing.assert_array_equal(base, again)  # training never writes the base model
 
 
+def test_a_stream_of_any_name_reaches_the_loss_token_by_token(
+    engine: TrainEngine, folder: Path
+) -> None:
+    assert_a_stream_arrives(engine, archon_engine(load_decoder(folder)), FP32)
+
+
 def test_layers_that_share_their_a_keep_it(engine: TrainEngine) -> None:
     with adapters(engine, a=FUSED):
         engine.forward_backward(some_batch(1), {"a": GRPO})
@@ -121,7 +128,7 @@ def test_layers_that_share_their_a_keep_it(engine: TrainEngine) -> None:
 def test_an_adapter_that_changes_engines_trains_as_on_one(
     engine: TrainEngine, sharded: TrainEngine, folder: Path, spec: AdapterSpec
 ) -> None:
-    archon = ArchonEngine(load_decoder(folder))
+    archon = archon_engine(load_decoder(folder))
 
     def train(on: TrainEngine, name: str, steps: range) -> None:
         for step in steps:
@@ -185,7 +192,7 @@ def test_a_loss_that_fails_on_one_rank_leaves_all_of_them_at_work(engine: TrainE
 
 def test_a_head_that_is_split_is_adapted(engine: TrainEngine, folder: Path) -> None:
     spec = AdapterSpec(rank=2, alpha=4, target_modules=("o_proj", "lm_head"))
-    archon = ArchonEngine(load_decoder(folder))
+    archon = archon_engine(load_decoder(folder))
     with adapters(engine, a=spec), adapters(archon, a=spec):
         expected = gradients(archon, some_batch(1), {"a": GRPO})["a"]
         assert_close(gradients(engine, some_batch(1), {"a": GRPO})["a"], expected, FP32)
@@ -198,7 +205,7 @@ def test_a_model_that_cannot_be_built_says_why(tmp_path: Path) -> None:
 
 
 def test_every_linear_layer_has_a_place(engine: TrainEngine, folder: Path) -> None:
-    archon = ArchonEngine(load_decoder(folder))
+    archon = archon_engine(load_decoder(folder))
     spec = AdapterSpec(rank=1, alpha=1, target_modules=("all-linear", "lm_head"))
     with adapters(engine, a=spec), adapters(archon, a=spec):
         assert engine.adapter_state("a").tensors.keys() == archon.adapter_state("a").tensors.keys()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.archon.engine import archon_engine
 from lorelei.types import AdamHyper, AdapterSpec, Batch, Items, LossSpec, Segment
 from tests.decoders import load_decoder
 from tests.tiny_models import make_tiny
@@ -38,7 +38,7 @@ def sentence_batch(adapter: str, tokens: list[int], advantage: float) -> Batch:
 
 
 def test_two_adapters_learn_from_calls_that_come_in_any_order(tmp_path: Path) -> None:
-    engine = ArchonEngine(load_decoder(make_tiny("llama", tmp_path)))
+    engine = archon_engine(load_decoder(make_tiny("llama", tmp_path)))
     spec = AdapterSpec(rank=4, alpha=16)
     supervised, rewarded = [5, 17, 200, 42, 8, 9], [5, 17, 30, 31, 32]
     engine.add_adapter("alice", spec, seed=1)
@@ -72,7 +72,7 @@ def test_two_adapters_learn_from_calls_that_come_in_any_order(tmp_path: Path) ->
     assert engine.optim_step({"alice": AdamHyper(lr=1e-2)})["alice"].step == 7
 
     # a service restarts: the saved snapshot alone brings Alice back
-    again = ArchonEngine(load_decoder(tmp_path))
+    again = archon_engine(load_decoder(tmp_path))
     again.add_adapter("alice", spec)
     again.restore("alice", saved)
     assert again.logprobs(batch, "current").logprobs.mean() == learned

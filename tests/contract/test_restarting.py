@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lorelei.lora.state import AdapterSnapshot
+from lorelei.train.archon.kind import ArchonSpec
 from lorelei.train.batch import concatenate
 from lorelei.train.contract import EngineFailed, TrainEngine, WorkersLost
 from lorelei.train.remote.engine import RemoteEngine
 from lorelei.train.remote.restarting import LONGEST, Restarting
-from lorelei.train.remote.spec import ArchonSpec
 from lorelei.types import AdamHyper, AdapterSpec, Batch, LossSpec
 from tests.contract.train_engines import GRPO, assert_equal, randomise
 from tests.episodes import random_group, weighted_batch

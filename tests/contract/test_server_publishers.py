@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from lorelei.inference.server.client import Client
 from lorelei.inference.server.engine import ServerEngine
 from lorelei.lora.state import AdapterState
 from lorelei.publish.disk import Disk
@@ -18,7 +19,7 @@ from lorelei.publish.publisher import Direct, Transport, VersionPublisher
 from lorelei.publish.xccl import Xccl
 from tests.contract.reference_rollout import reference_logprobs, reference_model
 from tests.contract.test_rollout_contract import PROMPT, ask, close, make_state
-from tests.contract.vllm_server import RunningServer
+from tests.contract.vllm_server import TOKEN, RunningServer
 from tests.environments import needs
 
 pytestmark = needs("vllm")
@@ -26,17 +27,7 @@ T = TypeVar("T")
 VERSIONS = 15  # more than the server has room for: 12
 
 
-class Source:
-    """The one method of a TrainEngine that publishing needs."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.seed = folder, 0
-
-    def adapter_state(self, name: str) -> AdapterState:
-        return make_state(self.folder, self.seed)
-
-
-def make_way(kind: str, engine: ServerEngine, folder: Path) -> Transport:
+def make_transport(kind: str, engine: ServerEngine, folder: Path) -> Transport:
     match kind:
         case "http":
             return Direct(engine)
@@ -54,23 +45,21 @@ def run(body: Coroutine[Any, Any, T]) -> T:
 def test_each_version_answers_as_itself_while_others_are_published(
     kind: str, vllm_server: RunningServer, tmp_path: Path
 ) -> None:
-    source = Source(vllm_server.model)
-
     async def body() -> None:
         engine = vllm_server.engine(max_running=8)
-        way = make_way(kind, engine, tmp_path / "published")
-        publisher = VersionPublisher(engine, "run9", way)
+        transport = make_transport(kind, engine, tmp_path / "published")
+        publisher = VersionPublisher(engine, "run9", transport)
         older = None
         for version in range(VERSIONS):
-            source.seed = version
+            state = make_state(vllm_server.model, version)
             # one long answer is sampled while the next version is published
             busy = asyncio.create_task(engine.generate(ask(adapter=older, max_new_tokens=60)))
-            ref = (await publisher.publish(source, {"a": version}))["a"]  # type: ignore[arg-type]
+            ref = (await publisher.publish({"a": version}, {"a": state}))["a"]
             answer = await engine.generate(ask(adapter=ref, max_new_tokens=8))
             assert (await busy).finish_reason == "length"
             assert answer.versions == ((version, 8),)
             if version % 5 == 0:
-                model = reference_model(vllm_server.model, make_state(vllm_server.model, version))
+                model = reference_model(vllm_server.model, state)
                 sequence = np.concatenate([PROMPT, answer.tokens])
                 expected = reference_logprobs(model, sequence, 1.0)[len(PROMPT) - 1 :]
                 assert close(answer.logprobs, expected)
@@ -78,10 +67,10 @@ def test_each_version_answers_as_itself_while_others_are_published(
                 await publisher.retire(older)
             older = ref
         assert (await engine.health()).adapters == (older.served_name,)
-        if isinstance(way, Xccl):
-            assert (way.broadcasts, way.fallbacks) == (VERSIONS, 0)
+        if isinstance(transport, Xccl):
+            assert (transport.broadcasts, transport.fallbacks) == (VERSIONS, 0)
         await publisher.retire(older)
-        status = await engine.replicas[0].backend.status(engine.replicas[0].client)
+        status = await engine.replicas[0].client.status()
         assert status.adapters == ()
         await publisher.close()
         await engine.close()
@@ -107,5 +96,16 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_server_lives_on(
             await engine.load(make_ref(odd), odd)
         assert len((await engine.generate(ask(max_new_tokens=3))).tokens) == 3
         await engine.close()
+
+    run(body())
+
+
+@pytest.mark.parametrize("name", ["app", "_app", "_engine", "host", "_on_workers"])
+def test_attributes_of_the_server_are_no_routes(vllm_server: RunningServer, name: str) -> None:
+    async def body() -> None:
+        client = Client(vllm_server.url, TOKEN)
+        with pytest.raises(KeyError, match="there is no such route"):
+            await client.call(name)
+        await client.close()
 
     run(body())

@@ -91,7 +91,7 @@ def test_fifty_publishes_in_a_row_each_serve_their_version_and_leave_nothing(
             for ref in refs[-LIVE:]:
                 await way.unload(ref)
             (replica,) = engine.replicas
-            status = await replica.backend.status(replica.client)
+            status = await replica.client.status()
             assert not [a for a in status.adapters if "run1" in a]
             return answers
         finally:

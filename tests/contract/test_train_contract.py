@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from lorelei.lora.state import AdapterState
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.lora.state import AdapterSnapshot, AdapterState
+from lorelei.train.archon.engine import archon_engine
 from lorelei.train.batch import concatenate
 from lorelei.train.contract import TrainEngine
 from lorelei.train.layout import flatten, pieces
-from lorelei.types import BASE, AdamHyper, AdapterSpec, Batch, LossSpec, Rollout
+from lorelei.types import BASE, CURRENT, AdamHyper, AdapterSpec, Batch, LossSpec, Rollout
 from tests.contract.oracle import BaseOracle, grpo_loss, make_oracle, turn_logprobs
 from tests.contract.train_engines import (
     DECOUPLED,
@@ -23,6 +23,7 @@ from tests.contract.train_engines import (
     GRPO,
     SMALL,
     adapters,
+    assert_a_stream_arrives,
     assert_close,
     assert_equal,
     gradients,
@@ -58,7 +59,7 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> TrainEngine:
     """One process, one micro-batch, no recomputation."""
-    return ArchonEngine(load_decoder(folder), max_tokens_per_mb=10_000)
+    return archon_engine(load_decoder(folder), max_tokens_per_mb=10_000)
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -218,6 +219,14 @@ def test_a_loss_that_is_missing_is_refused(engine: TrainEngine) -> None:
             engine.forward_backward(both, {"a": GRPO, "b": nowhere})
 
 
+def test_a_stream_that_is_missing_is_refused_before_any_pass(engine: TrainEngine) -> None:
+    dies = LossSpec(path="tests.contract.losses:dies", params={}, streams=("teacher",))
+    with adapters(engine, a=SPEC):
+        words = "that of adapter 'a' reads the stream 'teacher'.* it has: .*behaviour"
+        with pytest.raises(ValueError, match=words):
+            engine.forward_backward(some_batch(1), {"a": dies})
+
+
 def test_a_batch_without_items_is_refused(engine: TrainEngine) -> None:
     batch = some_batch(1)
     items = replace(batch.items, **{n: getattr(batch.items, n)[:0] for n in ("source", "target")})
@@ -253,8 +262,6 @@ def test_an_unknown_adapter_is_a_key_error_that_names_those_there_are(engine: Tr
             lambda: engine.adapter_state("z"),
             lambda: engine.snapshot("z"),
             lambda: engine.restore("z", snapshot),
-            lambda: engine.release("z"),
-            lambda: engine.logprobs(some_batch(1), "z"),
             lambda: engine.logprobs(batch, "current"),
             lambda: engine.forward_backward(batch, {"z": GRPO}),
             lambda: engine.optim_step({"z": HYPER}),
@@ -389,6 +396,63 @@ def test_a_policy_is_the_base_or_the_state_that_is_held(
             engine.logprobs(batch, "earlier")
 
 
+def test_several_policies_are_held_at_once_replaced_and_forgotten(
+    engine: TrainEngine, plain: TrainEngine
+) -> None:
+    """The reference is another engine's own adapter, as it is trained."""
+    both = concatenate([some_batch(1), some_batch(2, "b")])
+
+    def expect(policy: str, state: AdapterState) -> None:
+        zeros = {n: torch.zeros_like(t) for n, t in state.tensors.items()}
+        moments = {"exp_avg": zeros, "exp_avg_sq": zeros, "step": 0}
+        with adapters(plain, a=state.spec, b=state.spec):
+            for name in "ab":  # every segment is read under the one policy
+                plain.restore(name, AdapterSnapshot(state=state, **moments))
+            expected = plain.logprobs(both, CURRENT)
+        got = engine.logprobs(both, policy)
+        np.testing.assert_allclose(got.logprobs, expected.logprobs, rtol=FP32, atol=FP32)
+        np.testing.assert_allclose(got.entropy, expected.entropy, rtol=FP32, atol=FP32)
+
+    with adapters(engine, a=SPEC, b=OTHER):
+        one, two = (engine.adapter_state(name) for name in "ab")
+        three = randomise(engine, "a", seed=9)
+        engine.hold("reference", one)
+        engine.hold("teacher", two)  # of another rank and other targets
+        expect("reference", one)
+        expect("teacher", two)
+        engine.hold("teacher", three)
+        expect("teacher", three)
+        expect("reference", one)
+        engine.release("reference")
+        expect("teacher", three)
+        words = "no policy 'reference' is held; there are: current, base, teacher"
+        for call in (
+            lambda: engine.logprobs(both, "reference"),
+            lambda: engine.release("reference"),
+        ):
+            with pytest.raises(KeyError, match=words):
+                call()
+        engine.release("teacher")
+
+
+def test_a_policy_that_cannot_be_held_is_refused(engine: TrainEngine) -> None:
+    with adapters(engine, a=SPEC):
+        state = engine.adapter_state("a")
+        for name in (CURRENT, BASE):
+            with pytest.raises(ValueError, match=f"policy: '{name}'"):
+                engine.hold(name, state)
+        with pytest.raises(ValueError, match="is missing"):
+            engine.hold("earlier", replace(state, tensors={}))
+        with pytest.raises(KeyError, match="no policy 'earlier' is held"):
+            engine.logprobs(some_batch(1), "earlier")
+
+
+def test_a_stream_of_any_name_reaches_the_loss_token_by_token(
+    engine: TrainEngine, plain: TrainEngine
+) -> None:
+    assert_a_stream_arrives(engine, plain, FP32)
+
+
 def test_each_adapter_of_a_mixed_batch_has_its_own_loss_and_gradient(engine: TrainEngine) -> None:
     specs = {"a": SPEC, "b": OTHER, "c": HEAD}
     losses = {"a": GRPO, "b": LIKELIHOOD, "c": DECOUPLED}
@@ -434,7 +498,7 @@ def test_how_an_engine_lays_out_a_batch_changes_nothing(
 def test_micro_batches_and_recomputation_change_nothing(
     max_tokens: int, recompute: bool, folder: Path, plain: TrainEngine
 ) -> None:
-    assert_computes_the_same(ArchonEngine(load_decoder(folder), max_tokens, recompute), plain)
+    assert_computes_the_same(archon_engine(load_decoder(folder), max_tokens, recompute), plain)
 
 
 def assert_computes_the_same(engine: TrainEngine, plain: TrainEngine) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lorelei.train.archon.kind import ArchonSpec
 from lorelei.train.contract import EngineFailed
 from lorelei.train.remote.engine import RemoteEngine
-from lorelei.train.remote.spec import ArchonSpec
 from lorelei.types import AdapterSpec, Batch, LossSpec
 from tests.contract.train_engines import GRPO, adapters, assert_equal, gradients
 from tests.episodes import random_group, weighted_batch

@@ -5,22 +5,28 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from lorelei.lora.state import AdapterSnapshot, AdapterState
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.archon.engine import archon_engine
+from lorelei.train.archon.kind import ArchonSpec
+from lorelei.train.batch import concatenate
 from lorelei.train.contract import TrainEngine
+from lorelei.train.fsdp.kind import FsdpSpec
+from lorelei.train.megatron.kind import MegatronSpec
 from lorelei.train.remote.engine import RemoteEngine
-from lorelei.train.remote.spec import ArchonSpec, FsdpSpec, MegatronSpec
 from lorelei.types import AdamHyper, AdapterSpec, Batch, LossSpec
 from lorelei.venvs.recipe import interpreter
 from tests.decoders import load_decoder
 from tests.environments import needs
+from tests.episodes import random_group, weighted_batch
 
 MEGATRON: dict[str, dict[str, Any]] = {  # layouts: how many processes, and what MegatronSpec says
     "megatron": {"workers": 1},
@@ -79,7 +85,7 @@ LOOK = AdamHyper(lr=0.0, beta1=0.0, max_grad_norm=0.0)
 def make_engine(kind: str, folder: Path) -> TrainEngine:
     """An engine on a tiny model in fp32."""
     if kind == "archon":
-        return ArchonEngine(load_decoder(folder))
+        return archon_engine(load_decoder(folder))
     if kind in FSDP:
         options = dict(FSDP[kind])
         workers = options.pop("workers")
@@ -152,6 +158,30 @@ def adapters(engine: TrainEngine, **specs: AdapterSpec) -> Iterator[None]:
         for name in specs:
             with contextlib.suppress(KeyError):
                 engine.drop_adapter(name)
+
+
+def assert_a_stream_arrives(engine: TrainEngine, plain: TrainEngine, limit: float) -> None:
+    """A loss reads a stream of its own; beside it trains an adapter that has no such stream."""
+    follows = LossSpec(path="tests.contract.losses:follows", params={}, streams=("teacher",))
+    rng = np.random.default_rng(11)
+    batches: list[Batch] = []
+    for name in "ab":
+        groups = [random_group(rng, 9, [7, 1, 12, 1], name), random_group(rng, 3, [4, 5], name)]
+        batches.append(weighted_batch(name, groups))
+    items = batches[0].items
+    teacher = rng.normal(-6.0, 2.0, len(items)).astype(np.float32)
+    with_teacher = replace(items, streams={**items.streams, "teacher": teacher})
+    mixed = concatenate([replace(batches[0], items=with_teacher), batches[1]])
+    losses = {"a": follows, "b": GRPO}
+    spec = AdapterSpec(rank=4, alpha=8)
+    with adapters(engine, a=spec, b=spec), adapters(plain, a=spec, b=spec):
+        expected, got = (e.forward_backward(mixed, losses) for e in (plain, engine))
+        reference, found = look(plain, "a", "b"), look(engine, "a", "b")
+    for name in "ab":
+        assert got.loss[name] == pytest.approx(expected.loss[name], rel=limit)
+        assert_close(found[name], reference[name], limit)
+    total = float((teacher * items.weight).sum())
+    assert got.metrics["a"]["teacher"] == pytest.approx(total, rel=limit)
 
 
 def assert_equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:

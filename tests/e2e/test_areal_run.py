@@ -32,7 +32,7 @@ def test_an_example_trains_and_says_what_its_keys_became(place):
     file = str(example("gsm8k_grpo_lora"))
     out = lorelei(place, "train", file, *SMALL, *HERE, errors=True)
     assert "gsm8k_grpo_lora.yaml is a file of AReaL; it becomes" in out
-    assert "  actor.optimizer.lr: 0.01  ->  algo.lr: 0.01" in out
+    assert "  actor.optimizer.lr: 0.01  ->  optimizer.lr: 0.01" in out
     assert "rollout.queue_size: null: rollouts in flight are bounded" in out
     steps = records(place / "runs" / "run", "step")
     assert [step["adapter"] for step in steps] == ["lora-gsm8k"] * 3

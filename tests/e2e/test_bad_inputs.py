@@ -152,13 +152,14 @@ CASES = {
     "run name": Case(config={"name": "../up"}, expected="name: '../up' is not allowed; a name has"),
     "override without value": Case(
         arguments=(*RUN, "steps"),
-        expected="override 'steps': write key=value, such as algo.lr=1e-4",
+        expected="override 'steps': write key=value, such as optimizer.lr=1e-4",
     ),
     "override of no section": Case(
         arguments=(*RUN, "steps.x=1"), expected="steps.x: steps is 3, which has no keys to set"
     ),
     "override of a wrong type": Case(
-        arguments=(*RUN, "algo.lr=fast"), expected="algo.lr: 'fast' is not allowed; it must be a"
+        arguments=(*RUN, "optimizer.lr=fast"),
+        expected="optimizer.lr: 'fast' is not allowed; it must be a",
     ),
     # the model
     "no model folder": Case(config={"model": "./absent"}, expected="absent'; write a folder or a"),
@@ -352,7 +353,8 @@ CASES = {
         arguments=("eval", "done", "-n", "99"), expected="-n: 99 is more than the 4 problems that"
     ),
     "samples in no order": Case(
-        arguments=("samples", "done", "--order", "top"), expected="--order: 'top' is none of worst"
+        arguments=("samples", "done", "--order", "top"),
+        expected="--order: 'top' is not one of worst",
     ),
     "samples of no adapter": Case(
         arguments=("samples", "done", "--adapter", "x"), expected="adapter: no rollout of 'x'; reco"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lorelei import loop as the_loop
 from lorelei.inference.contract import InferenceEngine
-from lorelei.launch.assemble import build, make_loop, make_trainer
-from lorelei.obs.console import Console
-from lorelei.run_file import load_config, to_plain
-from lorelei.store.run import RunStore
-from lorelei.types import Completion, GenerateRequest, Group, Rollout, StepStats, Turn
+from lorelei.launch.assemble import RunComponents
+from lorelei.run_file import load_config
+from lorelei.train.work import Work
+from lorelei.types import Completion, GenerateRequest, Group, Rollout, Turn
+from tests.loops import before_training, open_loop, rl, whole
 from tests.rollout_kinds import ROLLOUTS, rollout_section
 from tests.tiny_models import make_tiny
 from tests.tiny_runs import make_workplace, records, write_run
@@ -201,28 +199,21 @@ def play(
 
 async def _play(path: Path, tokenizer: PreTrainedTokenizerFast, said: Said) -> Played:
     config = load_config(path)
-    async with AsyncExitStack() as stack:
-        parts = await build(config, stack)
-        engine = Recording(parts.rollout, tokenizer, said)
-        parts = replace(parts, rollout=engine)
-        trainer = make_trainer(config, parts, stack)
-        played = Played(folder=Path(config.runs_dir) / config.name, sampled=engine.sampled)
-        store = RunStore.create(played.folder, to_plain(config), keep=2)
-        stack.callback(store.close)
-        console = stack.enter_context(Console({e.name: e.steps for e in config.experiments()}))
-        loop = make_loop(config, parts, trainer, store, console)
-        stack.push_async_callback(loop.collector.close)
-        step = trainer.step
+    played = Played(folder=Path(config.runs_dir) / config.name)
 
-        async def watched(
-            groups: Mapping[str, Sequence[Group]], versions: Mapping[str, int]
-        ) -> StepStats:
-            played.groups += [group for held in groups.values() for group in held]
-            return await step(groups, versions)
+    def recording(parts: RunComponents) -> Any:
+        engine = Recording(parts.sampler.engine, tokenizer, said)
+        played.sampled = engine.sampled
+        return engine
 
-        trainer.step = watched
-        await the_loop.begin(loop)
-        await the_loop.run(loop)
+    async with open_loop(path, played.folder, recording) as loop:
+
+        def record(works: Sequence[Work]) -> None:
+            for work in works:
+                played.groups += rl(loop, work.adapter).collector.taken
+
+        before_training(loop, record)
+        await whole(loop)
     return played
 
 

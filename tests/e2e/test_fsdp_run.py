@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lorelei.launch.trained import TrainedRun
+from lorelei.cli.trained_run import TrainedRun
 from lorelei.store.check import check_run
 from tests.tiny_runs import lorelei, make_workplace, records, start, write_run
 

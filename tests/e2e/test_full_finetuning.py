@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lorelei.launch.trained import TrainedRun
+from lorelei.cli.trained_run import TrainedRun
 from lorelei.lora.peft_folder import write_peft_folder
 from lorelei.model.load import load_decoder
 from lorelei.store.check import check_run
@@ -118,7 +118,7 @@ def test_an_exported_run_is_a_checkpoint_that_transformers_and_lorelei_read(plac
 
 def test_full_weights_are_no_peft_folder_and_an_adapter_is_no_checkpoint(place: Path) -> None:
     state = TrainedRun.read(place / "runs/alone").state("default")
-    with pytest.raises(StoreError, match="full weights are no PEFT adapter"):
+    with pytest.raises(StoreError, match="full weights are not a PEFT adapter"):
         write_peft_folder(place / "peft", state, "model")
     lora = type(state)(spec=AdapterSpec(rank=1, alpha=1), tensors={})
     with pytest.raises(StoreError, match="a LoRA adapter is no checkpoint"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lorelei.launch.trained import TrainedRun
+from lorelei.cli.trained_run import TrainedRun
 from lorelei.store.check import check_run
 from tests.environments import needs
 from tests.tiny_models import make_tiny

@@ -66,8 +66,10 @@ def test_an_old_run_goes_on_to_its_end(place: Path) -> None:
     before, after = newest(FIXTURE / NAME), newest(folder)
     assert (before["step"], after["step"]) == (2, 4)
     assert (after["run"], after["incarnation"]) == (before["run"], before["incarnation"] + 1)
+    assert (before["format"], after["format"]) == (1, 2)
     record = after["adapters"]["default"]["record"]
-    assert (record["version"], record["optimizer_step"], record["data_position"]) == (4, 4, 8)
+    assert (record["version"], record["optimizer_step"]) == (4, 4)
+    assert (record["state"]["next_index"], record["state"]["pending"]) == (8, [])
     assert after["state"]["finished"] is True
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert (folder / name).read_bytes().startswith((FIXTURE / NAME / name).read_bytes()), name

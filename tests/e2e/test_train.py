@@ -17,14 +17,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from lorelei.cli.trained_run import TrainedRun
 from lorelei.launch import local
-from lorelei.launch.trained import TrainedRun
 from lorelei.lora.state import AdapterSnapshot
 from lorelei.model.load import load_decoder
 from lorelei.run_file import load_config
 from lorelei.store.check import check_run
 from lorelei.store.manifest import Manifest
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.archon.engine import archon_engine
 from tests.contract.reference_rollout import reference_logprobs
 from tests.episodes import random_group, weighted_batch
 from tests.tiny_runs import lorelei, make_workplace, records, start, write_run
@@ -140,7 +140,7 @@ def test_an_exported_adapter_gives_the_trainers_logprobs_in_peft(
     base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, place / "exported").eval()
     run = TrainedRun.read(place / "runs/first")
-    engine = ArchonEngine(load_decoder(place / "model"))
+    engine = archon_engine(load_decoder(place / "model"))
     state = run.state("default")
     engine.add_adapter("a", state.spec)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in state.tensors.items()}
@@ -350,7 +350,7 @@ def test_a_run_resumes_without_the_adapter_it_started_from(place: Path, warm: Pa
         ({"lora_rank": 8}, "has lora_rank 4, adapter 'default' has 8; set lora.lora_rank: 4"),
         ({"lora_alpha": 16}, "has lora_alpha 8, adapter 'default' has 16.0; set"),
         ({"use_rslora": True}, "has use_rslora False, adapter 'default' has True; set"),
-        ({"target_modules": ["q_proj"]}, "is of no target module"),
+        ({"target_modules": ["q_proj"]}, "belongs to no target module"),
     ],
 )
 def test_an_adapter_of_another_shape_is_refused(

@@ -31,7 +31,7 @@ from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.lora.state import AdapterSnapshot
 from lorelei.model.decoder import Decoder
 from lorelei.model.mlp import Moe
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.archon.engine import archon_engine
 from lorelei.train.batch import concatenate
 from lorelei.types import (
     AdamHyper,
@@ -98,7 +98,7 @@ def train(
     decoder: Decoder, tasks: Sequence[Task], recompute: bool = False
 ) -> dict[str, tuple[AdapterSnapshot, AdapterSnapshot]]:
     """(start, end) of every task's adapter; all of them are in every batch."""
-    engine = ArchonEngine(decoder, max_tokens_per_mb=40, recompute=recompute)
+    engine = archon_engine(decoder, max_tokens_per_mb=40, recompute=recompute)
     for task in tasks:
         engine.add_adapter(task.name, task.spec)
         randomise(engine, task.name, task.seed)
@@ -205,7 +205,7 @@ def generating(decoder: Decoder) -> Iterator[list[list[Completion]]]:
 
     async def draw() -> None:
         engine = EmbeddedEngine(decoder)
-        publisher = ArchonEngine(decoder)
+        publisher = archon_engine(decoder)
         refs: list[AdapterRef | None] = [None]
         for seed, name in enumerate(("x", "y")):
             publisher.add_adapter(name, AdapterSpec(rank=3, alpha=6))

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.lora.peft_folder import write_peft_folder
 from lorelei.lora.state import AdapterSnapshot, AdapterState
-from lorelei.train.archon.engine import ArchonEngine
+from lorelei.train.archon.engine import archon_engine
 from lorelei.train.batch import rollout_batch
+from lorelei.train.contract import TrainEngine
 from lorelei.types import (
     AdapterRef,
     AdapterSpec,
@@ -38,9 +39,9 @@ PROMPTS = [np.arange(40, 70, dtype=np.int32), np.arange(900, 917, dtype=np.int32
 
 
 @pytest.fixture(scope="module")
-def engine() -> ArchonEngine:
+def engine() -> TrainEngine:
     """The trainer with an adapter that changes the model visibly."""
-    trainer = ArchonEngine(load_decoder(smollm2_folder()))
+    trainer = archon_engine(load_decoder(smollm2_folder()))
     trainer.add_adapter("a", SPEC)
     state = trainer.adapter_state("a")
     generator = torch.Generator().manual_seed(1)
@@ -54,7 +55,7 @@ def engine() -> ArchonEngine:
     return trainer
 
 
-def sampled(engine: ArchonEngine, temperature: float) -> list[tuple[Ints, Completion]]:
+def sampled(engine: TrainEngine, temperature: float) -> list[tuple[Ints, Completion]]:
     """Two completions of each prompt by the embedded engine, on a published copy."""
     state = engine.adapter_state("a")
     ref = AdapterRef(name="a", version=1, run_id="test", digest=state.digest())
@@ -82,7 +83,7 @@ def sampled(engine: ArchonEngine, temperature: float) -> list[tuple[Ints, Comple
     return list(zip(prompts, asyncio.run(run()), strict=True))
 
 
-def trainers(engine: ArchonEngine, pairs: list[tuple[Ints, Completion]], t: float) -> Floats:
+def trainers(engine: TrainEngine, pairs: list[tuple[Ints, Completion]], t: float) -> Floats:
     rollouts = [
         Rollout(
             adapter="a",
@@ -99,7 +100,7 @@ def trainers(engine: ArchonEngine, pairs: list[tuple[Ints, Completion]], t: floa
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampler_and_trainer_agree_on_every_sampled_token(
-    engine: ArchonEngine, temperature: float
+    engine: TrainEngine, temperature: float
 ) -> None:
     pairs = sampled(engine, temperature)
     theirs = np.concatenate([completion.logprobs for _, completion in pairs])
@@ -109,7 +110,7 @@ def test_sampler_and_trainer_agree_on_every_sampled_token(
 
 
 def test_exported_adapter_gives_the_trainers_logprobs_in_peft(
-    engine: ArchonEngine, tmp_path: Path
+    engine: TrainEngine, tmp_path: Path
 ) -> None:
     pairs = sampled(engine, 1.0)
     write_peft_folder(tmp_path / "out", engine.adapter_state("a"), "base")

@@ -12,9 +12,9 @@ import lorelei
 
 ROOT = Path(lorelei.__file__).parent
 LAYERS = (
-    ("types", "config", "process"),
+    ("types", "config", "algo", "user_file", "process"),  # an algorithm brings its settings
     (
-        *("areal", "run_file", "data", "env", "reward", "algo", "lora", "model", "parallel"),
+        *("areal", "run_file", "data", "env", "reward", "lora", "model", "parallel"),
         *("store", "obs", "venvs"),
     ),
     ("train", "inference", "rollout", "publish"),
@@ -74,13 +74,19 @@ def test_train_and_inference_never_import_each_other():
     assert wrong == []
 
 
-def test_only_types_stands_below_the_configuration():
+def test_below_the_configuration_stand_only_types_and_the_algorithms_settings():
+    settings = ("config.section", "config.errors", "config.optimizer")
+    below = {
+        "types": ("nothing",),
+        "config": ("config", "types", "algo"),
+        "algo": ("algo", "types", "user_file", *settings),
+    }
     wrong = [
         f"{name} imports {target}"
         for name, tree in modules()
         for target in imported(tree)
-        if name == "types" or (name.startswith("config/") and target.split(".")[1] != "config")
-        if not (name.startswith("config/") and target == "lorelei.types")
+        for allowed in [below.get(name.split("/")[0])]
+        if allowed and not f"{target}.".startswith(tuple(f"lorelei.{a}." for a in allowed))
     ]
     assert wrong == []
 

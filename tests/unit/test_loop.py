@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lorelei import loop as the_loop
-from lorelei.launch.assemble import build, make_loop, make_trainer
 from lorelei.loop import Loop
-from lorelei.obs.console import Console
+from lorelei.lora.state import AdapterState
 from lorelei.publish.contract import PublishError
 from lorelei.publish.publisher import VersionPublisher
 from lorelei.rollout.collector import RolloutsFail
-from lorelei.run_file import load_config, to_plain
 from lorelei.store.check import check_run
 from lorelei.store.index import list_runs
 from lorelei.store.manifest import manifest_paths
-from lorelei.store.run import RunStore
-from lorelei.train.contract import TrainEngine
+from lorelei.train.work import Work
 from lorelei.types import AdapterRef
+from tests.loops import before_training, digest, open_loop, rl, versions, whole
 from tests.tiny_runs import make_workplace, records, write_run
 
 
@@ -36,34 +33,9 @@ def place(
     return make_workplace(tmp_path_factory.mktemp("place"), tiny_tokenizer)
 
 
-@asynccontextmanager
-async def loop_of(folder: Path, place: Path, **sections: object) -> AsyncIterator[Loop]:
+def loop_of(folder: Path, place: Path, **sections: object) -> AbstractAsyncContextManager[Loop]:
     """The loop of a new run, or of one that goes on."""
-    config = load_config(write_run(place, "run", **sections))
-    async with AsyncExitStack() as stack:
-        if (folder / "run.json").exists():
-            store = RunStore.open(folder)
-        else:
-            store = RunStore.create(folder, to_plain(config))
-        stack.callback(store.close)
-        parts = await build(config, stack)
-        trainer = make_trainer(config, parts, stack)
-        for name in store.latest.adapters if store.latest else ():
-            trainer.engine.restore(name, store.load(name))
-        console = Console({e.name: e.steps for e in config.experiments()}, io.StringIO())
-        loop = make_loop(config, parts, trainer, store, console)
-        stack.push_async_callback(loop.collector.close)
-        yield loop
-
-
-async def whole(loop: Loop) -> Loop:
-    await the_loop.begin(loop)
-    await the_loop.run(loop)
-    return loop
-
-
-def digest(loop: Loop, name: str = "default") -> str:
-    return loop.trainer.engine.adapter_state(name).digest()
+    return open_loop(write_run(place, "run", **sections), folder)
 
 
 def test_a_run_commits_every_step_whole(tmp_path: Path, place: Path) -> None:
@@ -74,7 +46,8 @@ def test_a_run_commits_every_step_whole(tmp_path: Path, place: Path) -> None:
             assert latest is not None and latest.step == 3
             entry = latest.adapters["default"]
             assert (entry.record.version, entry.record.optimizer_step) == (3, 3)
-            assert (entry.record.data_position, entry.record.admission) == (6, {"pending": []})
+            state = entry.record.state
+            assert (state["next_index"], state["pending"]) == (6, [])
             assert entry.ref is not None and entry.ref.digest == digest(loop)
             assert loop.store.load("default").state.digest() == digest(loop)
 
@@ -122,8 +95,7 @@ def test_replaced_versions_are_retired(tmp_path: Path, place: Path) -> None:
     async def body() -> None:
         async with loop_of(tmp_path / "run", place, adapters={"a": {}, "b": {"steps": 2}}) as loop:
             await whole(loop)
-            engine = next(iter(loop.evaluators.values())).engine
-            served = (await engine.health()).adapters
+            served = (await rl(loop, "a").collector.engine.health()).adapters
             assert [name.rpartition("-")[0].split("-")[:2] for name in served] == [
                 ["a", "v3"],
                 ["b", "v2"],
@@ -138,16 +110,14 @@ def test_an_adapter_that_has_its_steps_stays_as_it_is(tmp_path: Path, place: Pat
         async with loop_of(tmp_path / "run", place, adapters=adapters) as loop:
             await the_loop.begin(loop)
             seen: dict[int, str] = {}
-            real = loop.trainer.step
 
-            async def step(batch, versions):  # type: ignore[no-untyped-def]
-                seen.setdefault(versions["short"], digest(loop, "short"))
-                return await real(batch, versions)
+            def look(works: Sequence[Work]) -> None:
+                seen.setdefault(loop.registry["short"].version, digest(loop, "short"))
 
-            loop.trainer.step = step  # type: ignore[method-assign]
+            before_training(loop, look)
             await the_loop.run(loop)
             assert digest(loop, "short") == seen[1] != seen[0]
-            assert loop.versions == {"short": 1, "long": 4}
+            assert versions(loop) == {"short": 1, "long": 4}
 
     asyncio.run(body())
 
@@ -156,18 +126,12 @@ def test_a_stop_between_two_checkpoints_saves_the_step(tmp_path: Path, place: Pa
     async def body() -> None:
         async with loop_of(tmp_path / "run", place, checkpoint={"every": 10}) as loop:
             await the_loop.begin(loop)
-            loop.collector.stop()
+            loop.registry.stop()
             await the_loop.run(loop)
             assert loop.store.latest is not None and loop.store.latest.step == 0
         async with loop_of(tmp_path / "run", place, checkpoint={"every": 10}) as loop:
             await the_loop.begin(loop)
-            real = loop.trainer.step
-
-            async def step(batch, versions):  # type: ignore[no-untyped-def]
-                loop.collector.stop()
-                return await real(batch, versions)
-
-            loop.trainer.step = step  # type: ignore[method-assign]
+            before_training(loop, lambda works: loop.registry.stop())
             await the_loop.run(loop)
             assert loop.store.latest is not None and loop.store.latest.step == 1
             assert loop.store.load("default").state.digest() == digest(loop)
@@ -183,11 +147,11 @@ class Unlucky(VersionPublisher):
     bad: int = 2
 
     async def publish(
-        self, source: TrainEngine, versions: Mapping[str, int]
+        self, versions: Mapping[str, int], states: Mapping[str, AdapterState]
     ) -> dict[str, AdapterRef]:
         if self.bad in versions.values():
             raise PublishError("the engine installed another digest")
-        return await super().publish(source, versions)
+        return await super().publish(versions, states)
 
 
 def test_a_step_whose_version_cannot_be_published_did_not_happen(
@@ -197,13 +161,12 @@ def test_a_step_whose_version_cannot_be_published_did_not_happen(
         async with loop_of(tmp_path / "whole", place) as loop:
             expected = digest(await whole(loop))
         async with loop_of(tmp_path / "run", place) as loop:
-            engine = loop.evaluators["default"].engine
-            loop.publisher = Unlucky(engine, loop.store.run_id)
+            loop.publisher = Unlucky(rl(loop).collector.engine, loop.store.run_id)
             with pytest.raises(PublishError):
                 await whole(loop)
             assert loop.store.latest is not None and loop.store.latest.step == 1
         async with loop_of(tmp_path / "run", place) as loop:
-            assert loop.versions == {"default": 1}
+            assert versions(loop) == {"default": 1}
             assert digest(await whole(loop)) == expected
 
     asyncio.run(body())
@@ -214,12 +177,14 @@ def test_a_resumed_run_remembers_its_scores(tmp_path: Path, place: Path) -> None
     async def body() -> None:
         sections = {"eval": {"every": 9}, "steps": 4}
         async with loop_of(tmp_path / "run", place, **sections) as loop:
-            loop.publisher = Unlucky(loop.evaluators["default"].engine, loop.store.run_id)
+            loop.publisher = Unlucky(rl(loop).collector.engine, loop.store.run_id)
             with pytest.raises(PublishError):
                 await whole(loop)
-            before = dict(loop.scores)
+            before = rl(loop).state()
         async with loop_of(tmp_path / "run", place, **sections) as loop:
-            assert before and loop.scores == before and loop.reward is not None
+            after = rl(loop).state()
+            assert None not in (after["score"], after["reward"]), "of step 1, the last committed"
+            assert (after["score"], after["reward"]) == (before["score"], before["reward"])
 
     asyncio.run(body())
 

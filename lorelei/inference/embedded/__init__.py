@@ -1,1 +1,1 @@
-"""The embedded rollout engine: samples from the torch-native decoder on one thread."""
+"""The embedded inference engine: samples from the torch-native decoder on one thread."""

@@ -58,7 +58,7 @@ class StepAttention:
         lengths_B: Tensor,
         longest: int,
     ) -> None:
-        """slots: the slot of each row, none: slot = row. lengths: tokens a row has cached."""
+        """slots: the slot of each row; None: slot = row. lengths: tokens a row has cached."""
         rows, device = len(lengths_B), lengths_B.device
         self._cache, self._groups, self._slots = cache, groups, slots_B
         self._write_slots = torch.arange(rows, device=device) if slots_B is None else slots_B

@@ -41,10 +41,10 @@ class _Plan:
 
     rows: tuple[Row, ...]  # one adapter's together, and in these one prompt's
     lengths: tuple[int, ...]  # of the prompts
-    slots: torch.Tensor | None  # [B], none: row = slot
+    slots: torch.Tensor | None  # [B]; None: row = slot
     groups: tuple[PromptRows, ...]
     prompts: torch.Tensor | None  # where there are kernels: `prompt_table` of the groups
-    route: Route  # of the rows, and of places without one (see flash_step)
+    route: Route  # of the rows, and of padding rows (see flash_step)
     blocks: Blocks | None  # where one kernel makes the whole step
     params: RowParams
 

@@ -1,4 +1,4 @@
-"""The embedded rollout engine: InferenceEngine on the torch-native decoder.
+"""The embedded inference engine: InferenceEngine on the torch-native decoder.
 
 The event loop only enqueues and waits; tensors are touched on the decode thread alone.
 """
@@ -13,6 +13,7 @@ import numpy as np
 
 from lorelei.inference.contract import Health
 from lorelei.inference.embedded.decoding import Decoding, Outcome
+from lorelei.inference.embedded.kind import PREFILL_TOKENS
 from lorelei.inference.embedded.published import PublishedAdapters
 from lorelei.inference.embedded.sampler import uniform_stream
 from lorelei.inference.embedded.scheduler import Row, Scheduler
@@ -38,17 +39,16 @@ class EmbeddedEngine:
         *,
         max_running: int = 32,
         max_context: int | None = None,
-        prefill_tokens: int = 4096,
+        prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
-        """tokenizer: for stop strings only. max_context: none: all positions of the model.
+        """tokenizer: for stop strings only. max_context: None: all positions of the model.
 
         prefill_tokens: how many prompt tokens one step reads (a longer prompt is read alone).
         """
-        positions = decoder.config.max_positions
         self._tokenizer = tokenizer
         self._limits = Limits(
             vocab=decoder.config.vocab,
-            context=min(max_context or positions, positions),
+            context=decoder.config.context(max_context),
             decodes_text=tokenizer is not None,
         )
         # the event loop's side

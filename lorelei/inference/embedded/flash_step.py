@@ -1,11 +1,11 @@
 """Decoding steps on CUDA in half precision: two attention calls a layer, and CUDA graphs.
 
 A step of a small batch launches a thousand kernels that each take microseconds, so it is recorded
-once and replayed. What changes from step to step therefore lies in tables of fixed places, and
-rows are filled up to a power of two: the rows of a recording may leave without another one.
+once and replayed. What changes from step to step therefore lies in tables at fixed addresses, and
+rows are padded to a power of two: rows of a recording may leave without another recording.
 
-Shapes: B places for rows (a power of two), L layers, K key/value heads, d head size, V vocabulary,
-A tokens of the arena.
+Shapes: B rows with padding (a power of two), L layers, K key/value heads, d head size,
+V vocabulary, A tokens of the arena.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Tables:
         self.ends, self.starts, self.lengths = ints(places + 1), ints(places + 1), ints(places)
 
     def fill(self, slots: Sequence[int], groups: Sequence[PromptRows], at: Sequence[int]) -> None:
-        """Places without a row continue the last prompt in slots that no row has."""
+        """Padding rows continue the last prompt in slots that no row has."""
         spare = self.places - len(slots)
         none = self.places - len(groups)
         lengths = [_tokens(group.cache) for group in groups]
@@ -227,7 +227,7 @@ class FlashSteps:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            # other threads, such as the trainer's, go on with what a recording may not do
+            # other threads, such as the trainer's, may do what a recording may not
             graph.capture_begin(capture_error_mode="thread_local")
             logits = self._compute(decoder, route, longest)
             graph.capture_end()

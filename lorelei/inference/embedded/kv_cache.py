@@ -8,11 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorelei.inference.embedded.kind import row_capacity
 from lorelei.model.backend import flashes
 from lorelei.model.decoder import Decoder
-
-# where steps are recorded (see flash_step), growing costs more than memory
-_FIRST_CAPACITY = {False: 32, True: 128}
 
 
 class PromptCache:
@@ -59,9 +57,7 @@ class RowCache:
         if slots <= had_slots and capacity <= had_capacity:
             return
         new_slots = max(slots, 2 * had_slots) if slots > had_slots else had_slots
-        new_capacity = max(had_capacity, _FIRST_CAPACITY[self._whole_tokens])
-        while new_capacity < capacity:
-            new_capacity *= 2
+        new_capacity = max(had_capacity, row_capacity(capacity, self._whole_tokens))
         for name in ("_keys", "_values"):
             grown = self._allocate(new_slots, new_capacity)
             grown[:, :had_slots, :, :had_capacity] = getattr(self, name)

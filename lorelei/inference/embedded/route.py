@@ -15,7 +15,7 @@ from torch import Tensor
 from lorelei.lora.bank import Adapter
 from lorelei.lora.linear import side_by_side
 from lorelei.model.backend import LowRank, Weight
-from lorelei.model.linear import FrozenLinear, FusedInput, lifted
+from lorelei.model.linear import FrozenLinear, FusedInput, transformed
 
 
 def low_rank(adapter: Adapter, dtype: torch.dtype) -> dict[FrozenLinear, LowRank]:
@@ -49,8 +49,10 @@ class PublishedRoute:
         """What a layer multiplies with, besides its adapters' matrices."""
         return layer.weight
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: FusedInput | None = None) -> Tensor:
-        x_TD = lifted(x_TD, lift)
+    def __call__(
+        self, layer: FrozenLinear, x_TD: Tensor, fused_input: FusedInput | None = None
+    ) -> Tensor:
+        x_TD = transformed(x_TD, fused_input)
         y_TO = layer.product(x_TD)
         for span in self.spans:
             if (delta := span.layers.get(layer)) is not None:

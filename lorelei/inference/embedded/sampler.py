@@ -36,8 +36,8 @@ def uniform_stream(seed: int, key: str, count: int) -> NDArray[np.float64]:
 class RowParams:
     """The sampling parameters of B rows as tensors."""
 
-    inverse_temperature: Tensor | None  # [B, 1] fp64; none: all 1
-    greedy: Tensor | None  # [n] row numbers; none: no row is greedy
+    inverse_temperature: Tensor | None  # [B, 1] fp64; None: all 1
+    greedy: Tensor | None  # [n] row numbers; None: no row is greedy
     truncated: tuple[tuple[int, SamplingParams], ...]  # rows with top_k, top_p or min_p
 
     @classmethod

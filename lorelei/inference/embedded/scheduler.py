@@ -1,4 +1,4 @@
-"""Who decodes next: first come, first served, up to a number of rows.
+"""Which requests decode next: first come, first served, up to a number of rows.
 
 Shapes: P prompt tokens.
 """
@@ -28,7 +28,7 @@ class Prompt:
     number: int  # in order of arrival
     tokens: Ints  # [P]
     users: int = 0
-    cache: PromptCache | None = None  # none: not prefilled
+    cache: PromptCache | None = None  # None: not prefilled
 
     @property
     def adapter(self) -> str | None:

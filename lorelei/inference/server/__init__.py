@@ -1,1 +1,1 @@
-"""What every rollout server has in common: its process, its client, its replicas."""
+"""What all inference servers share: processes, client, routes, replicas and their engine."""

@@ -1,12 +1,13 @@
 """Broadcast groups: one sender, all workers of all servers. Runs inside servers too.
 
-The group is an object of its own: torch's default group and its names are left alone, so that it
-can be made, lost and made again in a process that has groups for other purposes.
+The group is not torch's default group and has no name there, so that it can be made, lost and made
+again in a process that has groups for other purposes.
 """
 
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -15,19 +16,25 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 
-def meet(
-    name: str, host: str, port: int, size: int, rank: int, backend: str, timeout: float
-) -> Any:
-    """The process group, once all `size` ranks are there.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """A broadcast group: rank 0 sends, every worker of every server receives."""
 
-    name: never used twice at one store. timeout: seconds for the meeting and for each broadcast.
-    Raises RuntimeError when somebody stays away.
-    """
-    within = timedelta(seconds=timeout)
-    store = PrefixStore(
-        name, TCPStore(host, port, None, False, timeout=within, wait_for_workers=False)
-    )
-    if backend == "nccl":
+    name: str  # never used twice at one store
+    host: str
+    port: int  # of the TCPStore at which all ranks meet
+    size: int
+    first_rank: int  # of one server's workers
+    backend: str  # "gloo" or "nccl"
+    timeout: float  # seconds for forming the group and for each broadcast
+
+
+def form(group: Group, rank: int) -> Any:
+    """The process group, once all ranks are there. Raises RuntimeError when one stays away."""
+    within = timedelta(seconds=group.timeout)
+    store = TCPStore(group.host, group.port, None, False, timeout=within, wait_for_workers=False)
+    store, size = PrefixStore(group.name, store), group.size
+    if group.backend == "nccl":
         from torch.distributed import ProcessGroupNCCL
 
         options = ProcessGroupNCCL.Options()
@@ -38,12 +45,12 @@ def meet(
     options = ProcessGroupGloo._Options()
     options._timeout = within
     # else gloo takes the interface of this process's other groups, which may be loopback
-    options._devices = [ProcessGroupGloo.create_device(hostname=_address_toward(host))]
+    options._devices = [ProcessGroupGloo.create_device(hostname=_address_toward(group.host))]
     return ProcessGroupGloo(store, rank, size, options)
 
 
 def _address_toward(host: str) -> str:
-    """This machine's address on the way to another one. Nothing is sent."""
+    """This machine's address as seen from `host`. Nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))
         return probe.getsockname()[0]

@@ -1,4 +1,4 @@
-"""Receiving an adapter by broadcast while the server goes on decoding. Runs inside servers."""
+"""Receives adapters by broadcast while the server decodes. Runs inside servers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Any
 import torch
 
 from lorelei.inference.server import broadcast
+from lorelei.inference.server.broadcast import Group
 
 
 class PendingGroup:
-    """A broadcast group that forms in the background: the engine goes on decoding."""
+    """A broadcast group that forms in the background."""
 
-    def __init__(self, arguments: tuple[Any, ...], device: torch.device) -> None:
+    def __init__(self, group: Group, rank: int, device: torch.device) -> None:
         self.device = device
         self.group: Any = None
         self.error: str | None = None
         self.lock = threading.Lock()  # one broadcast after another
-        self._thread = threading.Thread(target=self._meet, args=arguments, daemon=True)
+        self._thread = threading.Thread(target=self._form, args=(group, rank), daemon=True)
         self._thread.start()
 
-    def _meet(self, *arguments: Any) -> None:
+    def _form(self, group: Group, rank: int) -> None:
         try:
-            self.group = broadcast.meet(*arguments)
+            self.group = broadcast.form(group, rank)
         except RuntimeError as error:
             self.error = str(error)
 
@@ -42,10 +43,10 @@ class PendingGroup:
 class PendingBroadcast:
     """An adapter that is being received in the background."""
 
-    def __init__(self, meeting: PendingGroup, size: int) -> None:
+    def __init__(self, pending_group: PendingGroup, size: int) -> None:
         self.data: bytes | None = None
         self.error: str | None = None
-        self.meeting, self._size = meeting, size
+        self.pending_group, self._size = pending_group, size
         self._thread = threading.Thread(target=self._receive, daemon=True)
         self._thread.start()
 
@@ -55,9 +56,9 @@ class PendingBroadcast:
 
     def _receive(self) -> None:
         try:
-            group = self.meeting.joined()
-            with self.meeting.lock:
-                self.data = broadcast.receive(group, self._size, self.meeting.device)
+            group = self.pending_group.joined()
+            with self.pending_group.lock:
+                self.data = broadcast.receive(group, self._size, self.pending_group.device)
         except RuntimeError as error:
             self.error = str(error)
 

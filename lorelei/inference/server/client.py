@@ -1,29 +1,58 @@
-"""HTTP to one server: deadlines, and whose fault a failure is."""
+"""HTTP client of one server's routes under /lorelei: deadlines, and whose fault a failure is."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import numpy as np
+
+from lorelei.inference.server.payload import Broadcast, Bytes, Payload, to_wire
+from lorelei.types import AdapterRef, FinishReason, Floats, GenerateRequest, Ints, SamplingParams
 
 CONNECT = 5.0  # seconds
+READ_TIMEOUT = 30.0  # seconds; while a server works on an answer it sends a blank every three
+QUICK = 10.0  # seconds for an answer that waits for nothing
 _BUSY = {408, 425, 429}
+_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
 class ServerTrouble(RuntimeError):
-    """The server or the way to it failed: the same call may work later, or elsewhere."""
+    """The server or its connection failed: the same call may work later, or elsewhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What a server answered to one request."""
+
+    tokens: Ints  # [T]; the stop token, when there is one, is the last
+    logprobs: Floats  # [T] nats, temperature-scaled
+    finish_reason: FinishReason
+    served_name: str | None  # of the adapter that sampled; None: the base model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """A server's counters."""
+
+    tokens_generated: int  # since its start
+    adapters: tuple[str, ...]  # served names
 
 
 class Client:
-    """JSON calls to one server.
+    """The routes of one server (see `routes.Server` for what each does).
 
-    Raises ServerTrouble for lost connections, read timeouts, 5xx and answers that are not whole
-    JSON; KeyError for 404; ValueError for every other 4xx. Texts are the server's.
+    Raises ServerTrouble for lost connections, read timeouts, 5xx and damaged answers; KeyError for
+    404; ValueError for every other 4xx. Texts are the server's.
     """
 
-    def __init__(self, url: str, token: str | None = None, read_timeout: float = 60.0) -> None:
+    def __init__(
+        self, url: str, token: str | None = None, read_timeout: float = READ_TIMEOUT
+    ) -> None:
         """read_timeout: seconds without a single byte after which a connection counts as stuck."""
         self.url = url.rstrip("/")
         self._http = httpx.AsyncClient(
@@ -34,73 +63,148 @@ class Client:
             trust_env=False,  # no proxy stands between us and a server
         )
 
-    async def get(self, path: str, read_timeout: float | None = None) -> Any:
-        """The JSON answer."""
-        return await self._call("GET", path, read_timeout)
+    async def generate(self, request: GenerateRequest, limit: int, seed: int) -> Sampled:
+        """Sample at most `limit` tokens. Cancelling the call aborts the request."""
+        asked = _sampling(request.sampling, limit, seed)
+        asked |= {"tokens": request.tokens.tolist(), "adapter": served_name(request.adapter)}
+        answer = await self.call("generate", asked)
+        with self.reading():
+            return Sampled(
+                tokens=np.array(answer["tokens"], dtype=np.int32),
+                logprobs=np.array(answer["logprobs"], dtype=np.float32),
+                finish_reason=_REASONS[answer["finish_reason"]],
+                served_name=answer["adapter"],
+            )
 
-    async def post(
-        self, path: str, body: Mapping[str, Any] | None = None, read_timeout: float | None = None
-    ) -> Any:
-        """The JSON answer to a JSON body."""
-        return await self._call("POST", path, read_timeout, json=dict(body or {}))
+    async def warm_up(self) -> None:
+        """One real request: a server may report itself healthy and crash on the first one."""
+        asked = _sampling(SamplingParams(), limit=2, seed=0)
+        await self.call("generate", {**asked, "tokens": [1, 2, 3], "adapter": None})
 
-    async def post_bytes(
-        self, path: str, data: bytes, query: Mapping[str, str], read_timeout: float | None = None
-    ) -> Any:
-        """The JSON answer to raw bytes."""
-        headers = {"Content-Type": "application/octet-stream"}
-        return await self._call(
-            "POST", path, read_timeout, content=data, params=dict(query), headers=headers
-        )
+    async def score(
+        self, sequences: Sequence[Ints], adapter: AdapterRef | None, temperature: float
+    ) -> list[Floats]:
+        """As InferenceEngine.score."""
+        asked = {
+            "sequences": [sequence.tolist() for sequence in sequences],
+            "adapter": served_name(adapter),
+            "temperature": temperature,
+        }
+        answer = await self.call("score", asked)
+        with self.reading():
+            scores = [np.array(one, dtype=np.float32) for one in answer["logprobs"]]
+        if [len(one) + 1 for one in scores] != [len(sequence) for sequence in sequences]:
+            raise ServerTrouble(f"{self.url}: a damaged answer: scores of other lengths")
+        return scores
 
-    async def get_text(self, path: str, read_timeout: float | None = None) -> str:
-        """The answer as it is."""
-        return (await self._send("GET", path, read_timeout)).text
+    async def load(self, ref: AdapterRef, payload: Payload) -> str | None:
+        """Install a version. Returns the digest of what the workers hold, if they can tell.
+
+        A version that is there already is a success.
+        """
+        kind, body = to_wire(payload)
+        try:
+            answer = await self.call("load", body, {"name": ref.served_name, "kind": kind})
+        except KeyError:
+            if not isinstance(payload, Broadcast):
+                raise
+            # the server was started after the broadcast
+            return await self.load(ref, Bytes(payload.data))
+        with self.reading():
+            return answer["digest"]
+
+    async def unload(self, ref: AdapterRef) -> None:
+        """Forget a version, its tensors included. Idempotent."""
+        await self.call("unload", {"name": ref.served_name})
+
+    async def status(self) -> Status:
+        """Its counters; cheap, never behind generation."""
+        try:
+            found = await self.call("status", read_timeout=QUICK)
+        except (KeyError, ValueError) as error:
+            raise ServerTrouble(
+                f"{self.url}: another server answers at its address ({error})"
+            ) from error
+        with self.reading():
+            return Status(tokens_generated=int(found["tokens"]), adapters=tuple(found["adapters"]))
+
+    async def call(
+        self,
+        route: str,
+        body: Mapping[str, Any] | bytes | None = None,
+        query: Mapping[str, str] | None = None,
+        read_timeout: float | None = None,
+    ) -> dict[str, Any]:
+        """The JSON object that a route answers to a JSON object, or to bytes with a query."""
+        url = f"{self.url}/lorelei/{route}"
+        content: dict[str, Any]
+        if isinstance(body, bytes):
+            content = {"headers": {"Content-Type": "application/octet-stream"}, "content": body}
+        else:
+            content = {"json": dict(body or {})}
+        if read_timeout is not None:
+            content["timeout"] = httpx.Timeout(read_timeout, connect=CONNECT, pool=None)
+        try:
+            response = await self._http.post(f"/lorelei/{route}", params=query, **content)
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            raise ServerTrouble(f"POST {url}: {str(error) or type(error).__name__}") from error
+        status = response.status_code
+        try:
+            answer: Any = json.loads(response.content or b"null")
+        except ValueError as error:
+            if status < 400:
+                raise ServerTrouble(
+                    f"POST {url}: the answer is not whole JSON ({error})"
+                ) from error
+            answer = response.text
+        if status < 400 and isinstance(answer, dict) and "error" in answer:
+            status = answer.get("status", 500)  # it failed after its answer had begun
+        if status >= 400:
+            raise _failure(status, f"POST {url}: {status}", _reason(answer))
+        if not isinstance(answer, dict):
+            raise ServerTrouble(f"a damaged answer: {str(answer)[:100]!r} is no JSON object")
+        return answer
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Raises ServerTrouble for an answer that lacks something, or has it in another form."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ServerTrouble(f"{self.url}: a damaged answer: {error!r}") from error
 
     async def close(self) -> None:
         """Close the connections. Idempotent."""
         await self._http.aclose()
 
-    async def _call(
-        self, method: str, path: str, read_timeout: float | None, **content: Any
-    ) -> Any:
-        response = await self._send(method, path, read_timeout, **content)
-        try:
-            return json.loads(response.content or b"null")
-        except ValueError as error:
-            raise ServerTrouble(
-                f"{method} {self.url}{path}: the answer is not whole JSON ({error})"
-            ) from error
 
-    async def _send(
-        self, method: str, path: str, read_timeout: float | None, **content: Any
-    ) -> httpx.Response:
-        if read_timeout is not None:
-            content["timeout"] = httpx.Timeout(read_timeout, connect=CONNECT, pool=None)
-        try:
-            response = await self._http.request(method, path, **content)
-        except (httpx.TransportError, httpx.DecodingError) as error:
-            reason = str(error) or type(error).__name__
-            raise ServerTrouble(f"{method} {self.url}{path}: {reason}") from error
-        status, text = response.status_code, _reason(response)
-        if status < 400:
-            return response
-        if status >= 500 or status in _BUSY:
-            raise ServerTrouble(f"{method} {self.url}{path}: {status} {text}")
-        if status == 404:
-            raise KeyError(text)
-        raise ValueError(text)
+def served_name(ref: AdapterRef | None) -> str | None:
+    """None: the base model."""
+    return ref.served_name if ref is not None else None
 
 
-def _reason(response: httpx.Response) -> str:
-    """What an error answer says; both servers put it in one of a few places."""
-    if response.status_code < 400:
-        return ""
-    try:
-        found: Any = json.loads(response.content)
-    except ValueError:
-        return response.text[:500]
+def _sampling(params: SamplingParams, limit: int, seed: int) -> dict[str, Any]:
+    return {
+        "limit": limit,
+        "seed": seed,
+        "temperature": params.temperature,
+        "top_k": params.top_k,
+        "top_p": params.top_p,
+        "min_p": params.min_p,
+        "stop_token_ids": list(params.stop_token_ids),
+        "stop_strings": list(params.stop_strings),
+    }
+
+
+def _failure(status: int, what: str, reason: str) -> Exception:
+    if status >= 500 or status in _BUSY:
+        return ServerTrouble(f"{what} {reason}")
+    return KeyError(reason) if status == 404 else ValueError(reason)
+
+
+def _reason(answer: Any) -> str:
+    """What an error answer says; the servers' own put it in one of a few places."""
     for key in ("error", "message", "detail"):
-        while isinstance(found, dict) and key in found:
-            found = found[key]
-    return str(found)[:500]
+        while isinstance(answer, dict) and key in answer:
+            answer = answer[key]
+    return str(answer)[:500]

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lorelei.inference.contract import EngineClosed, Health
 from lorelei.inference.limits import Limits
-from lorelei.inference.server.attempts import Attempts
 from lorelei.inference.server.backend import ServerBackend
-from lorelei.inference.server.client import Client, ServerTrouble
-from lorelei.inference.server.delivery import ByBytes, Delivery
+from lorelei.inference.server.client import Client, ServerTrouble, served_name
 from lorelei.inference.server.launcher import LOCAL, Launcher
+from lorelei.inference.server.payload import Bytes, Payload, pack
 from lorelei.inference.server.replicas import Replica, Router
-from lorelei.inference.server.requests import Requests, served_name
+from lorelei.inference.server.requests import Attempts, Requests
 from lorelei.inference.server.supervisor import Supervisor
 from lorelei.inference.stops import Tokenizer
 from lorelei.lora.state import AdapterState
@@ -29,8 +28,8 @@ T = TypeVar("T")
 class ServerEngine:
     """Implements InferenceEngine. All calls come from one event loop.
 
-    Servers that are started here are stopped by `close`; those attached to go on running, without
-    the adapters that were loaded for us.
+    Servers that are started here are stopped by `close`; those attached to keep running, without
+    the adapters that were loaded by this engine.
     """
 
     def __init__(
@@ -44,13 +43,12 @@ class ServerEngine:
         urls: Sequence[str] = (),
         token: str | None = None,
         max_running: int = 64,
-        place: Launcher = LOCAL,
+        launcher: Launcher = LOCAL,
     ) -> None:
         """Nothing is started before `start` or the first call.
 
         folder: for what the servers print. urls: attach to these instead of starting `replicas`;
         `token` is theirs. max_running: requests in flight for each server.
-        place: where servers are started.
         """
         self._backend, self._limits = backend, limits
         clients = [Client(url, token, backend.read_timeout) for url in urls]
@@ -60,8 +58,8 @@ class ServerEngine:
         )
         self._router = Router(self.replicas, max_running)
         self._requests = Requests(backend, limits, tokenizer, self._router, self._reload)
-        self._caretakers = [Supervisor(r, folder, self._restore, place) for r in self.replicas]
-        self._live: dict[str, tuple[AdapterRef, Delivery]] = {}
+        self._supervisors = [Supervisor(r, folder, self._restore, launcher) for r in self.replicas]
+        self._live: dict[str, tuple[AdapterRef, Payload]] = {}
         self._served: set[str] = set()
         self._users: Counter[str] = Counter()
         self._closed: BaseException | None = None
@@ -87,7 +85,8 @@ class ServerEngine:
         if name is not None:
             self._users[name] += 1
         try:
-            return await self._until_closed(self._asked(self._requests.generate(request)))
+            self._begin()
+            return await self._until_closed(self._requests.generate(request))
         finally:
             if name is not None:
                 self._users[name] -= 1
@@ -101,14 +100,15 @@ class ServerEngine:
         self._name(adapter)
         for sequence in sequences:
             self._limits.check_sequence(sequence)
+        self._begin()
         scores = self._requests.score(sequences, adapter, temperature or 1.0)
-        return await self._until_closed(self._asked(scores))
+        return await self._until_closed(scores)
 
     async def load(self, ref: AdapterRef, state: AdapterState) -> str | None:
-        return await self.install(ref, ByBytes(ref=ref, state=state))
+        return await self.install(ref, Bytes(await asyncio.to_thread(pack, state)))
 
-    async def install(self, ref: AdapterRef, delivery: Delivery) -> str | None:
-        """Bring a version to every server, by that way, also to those that restart later.
+    async def install(self, ref: AdapterRef, payload: Payload) -> str | None:
+        """Bring a version to every server, also to those that restart later.
 
         Returns like `load`: ref.digest when every server that can tell holds it, or a digest that
         differs; None when none can tell. Raises ServerTrouble when a server keeps failing, and
@@ -116,16 +116,20 @@ class ServerEngine:
         """
         self._check_open()
         name = ref.served_name
-        self._live[name] = (ref, delivery)
+        self._live[name] = (ref, payload)
+
+        async def bring(replica: Replica) -> str | None:
+            return await self._bring(replica, name)
+
         try:
-            told = await self._on_all(name, self.replicas)
+            told = await self._everywhere(bring, self.replicas)
         except BaseException:
             await self._forget(ref)
             raise
         self._served.add(name)
         # servers that came up again meanwhile, without a version that nobody was served yet
         lacking = [r for r in self.replicas if r.ready and name not in r.loaded]
-        told += await self._on_all(name, lacking)
+        told += await self._everywhere(bring, lacking)
         digests = {digest for digest in told if digest is not None}
         return next(iter(digests - {ref.digest}), ref.digest if digests else None)
 
@@ -139,10 +143,10 @@ class ServerEngine:
 
     async def pause(self) -> None:
         self._router.hold("pause")
-        await self._tell(self._backend.pause)
+        await self._tell("pause")
 
     async def resume(self) -> None:
-        await self._tell(self._backend.resume)
+        await self._tell("resume")
         self._router.let_go("pause")
 
     async def abort(self, adapter: AdapterRef | None = None) -> None:
@@ -155,10 +159,10 @@ class ServerEngine:
         self._router.hold("sleep")
         self._requests.put_off()
         await self._until_closed(self._end(None))
-        await self._tell(self._backend.sleep)
+        await self._tell("sleep")
 
     async def wake(self) -> None:
-        await self._tell(self._backend.wake)
+        await self._tell("wake")
         self._router.let_go("sleep")
 
     async def health(self) -> Health:
@@ -176,11 +180,6 @@ class ServerEngine:
         await self._close(EngineClosed("the engine was closed"))
 
     # --- adapters
-
-    async def _on_all(self, name: str, replicas: Sequence[Replica]) -> list[str | None]:
-        return await self._until_closed(
-            self._everywhere(lambda replica: self._bring(replica, name), replicas)
-        )
 
     async def _bring(self, replica: Replica, name: str) -> str | None:
         """Load one version on one server, waiting for the server. Returns what it holds."""
@@ -204,7 +203,7 @@ class ServerEngine:
         async with replica.loading:
             if name not in replica.loaded:
                 incarnation = replica.incarnation
-                digest = await self._live[name][1].to(replica)
+                digest = await replica.client.load(*self._live[name])
                 if incarnation != replica.incarnation:
                     raise ServerTrouble(f"{self._backend.name}: it died after it loaded {name}")
                 replica.loaded[name] = digest
@@ -226,7 +225,7 @@ class ServerEngine:
             async with replica.loading:
                 replica.loaded.pop(ref.served_name, None)
                 if replica.ready:
-                    await self._backend.unload(replica.client, ref)
+                    await replica.client.unload(ref)
 
         # a server in trouble forgets by dying; nobody asks for the name again
         await asyncio.gather(*(unload(r) for r in self.replicas), return_exceptions=True)
@@ -238,26 +237,21 @@ class ServerEngine:
 
     # --- servers
 
-    async def _asked(self, work: Coroutine[Any, Any, T]) -> T:
-        await self._begun()
-        return await work
-
     async def _end(self, adapter: AdapterRef | None) -> None:
         """End what runs: everything, or one version's."""
-        await self._requests.end(
-            adapter, lambda: self._tell(lambda client: self._backend.abort(client, adapter))
-        )
+        asked = {"adapter": served_name(adapter)}
+        await self._requests.end(adapter, lambda: self._tell("abort", asked))
 
-    async def _begun(self) -> None:
-        """Start the caretakers once."""
+    def _begin(self) -> None:
+        """Start the supervisors once."""
         if not self._keeping:
-            for supervisor in self._caretakers:
+            for supervisor in self._supervisors:
                 task = asyncio.create_task(supervisor.keep(self._changed))
                 task.add_done_callback(self._broken)
                 self._keeping.append(task)
 
     async def _all_ready(self) -> None:
-        await self._begun()
+        self._begin()
         async with self._changes:
             await self._changes.wait_for(lambda: all(r.ready for r in self.replicas))
 
@@ -282,47 +276,50 @@ class ServerEngine:
             for replica in self.replicas:
                 if replica.process is None and replica.ready:
                     await self._leave(replica)
-        await asyncio.gather(*(supervisor.stop() for supervisor in self._caretakers))
+        await asyncio.gather(*(supervisor.stop() for supervisor in self._supervisors))
         await asyncio.gather(*(replica.client.close() for replica in self.replicas))
 
     async def _leave(self, replica: Replica) -> None:
         """Leave a server that was attached to as it was."""
         with suppress(ServerTrouble, KeyError, ValueError):
-            await self._backend.resume(replica.client)
+            await replica.client.call("resume")
             for name in list(replica.loaded):
                 if name in self._live:
-                    await self._backend.unload(replica.client, self._live[name][0])
+                    await replica.client.unload(self._live[name][0])
 
-    async def _tell(self, call: Callable[[Client], Coroutine[Any, Any, None]]) -> None:
+    async def _tell(self, route: str, asked: Mapping[str, Any] | None = None) -> None:
         """Tell it to every server that is up. One that is not has nothing to stop."""
         self._check_open()
 
         async def tell(replica: Replica) -> None:
             try:
-                await call(replica.client)
+                await replica.client.call(route, asked)
             except ServerTrouble:
                 replica.doubt()
                 if replica.process is None or replica.process.alive:
                     raise
 
-        await self._until_closed(self._begun())
         await self._everywhere(tell, [replica for replica in self.replicas if replica.ready])
 
     async def _everywhere(
-        self, call: Callable[[Replica], Coroutine[Any, Any, T]], chosen: Sequence[Replica]
+        self, call: Callable[[Replica], Awaitable[T]], chosen: Sequence[Replica]
     ) -> list[T]:
         """The results, once all have ended; the first failure if there is one."""
-        await self._begun()
-        results = await asyncio.gather(*map(call, chosen), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return results  # type: ignore[return-value]
+        self._begin()
+
+        async def all_ended() -> list[T]:
+            results = await asyncio.gather(*map(call, chosen), return_exceptions=True)
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+            return results  # type: ignore[return-value]  # no exception is left
+
+        return await self._until_closed(all_ended())
 
     async def _look(self, replica: Replica) -> None:
         if replica.ready:
             with suppress(ServerTrouble):
-                status = await self._backend.status(replica.client)
+                status = await replica.client.status()
                 replica.counter = max(replica.counter, status.tokens_generated)
 
     # --- the end of the engine

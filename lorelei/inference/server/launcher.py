@@ -1,4 +1,4 @@
-"""Where rollout servers are started: on this machine, or wherever `launch` brings them."""
+"""Starts inference servers: here on this machine; `launch` has launchers for clusters."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorelei.config.rollout import AnyServer, Scalar
+from lorelei.config.run import RunConfig
 from lorelei.model.config import ModelSizes
-
-Scalar = str | int | float | bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,16 @@ class ServerOptions:
     threads: int  # of one process, on a CPU
     cpu_cache_gib: int  # for keys and values, on a CPU
     extra_args: Mapping[str, Scalar]
+
+
+def largest_rank(config: RunConfig, rollout: AnyServer) -> int:
+    """Of any adapter that a server may get."""
+    return max(rollout.reserve_rank, *(e.lora.lora_rank for e in config.experiments()))
+
+
+def versions_in_use(config: RunConfig) -> int:
+    """Adapter versions that may be sampled from at once, and one that is being published."""
+    return sum(e.rollout.max_head_offpolicyness + 2 for e in config.experiments())
 
 
 def flags(options: Mapping[str, Scalar]) -> list[str]:

@@ -1,18 +1,66 @@
-"""One adapter as bytes: what travels to servers by HTTP and by broadcast. Runs inside servers too.
+"""What one adapter travels to servers as. Runs inside servers too.
 
-Safetensors with the adapter's shape in its metadata. Modules that share an A send it once.
+A Transport makes a payload, `Client.load` writes it to the wire and a worker opens it; everything
+between passes it on. Packed, an adapter is safetensors with its shape in the metadata; modules that
+share an A send it once.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
+from lorelei.lora.peft_folder import read_peft_folder
 from lorelei.lora.state import AdapterState
 from lorelei.lora.tensor_file import lora_modules, parse_tensors, tensor_bytes
 from lorelei.types import AdapterSpec
 
+BYTES, FOLDER, BROADCAST = "bytes", "folder", "broadcast"  # kinds of payloads on the wire
 _SPEC = "lorelei_spec"
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """A packed adapter."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A PEFT folder on a disk that the server reads too."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """What a broadcast has left in the workers' memory."""
+
+    data: bytes  # the same, for servers that it did not reach
+
+
+Payload = Bytes | Folder | Broadcast
+
+
+def to_wire(payload: Payload) -> tuple[str, bytes]:
+    """(kind, body): what a server's workers get."""
+    match payload:
+        case Bytes(data):
+            return BYTES, data
+        case Folder(path):
+            return FOLDER, str(path).encode()
+        case Broadcast():
+            return BROADCAST, b""
+
+
+def from_wire(kind: str, body: bytes) -> AdapterState:
+    """The adapter, in a worker. body: of the request, or what the broadcast brought.
+
+    Raises ValueError for what is not a whole adapter.
+    """
+    return read_peft_folder(Path(body.decode())) if kind == FOLDER else unpack(body)
 
 
 def pack(state: AdapterState) -> bytes:

@@ -30,9 +30,9 @@ class Launch:
 
 
 class ServerProcess:
-    """A running server with everything it starts, in a session of its own.
+    """A running server with everything it starts, in a separate session.
 
-    A guard process stands between: nothing survives `stop`, the server's own death, or ours.
+    A guard process is its parent: nothing survives `stop`, the server's death, or this process's.
     """
 
     def __init__(self, launch: Launch, log: Path) -> None:
@@ -58,7 +58,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                # each adapter is received by a thread of its own, and each of malloc's arenas keeps
+                # each adapter is received by a new thread, and each of malloc's arenas keeps
                 # the most that any of them freed in it
                 env={"MALLOC_ARENA_MAX": "1", **os.environ, **launch.environment},
                 start_new_session=True,
@@ -85,7 +85,7 @@ class ServerProcess:
         await asyncio.to_thread(self.stop_now)
 
     def stop_now(self) -> None:
-        """`stop` for those who have no event loop."""
+        """`stop` without an event loop."""
         with suppress(ProcessLookupError):
             if self.alive:
                 self._guard.send_signal(signal.SIGTERM)

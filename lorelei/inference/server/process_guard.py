@@ -1,6 +1,6 @@
 """Runs one command and leaves no process behind, however it or its starter ends.
 
-A program of its own, of the standard library only:
+A separate program that needs the standard library only:
 `python process_guard.py STARTER_PID GRACE COMMAND...`.
 It starts the command, adopts what the command's processes leave behind (Linux), and ends all of
 them when the command ends, when it gets SIGTERM, or when the starter is gone, be it by SIGKILL.

@@ -6,13 +6,10 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from lorelei.inference.server.backend import Facts, Group, ServerBackend
+from lorelei.inference.server.backend import Facts, ServerBackend
 from lorelei.inference.server.client import Client
 from lorelei.inference.server.launcher import RunningServer
-from lorelei.lora.state import AdapterState
-from lorelei.types import AdapterRef
 
 HOMES = 4096  # prompts whose replica is remembered
 SLACK = 4  # requests that a prompt's replica may be ahead of the least busy one
@@ -27,11 +24,11 @@ class Replica:
     number: int
     backend: ServerBackend
     client: Client
-    process: RunningServer | None = None  # none: attached to, or not started yet
+    process: RunningServer | None = None  # None: attached to, or not started yet
     facts: Facts | None = None
     incarnation: int = 0  # starts so far
     ready: bool = False
-    doubted: bool = False  # somebody met trouble, and nobody has looked since
+    doubted: bool = False  # a call failed, and the supervisor has not checked since
     in_flight: int = 0
     finished: int = 0  # requests answered since the last start
     loaded: dict[str, str | None] = field(default_factory=dict[str, "str | None"])  # name: digest
@@ -52,7 +49,7 @@ class Replica:
         return self.ready and not self.doubted
 
     def doubt(self) -> None:
-        """Somebody met trouble: nothing is sent there before its supervisor has looked."""
+        """A call failed: nothing is sent there before the supervisor has checked the server."""
         self.doubted = True
         self.suspect.set()
 
@@ -63,30 +60,10 @@ class Replica:
         self.counted, self.counter, self.base = self.tokens, 0, 0
         self.finished = 0
 
-    # what a publisher asks of a server
-
     @property
     def identity(self) -> tuple[int, int]:
         """Changes when the server restarts."""
         return self.number, self.incarnation
-
-    async def load_bytes(self, ref: AdapterRef, state: AdapterState) -> str | None:
-        return await self.backend.load_bytes(self.client, ref, state)
-
-    async def load_folder(self, ref: AdapterRef, folder: Path) -> str | None:
-        return await self.backend.load_folder(self.client, ref, folder)
-
-    async def load_received(self, ref: AdapterRef) -> str | None:
-        return await self.backend.load_received(self.client, ref)
-
-    async def join(self, group: Group) -> None:
-        await self.backend.join(self.client, group)
-
-    async def receive(self, ref: AdapterRef, group: str, size: int) -> None:
-        await self.backend.receive(self.client, ref, group, size)
-
-    async def leave(self, group: str) -> None:
-        await self.backend.leave(self.client, group)
 
 
 class Router:
@@ -145,7 +122,7 @@ class Router:
         self.dispatch()
 
     def dismiss(self, adapter: str | None = None) -> None:
-        """Answer None to all who wait, or to those of one adapter."""
+        """Answer None to all waiting requests, or to those of one adapter."""
         waiting, self._waiting = self._waiting, deque()
         for future, key in waiting:
             if adapter not in (None, key[0]):

@@ -1,4 +1,4 @@
-"""What is asked of servers, again and again until one whole and right answer has come.
+"""Requests to servers, repeated until one complete and valid answer has come.
 
 A caller gets an answer that was sampled once, by the version that was asked for: an attempt that
 failed gives nothing, however far it came.
@@ -14,20 +14,39 @@ from dataclasses import dataclass
 import numpy as np
 
 from lorelei.inference.limits import Limits
-from lorelei.inference.server.attempts import Attempts
-from lorelei.inference.server.backend import Sampled, ServerBackend
-from lorelei.inference.server.client import ServerTrouble
+from lorelei.inference.server.backend import ServerBackend
+from lorelei.inference.server.client import Sampled, ServerTrouble, served_name
 from lorelei.inference.server.replicas import Replica, Router
-from lorelei.inference.server.seed import stream_seed
 from lorelei.inference.stops import StopStrings, Tokenizer
 from lorelei.types import AdapterRef, Completion, Floats, GenerateRequest, Ints
 
+ATTEMPTS = 5  # of one call, each after a failure of a server
+PAUSE = 0.2  # seconds before the second attempt, doubled for each later one
 _EMPTY = Completion(
     tokens=np.zeros(0, np.int32),
     logprobs=np.zeros(0, np.float32),
     versions=(),
     finish_reason="abort",
 )
+
+
+class Attempts:
+    """The failures of one call so far."""
+
+    def __init__(self, what: str) -> None:
+        """what: the call, for people."""
+        self._what = what
+        self._failed = 0
+
+    async def failed(self, replica: Replica, error: Exception) -> None:
+        """Return when it is time for another attempt. Raises ServerTrouble after the last one."""
+        replica.doubt()
+        self._failed += 1
+        if self._failed >= ATTEMPTS:
+            raise ServerTrouble(
+                f"{self._what}: {ATTEMPTS} attempts failed; the last one: {error}"
+            ) from error
+        await asyncio.sleep(PAUSE * 2 ** (self._failed - 1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +71,7 @@ class Requests:
         self._backend, self._limits, self._tokenizer = backend, limits, tokenizer
         self._router, self._reload = router, reload
         self._running: set[_Running] = set()
-        self._aborts: Counter[str | None] = Counter()  # so far, by adapter; none: the base
+        self._aborts: Counter[str | None] = Counter()  # so far, by adapter; None: the base
         self._put_off = 0  # times that all were ended to be asked again
 
     async def generate(self, request: GenerateRequest) -> Completion:
@@ -60,7 +79,7 @@ class Requests:
         name = served_name(request.adapter)
         aborts = self._aborts[name]
         limit = self._limits.new_tokens(request)
-        seed = stream_seed(request.sampling.seed, request.key, request.position)
+        seed = self._backend.seed(request)
         attempts = Attempts(str(request.adapter or "the base model"))
         while True:
             replica = await self._router.acquire((name, request.tokens.tobytes()))
@@ -71,7 +90,7 @@ class Requests:
             running, put_off = _Running(request.adapter), self._put_off
             self._running.add(running)
             try:
-                sampled = await self._backend.generate(replica.client, request, limit, seed)
+                sampled = await replica.client.generate(request, limit, seed)
                 self._check(sampled, request, limit)
                 aborted = sampled.finish_reason == "abort" and aborts == self._aborts[name]
                 if aborted and put_off == self._put_off:
@@ -97,7 +116,7 @@ class Requests:
         while True:
             replica = await self._router.any_ready()
             try:
-                scored = await self._backend.score(replica.client, longer, adapter, temperature)
+                scored = await replica.client.score(longer, adapter, temperature)
                 if not all(np.isfinite(one).all() for one in scored):
                     raise ServerTrouble(f"{replica.client.url}: scores are not finite")
             except (ServerTrouble, KeyError) as error:
@@ -110,16 +129,16 @@ class Requests:
             ]
 
     def dismiss(self, adapter: AdapterRef | None, names: Iterable[str]) -> None:
-        """What waits is answered empty, what runs is not asked again when it ends.
+        """Waiting requests are answered empty; running ones are not asked again when they end.
 
-        adapter: only that version's requests; none: those of the base and of all `names`.
+        adapter: only that version's requests; None: those of the base and of all `names`.
         """
         name = served_name(adapter)
         self._aborts.update([*names, None] if name is None else [name])
         self._router.dismiss(name)
 
     async def end(self, adapter: AdapterRef | None, tell: Callable[[], Awaitable[None]]) -> None:
-        """Until nothing runs that ran when the call came: a request may still be on its way."""
+        """Repeat `tell` until nothing runs that ran at the call: a request may not be there yet."""
         meant = {t for t in self._running if adapter is None or t.adapter == adapter}
         for _ in range(100):
             await tell()
@@ -128,7 +147,7 @@ class Requests:
             await asyncio.sleep(0.02)
 
     def put_off(self) -> None:
-        """What is ended from now on is asked again, with the same random numbers."""
+        """Requests that are ended from now on are asked again, with the same random numbers."""
         self._put_off += 1
 
     async def _again(
@@ -179,8 +198,3 @@ class Requests:
             versions=((version, len(tokens)),) if len(tokens) else (),
             finish_reason=reason,
         )
-
-
-def served_name(ref: AdapterRef | None) -> str | None:
-    """None: the base model."""
-    return ref.served_name if ref is not None else None

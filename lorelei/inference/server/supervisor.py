@@ -1,4 +1,4 @@
-"""Keeps one replica up: starts it or finds it, watches it, and starts it again when it dies."""
+"""Keeps one replica up: starts it or attaches, checks its health, restarts it when it dies."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lorelei.inference.server.launcher import Launcher
 from lorelei.inference.server.replicas import Replica
 
 START = 600.0  # seconds for a server to come up: a large model is read, kernels are compiled
-WATCH = 3.0  # seconds between two looks
-STATUS = 10.0  # seconds for an answer to one look
-LOOKS = 3  # looks in vain, one after another, after which a server counts as hung
-STARTS = 3  # in a row without one answered request between them
+CHECK_EVERY = 3.0  # seconds between two health checks
+CHECK_TIMEOUT = 10.0  # seconds for an answer to one
+MAX_FAILED_CHECKS = 3  # in a row, after which a server counts as hung
+MAX_STARTS = 3  # in a row without one answered request between them
 
 
 class Supervisor:
@@ -30,16 +30,16 @@ class Supervisor:
         replica: Replica,
         folder: Path,
         restore: Callable[[Replica], Awaitable[None]],
-        place: Launcher,
+        launcher: Launcher,
     ) -> None:
         """restore: makes a server that has just come up hold what it should.
 
-        folder: for logs and other files of servers that are started. place: where that is.
+        folder: for logs and other files of servers that are started.
         """
         self._replica, self._folder, self._restore = replica, folder, restore
-        self._place = place
+        self._launcher = launcher
         self._starts_here = not replica.client.url  # else attached to
-        self._fruitless = 0
+        self._useless_starts = 0
 
     async def keep(self, changed: Callable[[], None]) -> None:
         """Calls `changed` when the replica became usable or was lost; ends by raising only.
@@ -58,16 +58,16 @@ class Supervisor:
             except ServerTrouble as trouble:
                 reason = str(trouble)
             if replica.finished:
-                self._fruitless = 0
+                self._useless_starts = 0
             replica.lost()
             changed()
-            self._fruitless += 1
-            words = replica.process.log_tail() if replica.process else ""
+            self._useless_starts += 1
+            log_tail = replica.process.log_tail() if replica.process else ""
             await self.stop()
-            if self._fruitless >= STARTS or (
+            if self._useless_starts >= MAX_STARTS or (
                 self._starts_here and replica.incarnation == 1 and not replica.facts
             ):
-                raise EngineClosed(self._failure_message(reason, words))
+                raise EngineClosed(self._failure_message(reason, log_tail))
 
     async def stop(self) -> None:
         """End the server, if it was started here."""
@@ -82,12 +82,12 @@ class Supervisor:
             token = secrets.token_hex(16)
             await replica.client.close()
             replica.process = await asyncio.to_thread(
-                self._place.start, replica.backend, replica.number, token, self._folder
+                self._launcher.start, replica.backend, replica.number, token, self._folder
             )
             replica.client = Client(replica.process.url, token, replica.backend.read_timeout)
         replica.facts = await self._first_answer()
-        await replica.backend.warm_up(replica.client)
-        status = await replica.backend.status(replica.client)
+        await replica.client.warm_up()
+        status = await replica.client.status()
         replica.base = replica.counter = status.tokens_generated
         await self._restore(replica)
 
@@ -104,25 +104,25 @@ class Supervisor:
             await asyncio.sleep(0.2)
 
     async def _watch(self, changed: Callable[[], None]) -> str:
-        """Returns why the server is given up. Ends doubts that a look answers."""
-        replica, vain = self._replica, 0
+        """Returns why the server is given up. A health check that succeeds ends doubts."""
+        replica, failed = self._replica, 0
         while True:
-            if not vain:
+            if not failed:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(replica.suspect.wait(), WATCH)
+                    await asyncio.wait_for(replica.suspect.wait(), CHECK_EVERY)
             replica.suspect.clear()
             if replica.process is not None and not replica.process.alive:
                 return "it ended"
             try:
-                async with asyncio.timeout(STATUS):
-                    status = await replica.backend.status(replica.client)
+                async with asyncio.timeout(CHECK_TIMEOUT):
+                    status = await replica.client.status()
             except (ServerTrouble, TimeoutError) as trouble:
-                vain += 1
-                if vain >= LOOKS:
-                    return f"{LOOKS} looks in vain: {trouble or 'no answer'}"
+                failed += 1
+                if failed >= MAX_FAILED_CHECKS:
+                    return f"{MAX_FAILED_CHECKS} failed health checks: {trouble or 'no answer'}"
                 await asyncio.sleep(0.5)
                 continue
-            vain = 0
+            failed = 0
             replica.counter = status.tokens_generated
             if set(replica.loaded) - set(status.adapters):
                 return "it has lost adapters: another server answers at its address"
@@ -130,10 +130,10 @@ class Supervisor:
                 replica.doubted = False
                 changed()
 
-    def _failure_message(self, reason: str, words: str) -> str:
+    def _failure_message(self, reason: str, log_tail: str) -> str:
         replica = self._replica
         name = f"{replica.backend.name}-{replica.number}"
-        tries = f" after {self._fruitless} starts in a row" if self._fruitless > 1 else ""
+        tries = f" after {self._useless_starts} starts in a row" if self._useless_starts > 1 else ""
         log = self._folder / f"{name}.log"
-        end = f"; its output is in {log}, which ends:\n{words}" if words else ""
+        end = f"; its output is in {log}, which ends:\n{log_tail}" if log_tail else ""
         return f"server {name} ({replica.client.url}) was given up{tries}: {reason}{end}"

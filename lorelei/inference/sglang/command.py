@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 
 from lorelei.config.errors import FieldError
-from lorelei.inference.server.options import Scalar, ServerOptions, binding, flags
+from lorelei.config.rollout import Scalar
+from lorelei.inference.server.options import ServerOptions, binding, flags
 from lorelei.inference.server.process import LOOPBACK, Launch
+from lorelei.inference.sglang.kind import INNER, SPARE, cpu_cache_tokens, slots
 from lorelei.venvs.recipe import import_path, interpreter
 
 LAUNCHER = "lorelei.inference.sglang.in_server.launcher"
-SPARE = 8  # SGLang takes prompts and answers that end a few tokens before its context
 
 
 def launch(
@@ -20,19 +21,19 @@ def launch(
     check_model(options)
     python = interpreter("sglang")
     return Launch(
-        # -P: the folder that we happen to be in holds no modules for the server
+        # -P: no module of the folder that we happen to be in is taken for the server's
         command=(str(python), "-P", "-m", LAUNCHER, *arguments(options, number, port, host)),
         environment=_environment(options, number, token),
     )
 
 
 def check_model(options: ServerOptions) -> None:
-    """Raises FieldError for adapters that would end the server."""
-    inner = {"gate_proj", "up_proj", "down_proj"} & set(options.target_modules)
+    """Raises FieldError for adapters that would crash the server."""
+    inner = {*INNER} & {*options.target_modules}
     if options.device == "cpu" and inner and options.sizes.moe is not None:
         raise FieldError(
             "lora.target_modules",
-            f"{', '.join(sorted(inner))} of a mixture of experts end SGLang's CPU server at its "
+            f"{', '.join(sorted(inner))} of a mixture of experts crash SGLang's CPU server at its "
             "first request; target q_proj, k_proj, v_proj and o_proj only, or use "
             "rollout: {kind: embedded}",
         )
@@ -42,6 +43,7 @@ def arguments(
     options: ServerOptions, number: int, port: int, host: str = LOOPBACK
 ) -> tuple[str, ...]:
     """The server's command line behind the launcher."""
+    room = slots(options.versions, options.max_rank)
     derived: dict[str, Scalar] = {
         "model-path": str(options.model),
         "dtype": options.dtype,
@@ -52,8 +54,8 @@ def arguments(
         "max-running-requests": options.max_running,
         "tp-size": options.tensor_parallel,
         "enable-lora": True,
-        "max-lora-rank": options.max_rank,
-        "max-loras-per-batch": options.versions + 1,  # the base model takes a place
+        "max-lora-rank": room.rank,
+        "max-loras-per-batch": room.versions,
         "skip-tokenizer-init": not options.has_tokenizer,
         "enable-memory-saver": options.device != "cpu",
         "sampling-backend": "pytorch",  # where our sampler is
@@ -67,7 +69,10 @@ def arguments(
         derived["attention-backend"] = "torch_native"
         derived["lora-backend"] = "torch_native"
         derived["mem-fraction-static"] = 0.3
-        derived["max-total-tokens"] = _cache_tokens(options)
+        derived["max-total-tokens"] = cpu_cache_tokens(
+            *(options.sizes, options.dtype, options.context),
+            *(options.max_running, options.cpu_cache_gib),
+        )
     words = flags({**derived, **options.extra_args})
     return (*words, "--lora-target-modules", *options.target_modules)
 
@@ -90,14 +95,3 @@ def _environment(options: ServerOptions, number: int, token: str) -> dict[str, s
         if options.tensor_parallel > 1:  # else a worker for each NUMA node
             found["SGLANG_CPU_OMP_THREADS_BIND"] = binding(options, number)
     return found
-
-
-def _cache_tokens(options: ServerOptions) -> int:
-    """Tokens of a CPU's KV cache: those of all running sequences, within cpu_cache_gib."""
-    model = options.sizes
-    width = 4 if options.dtype == "float32" else 2
-    of_token = 2 * width * model.kv_heads * model.head_dim * model.layers
-    longest = options.context + SPARE
-    return max(
-        min(options.max_running * longest, (options.cpu_cache_gib << 30) // of_token), longest
-    )

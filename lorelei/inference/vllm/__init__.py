@@ -1,1 +1,1 @@
-"""The vLLM rollout engine: what is said to the server, and what runs inside it."""
+"""The vLLM engine: how its servers are started, and what runs inside them."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from lorelei.config.vllm_options import rank_at_least
-from lorelei.inference.server.options import Scalar, ServerOptions, binding, flags
+from lorelei.config.rollout import Scalar
+from lorelei.inference.server.options import ServerOptions, binding, flags
 from lorelei.inference.server.process import LOOPBACK, Launch
+from lorelei.inference.vllm.kind import slots
 from lorelei.venvs.recipe import import_path, interpreter
 
 # not lm_head: vLLM's scores of prompts fail beside an adapted one
@@ -24,13 +25,15 @@ def launch(
     """The command and environment of replica `number`. Raises ValueError without `make vllm`."""
     python = interpreter("vllm")
     return Launch(
-        command=(str(python), "-m", LAUNCHER, *arguments(options, port, host)),
+        # -P: no module of the folder that we happen to be in is taken for the server's
+        command=(str(python), "-P", "-m", LAUNCHER, *arguments(options, port, host)),
         environment=_environment(options, number, token),
     )
 
 
 def arguments(options: ServerOptions, port: int, host: str = LOOPBACK) -> tuple[str, ...]:
     """`serve MODEL ...`, as for the `vllm` command."""
+    room = slots(options.versions, options.max_rank)
     derived: dict[str, Scalar] = {
         "host": host,
         "port": port,
@@ -40,9 +43,9 @@ def arguments(options: ServerOptions, port: int, host: str = LOOPBACK) -> tuple[
         "max-num-seqs": options.max_running,
         "tensor-parallel-size": options.tensor_parallel,
         "enable-lora": True,
-        "max-lora-rank": rank_at_least(options.max_rank),
-        "max-loras": options.versions,
-        "max-cpu-loras": options.versions,
+        "max-lora-rank": room.rank,
+        "max-loras": room.versions,
+        "max-cpu-loras": room.versions,
         "logprobs-mode": LOGPROBS_MODE,
         "worker-extension-cls": EXTENSION,
         "middleware": ROUTES,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from vllm.model_executor.layers.fused_moe import layer as fused_moe_layer
 from vllm.platforms import current_platform
 from vllm.v1.worker import gpu_model_runner
 
+from lorelei.inference.server.broadcast import Group
 from lorelei.inference.server.broadcast_receiver import PendingBroadcast, PendingGroup
-from lorelei.inference.server.payload import unpack
+from lorelei.inference.server.payload import BROADCAST, FOLDER, from_wire
 from lorelei.inference.vllm.preparation import Missing, Preparation
-from lorelei.lora.peft_folder import read_peft_folder
 from lorelei.lora.state import AdapterState
 
 SCHEME = "lorelei://"
@@ -46,16 +45,14 @@ class Extension:
         plain_head = not any("logits_processor" in name for name in layers)
         return {"device": runner.device.type, "scores": hooked and plain_head}
 
-    def lorelei_store(self, name: str, data: bytes) -> dict[str, Any]:
-        """Start to prepare an adapter's bytes."""
-        return self._lorelei_prepare(name, lambda: unpack(data))
-
-    def lorelei_read(self, name: str, folder: str) -> dict[str, Any]:
-        """Start to prepare a PEFT folder."""
-        return self._lorelei_prepare(name, lambda: read_peft_folder(Path(folder)), again=True)
+    def lorelei_load(self, name: str, kind: str, body: bytes) -> dict[str, Any]:
+        """Start to prepare a payload; for a broadcast, `lorelei_receive` has."""
+        if kind == BROADCAST:
+            return {}
+        return self._lorelei_prepare(name, lambda: from_wire(kind, body), again=kind == FOLDER)
 
     def lorelei_prepared(self, name: str) -> dict[str, Any]:
-        """How it stands: {"waiting": True}, {"missing": why}, {"refused": why}, or ready: {}."""
+        """{} when it is ready, {"waiting": True}, {"missing": why} or {"refused": why}."""
         preparation = _held.get(name)
         if preparation is None:
             return {"missing": "none is announced"}
@@ -68,36 +65,35 @@ class Extension:
             return {"refused": preparation.refused}
         return {"missing": preparation.missing or "it could not be read, see the server's log"}
 
-    def lorelei_join(
-        self, name: str, host: str, port: int, size: int, first: int, backend: str, timeout: float
-    ) -> dict[str, Any]:
-        """Start to meet a broadcast group; does not wait for it."""
-        if name not in _groups:
-            rank = first + self.rank  # type: ignore[attr-defined]
+    def lorelei_join(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Start to form a broadcast group; does not wait for it."""
+        group = Group(**asked)
+        if group.name not in _groups:
+            rank = group.first_rank + self.rank  # type: ignore[attr-defined]
             device = self.model_runner.device  # type: ignore[attr-defined]
-            _groups[name] = PendingGroup((name, host, port, size, rank, backend, timeout), device)
+            _groups[group.name] = PendingGroup(group, rank, device)
         return {}
 
     def lorelei_receive(self, name: str, group: str, size: int) -> dict[str, Any]:
         """Start to receive an adapter of `size` bytes and to prepare it; does not wait for it."""
         if group not in _groups:
             return {"refused": f"there is no broadcast group {group}"}
-        arrival = PendingBroadcast(_groups[group], size)
+        pending = PendingBroadcast(_groups[group], size)
 
         def read() -> AdapterState:
-            arrival.wait()
-            if arrival.data is None:
-                raise Missing(arrival.error)
-            return unpack(arrival.data)
+            pending.wait()
+            if pending.data is None:
+                raise Missing(pending.error)
+            return from_wire(BROADCAST, pending.data)
 
         _coming[name] = group
         return self._lorelei_prepare(name, read)
 
     def lorelei_leave(self, group: str) -> dict[str, Any]:
-        """Give up a group; who still waits in it wakes up."""
-        meeting = _groups.pop(group, None)
-        if meeting is not None:
-            meeting.abort()
+        """Give up a group; workers that wait in it wake up."""
+        pending = _groups.pop(group, None)
+        if pending is not None:
+            pending.abort()
         for name in [name for name, of in _coming.items() if of == group]:
             del _coming[name]
             if name in _held and _held[name].spec is None:
@@ -123,7 +119,7 @@ class Extension:
 
 
 def _check(manager: Any, state: AdapterState) -> None:
-    """Raises ValueError for what vLLM would refuse, or leave out without a word."""
+    """Raises ValueError for what vLLM would refuse, or silently leave out."""
     allowed = manager.lora_config.max_lora_rank
     if state.spec.rank > allowed:
         raise ValueError(f"rank {state.spec.rank} is more than the server's {allowed}")
@@ -132,10 +128,10 @@ def _check(manager: Any, state: AdapterState) -> None:
     for module in state.spec.target_modules:
         # the names of vLLM's own modules: q, k and v are one, and so are all experts
         known = (mapper.map_name(module) if mapper is not None else None) or module
-        if not any(place in layers.modules for place in _places(known, layers)):
+        if not any(name in layers.modules for name in _layer_names(known, layers)):
             raise ValueError(
-                f"module {module} has no LoRA layer in this server, which would leave it out "
-                "without a word; target other modules, or use another rollout engine"
+                f"module {module} has no LoRA layer in this server, which would silently leave it "
+                "out; target other modules, or use another rollout engine"
             )
     wrong = [n for n, tensor in state.tensors.items() if not torch.isfinite(tensor).all()]
     if wrong:
@@ -145,7 +141,7 @@ def _check(manager: Any, state: AdapterState) -> None:
             raise ValueError(f"tensor {name} is {tensor.dtype}")
 
 
-def _places(module: str, layers: Any) -> Iterator[str]:
+def _layer_names(module: str, layers: Any) -> Iterator[str]:
     parent, _, leaf = module.rpartition(".")
     yield module
     for packed, parts in layers.packed_modules_mapping.items():
@@ -241,14 +237,14 @@ if current_platform.is_cpu():
 
     fused_moe_layer.FusedMoEConfig = _without_expert_adapters
 
-    # a prompt that is computed in pieces is sampled after each piece, in vain; vLLM then turns the
-    # request's random numbers back by a call that ends the worker where they are a CPU's
+    # a prompt that is computed in pieces is sampled after each piece, needlessly; vLLM then turns
+    # the request's random numbers back by a call that a CPU's generator does not have
     _sample_as_vllm_does = gpu_model_runner.GPUModelRunner._sample
     _keep_books_as_vllm_does = gpu_model_runner.GPUModelRunner._bookkeeping_sync
 
     def _sample(self: Any, *args: Any, **options: Any) -> Any:
-        vain = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0]
-        generators = [self.input_batch.generators.get(int(row)) for row in vain]
+        unused = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0]
+        generators = [self.input_batch.generators.get(int(row)) for row in unused]
         before = [(each, each.get_state()) for each in generators if each is not None]
         sampled = _sample_as_vllm_does(self, *args, **options)
         for generator, state in before:

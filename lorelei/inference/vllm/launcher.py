@@ -1,4 +1,4 @@
-"""Starts vLLM's command line under vLLM's interpreter: `python -m lorelei.inference.vllm.launcher`.
+"""Starts vLLM in its virtual environment: `python -P -m lorelei.inference.vllm.launcher`.
 
 On a CPU, vLLM's engine and worker processes wait for each other in busy loops, and take the cores
 that the API server and the trainer need. Started by this module they sleep until they are

@@ -1,4 +1,4 @@
-"""Runs inside vLLM's workers: what can be done of a load while the engine goes on decoding."""
+"""Runs inside vLLM's workers: the part of a load that is done while the engine decodes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Preparation:
 
         check: raises ValueError for what the server cannot serve.
         """
-        self.spec: AdapterSpec | None = None  # none: not there (yet)
+        self.spec: AdapterSpec | None = None  # None: not there (yet)
         self.digest: str | None = None
         self.missing: str | None = None
         self.refused: str | None = None

@@ -95,6 +95,8 @@ void tree_forward(const float *q, long qs, const float *k, long ks, const float 
                         long n = at[3] - j < N ? at[3] - j : N;
                         long wide = (n + WIDE - 1) / WIDE * WIDE;
                         transpose(kh + j * ks, ks, n, d, kt);
+                        /* causal: queries before key j see none of the tile. Both start at the
+                         * same token and M = N, so only the tile with i == j needs a mask */
                         for (long i = causal ? j : at[0]; i < at[1]; i += M) {
                             long m = at[1] - i < M ? at[1] - i : M;
                             multiply(q + i * qs + h * d, qs, 1, kt, N, s, N, m, wide, d, 0);
@@ -113,6 +115,8 @@ void tree_forward(const float *q, long qs, const float *k, long ks, const float 
                                     total += row[y];
                                 }
                                 for (long y = seen; y < n; y++) row[y] = 0;
+                                /* online softmax: sums and outputs so far are relative to the
+                                 * old maximum */
                                 float keep = old == -INFINITY ? 0 : exponential(old - most);
                                 sum[i + x] = sum[i + x] * keep + total;
                                 big[i + x - rows[r]] = most;
@@ -136,7 +140,11 @@ void tree_forward(const float *q, long qs, const float *k, long ks, const float 
     }
 }
 
-/* dq [T, H, d]; dk, dv [T, H, d]: of each query head apart, for the caller to add up */
+/* dq, dk, dv [T, H, d]; dk and dv of each query head apart, for the caller to add up: query heads
+ * that share a key head are tasks of different threads, whose order of additions would vary.
+ *
+ * The probabilities P = exp(S - lse) are computed again from the scores S. With dP = dO V^T the
+ * gradient of the scores is P (dP - inner), where inner = sum(dO O) of the query. */
 void tree_backward(const float *q, long qs, const float *k, long ks, const float *v, long vs,
                    const int64_t *blocks, const int64_t *trees, const int64_t *rows,
                    const float *out, const float *lse, const float *dout, float *dq, float *dk,

@@ -31,7 +31,7 @@ _FLAGS = (
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The kernels, or none where they cannot be had."""
+    """The kernels; None where they cannot be built."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or _openmp() is None:
         return None
@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def _openmp() -> ctypes.CDLL | None:
-    """torch's own OpenMP: a second one in the process would bring threads of its own."""
+    """torch's own OpenMP: a second one in the process would start its own threads besides."""
     found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
     if not found or platform.system() != "Linux":
         return None
@@ -51,11 +51,11 @@ def _openmp() -> ctypes.CDLL | None:
 
 
 def rest() -> None:
-    """End the helper threads of the calling thread until it computes again.
+    """End the OpenMP helper threads of the calling thread; they start again when it computes.
 
-    Every thread that computes has a team of its own. While teams have more threads than there
-    are cores, the helpers of all of them sleep between two loops instead of spinning, and waking
-    them costs more than a short loop takes.
+    OpenMP gives every thread that computes its own team of helpers. While the teams together
+    have more threads than there are cores, helpers sleep between two loops instead of spinning,
+    and waking them takes longer than a short loop.
     """
     openmp = _openmp()
     if openmp is not None and torch.get_num_threads() > 1:

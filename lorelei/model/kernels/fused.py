@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorelei.model.kernels.build import library
 
-_TRANSPOSE_ROWS = 192  # rows of a matrix that are turned at a time
+_TRANSPOSE_ROWS = 192  # rows transposed per tile: they stay in the cache until multiplied
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "lanes": (),
@@ -54,12 +54,12 @@ def fuses(x: Tensor) -> bool:
 
 
 def whole_rows(x_THd: Tensor) -> Tensor:
-    """x whose heads lie together, as a part of a wider row may."""
+    """x with the heads of a token contiguous; x may be a slice of a wider row."""
     return x_THd if x_THd.stride()[1:] == (x_THd.shape[2], 1) else x_THd.contiguous()
 
 
 @cache
-def _kernel(name: str) -> Callable[..., None]:
+def _kernel(name: str) -> Callable[..., Any]:
     kernel = getattr(library(), name)
     kernel.argtypes, kernel.restype = _SIGNATURES[name], _LONG if name == "lanes" else None
     return kernel
@@ -68,11 +68,12 @@ def _kernel(name: str) -> Callable[..., None]:
 @cache
 def lanes() -> int:
     """The columns of a product come in multiples of this number."""
-    return _kernel("lanes")()
+    count: int = _kernel("lanes")()
+    return count
 
 
 def pack(weight_OD: Tensor) -> Tensor:
-    """The panels [O / P, D, P] of a matrix of any strides, filled up with zeros."""
+    """The panels [O / P, D, P] of a matrix of any strides, padded with zeros."""
     (outputs, inputs), width = weight_OD.shape, 2 * lanes()
     panels = torch.empty(-(-outputs // width), inputs, width)
     steps = weight_OD.stride()
@@ -88,7 +89,7 @@ def unpack(panels: Tensor, outputs: int) -> Tensor:
 
 
 def product(x_TD: Tensor, panels: Tensor, outputs: int, out: Tensor | None = None) -> Tensor:
-    """x @ W.T [T, O] for the panels of W; out: where it is written, contiguous."""
+    """x @ W.T [T, O] for the panels of W; out: contiguous memory for it."""
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     y_TO = torch.empty(len(x_TD), outputs) if out is None else out
     width = panels.shape[2]
@@ -104,9 +105,15 @@ def transposed_product(x_TO: Tensor, panels: Tensor) -> Tensor:
     x_TO = x_TO if x_TO.stride(1) == 1 else x_TO.contiguous()
     inputs, width = panels.shape[1:]
     y_TD = torch.empty(len(x_TO), inputs)
-    turned = torch.empty(_TRANSPOSE_ROWS, -(-inputs // width) * width)
+    transposed = torch.empty(_TRANSPOSE_ROWS, -(-inputs // width) * width)
     _kernel("transposed_product")(
-        *(x_TO.data_ptr(), x_TO.stride(0), panels.data_ptr(), turned.data_ptr(), y_TD.data_ptr()),
+        *(
+            x_TO.data_ptr(),
+            x_TO.stride(0),
+            panels.data_ptr(),
+            transposed.data_ptr(),
+            y_TD.data_ptr(),
+        ),
         *(*x_TO.shape, inputs, _TRANSPOSE_ROWS),
     )
     return y_TD
@@ -114,15 +121,15 @@ def transposed_product(x_TO: Tensor, panels: Tensor) -> Tensor:
 
 def with_lora_delta(panels: Tensor, a_DR: Tensor, b_RO: Tensor) -> Tensor:
     """The panels of W + (a @ b).T."""
-    raised, width = panels.clone(), panels.shape[2]
+    summed, width = panels.clone(), panels.shape[2]
     a_DR, deltas = a_DR.contiguous(), pack(b_RO.T)
     inputs, rank = a_DR.shape
     _kernel("product")(
         *(a_DR.data_ptr(), rank, 1, deltas.data_ptr(), width, deltas.stride(0)),
-        *(raised.data_ptr(), width, raised.stride(0)),
+        *(summed.data_ptr(), width, summed.stride(0)),
         *(inputs, rank, len(panels) * width, 1.0, True),
     )
-    return raised
+    return summed
 
 
 def multiplies(x_TD: Tensor, p_DO: Tensor) -> bool:
@@ -335,7 +342,8 @@ def tree_attention_backward(
         *_tree_shape(q_THd, k_TKd, trees),
     )
     tokens, kv_heads, d = k_TKd.shape
-    return dq, *(x.view(tokens, kv_heads, -1, d).sum(2) for x in (dk, dv))
+    dk, dv = (x.view(tokens, kv_heads, -1, d).sum(2) for x in (dk, dv))
+    return dq, dk, dv
 
 
 def _factors(*tensors: Tensor) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
-/* The decoder's matrix products and what stands between them, in fp32 on a CPU.
+/* The decoder's matrix products and the operations between them, in fp32 on a CPU.
  *
- * Decoding multiplies a few rows with every weight of the model: it is as fast as memory when the
- * next weights are on their way while these are multiplied. What stands between the products
- * PyTorch runs as five to twenty small operations each, whose overhead costs more than the work.
+ * Decoding multiplies a few rows with every weight of the model: it runs at the speed of memory
+ * when the next weights are prefetched while these are multiplied. The operations between the
+ * products take PyTorch five to twenty small kernels each, whose overhead costs more than the work.
  * Every row is computed by one thread in one order, so its bits depend neither on the number of
  * threads nor on the rows beside it.
  *
@@ -165,7 +165,8 @@ static inline vector sums_of(vector *v) {
     return v[0];
 }
 
-/* the dot products of q [d] with `n` keys [n, d]; behind them, those with the last key */
+/* the dot products of q [d] with `n` <= LANES keys [n, d]; further lanes repeat the last key, so
+ * that no load is beyond the keys */
 static inline __attribute__((always_inline)) vector dots(const float *q, const float *keys, long n,
                                                          long d) {
     vector sums[LANES];
@@ -277,7 +278,7 @@ static void attend_head(const cached *c, long b, long h, const float *q, const f
     float *keys = c->keys + (c->slots[b] * c->K + h) * c->C * d;
     float *values = c->values + (c->slots[b] * c->K + h) * c->C * d;
     float *scores = c->scores + (b * c->K + h) * c->each;
-    /* on their way from memory while the prompt is read */
+    /* prefetched while the prompt's keys and values are read */
     for (long i = 0; i < n * d; i += LINE) __builtin_prefetch(keys + i, 0, 2);
     for (long i = 0; i < n * d; i += LINE) __builtin_prefetch(values + i, 0, 2);
     memcpy(keys + n * d, k, d * sizeof(float));
@@ -307,7 +308,7 @@ void step_attention(const float *q, long q_stride, const float *k, long k_stride
 
 /* --- products
  *
- * W [O, D] is kept as panels [O / PANEL, D, PANEL], the last one filled with zeros. A tile of
+ * W [O, D] is kept as panels [O / PANEL, D, PANEL], the last one padded with zeros. A tile of
  * ROWS x PANEL sums stays in registers; DEPTH inputs of a panel stay in the first cache while
  * BLOCK rows pass.
  */
@@ -341,8 +342,12 @@ void unpack(const float *panels, float *w, long O, long D) {
             w[o * D + i] = panels[(o / PANEL * D + i) * PANEL + o % PANEL];
 }
 
-/* to [LANES, LANES] = the transpose of `from`; rows of both are PANEL apart */
-static inline void transpose(const float *restrict from, float *restrict to) {
+/* to [LANES, LANES] = the transpose of `from`; rows of both are PANEL apart.
+ *
+ * log2(LANES) rounds of interleaving row n with row n + LANES / 2: each round moves one bit of the
+ * row number into the column number. All in registers, where a loop over elements would go
+ * through memory. */
+static inline void transpose_tile(const float *restrict from, float *restrict to) {
     mask low, high;
     for (int n = 0; n < LANES; n++) {
         low[n] = n / 2 + n % 2 * LANES;
@@ -366,18 +371,18 @@ static inline void transpose(const float *restrict from, float *restrict to) {
 
 /* `n` rows of W [O, D] from its panels, as panels of W.T [D / PANEL, n, PANEL]: a share for each
  * thread of a team. */
-static void turn(const float *panels, float *turned, long n, long D) {
+static void transpose_panels(const float *panels, float *transposed, long n, long D) {
 #pragma omp for schedule(static) collapse(2)
     for (long i = 0; i < D; i += PANEL) {
         for (long o = 0; o < n; o += PANEL) {
             const float *from = panels + o * D + i * PANEL;
-            float *to = turned + i * n + o * PANEL;
+            float *to = transposed + i * n + o * PANEL;
             long rows = least(PANEL, n - o), columns = least(PANEL, D - i);
             if (rows == PANEL && columns == PANEL) {
-                transpose(from, to);
-                transpose(from + LANES, to + LANES * PANEL);
-                transpose(from + LANES * PANEL, to + LANES);
-                transpose(from + LANES * PANEL + LANES, to + LANES * PANEL + LANES);
+                transpose_tile(from, to);
+                transpose_tile(from + LANES, to + LANES * PANEL);
+                transpose_tile(from + LANES * PANEL, to + LANES);
+                transpose_tile(from + LANES * PANEL + LANES, to + LANES * PANEL + LANES);
             } else {
                 for (long r = 0; r < rows; r++)
                     for (long c = 0; c < PANEL; c++)
@@ -433,6 +438,7 @@ static inline __attribute__((always_inline)) void tile(int rows, int vectors, lo
 static void tile_of(long rows, matrix x, matrix p, matrix y, long D, long columns, float scale,
                     int add, const float *next, long lines) {
     int narrow = columns == LANES; /* half of a panel's sums would be wasted */
+    /* tile is inlined with constant rows, vectors and stride: its sums become registers */
 #define DO(R)                                                                                  \
     case R:                                                                                    \
         if (narrow && x.column == 1)                                                           \
@@ -497,16 +503,16 @@ void product(float *x, long x_row, long x_column, float *p, long p_row, long p_p
     shares(left, right, p_panel, out, y_panel, T, D, O, scale, add);
 }
 
-/* y [T, D] = x [T, O] times W [O, D]. `some` rows of W at a time are turned, and multiplied while
- * they are in the cache. turned [some, D filled up to panels]: scratch; some: a multiple of PANEL */
-void transposed_product(float *x, long x_row, float *panels, float *turned, float *y, long T,
+/* y [T, D] = x [T, O] times W [O, D]. `some` rows of W at a time are transposed, and multiplied while
+ * they are in the cache. transposed [some, D padded to panels]: scratch; some: a multiple of PANEL */
+void transposed_product(float *x, long x_row, float *panels, float *transposed, float *y, long T,
                         long O, long D, long some) {
     matrix out = {y, D, 0};
 #pragma omp parallel if (T * D * O >= 8 * PARALLEL_FROM)
     for (long start = 0; start < O; start += some) {
         long n = least(some, O - start);
-        matrix left = {x + start, x_row, 1}, right = {turned, PANEL, 0};
-        turn(panels + start * D, turned, n, D);
+        matrix left = {x + start, x_row, 1}, right = {transposed, PANEL, 0};
+        transpose_panels(panels + start * D, transposed, n, D);
         shares(left, right, n * PANEL, out, PANEL, T, n, D, 1.0f, start > 0);
     }
 }
@@ -529,18 +535,19 @@ void add_low_rank(float *x, long x_row, float *a, float *b, float *low, float *y
 
 /* --- a decoding step
  *
- * All layers in one parallel region. Between two products its threads meet, but none is woken.
+ * All layers in one parallel region: between two products its threads meet at a barrier, where
+ * opening a region for each product would put them to sleep and wake them again.
  */
 enum { QKV, OUT, GATE_UP, DOWN, LINEARS };
 
 typedef struct {
-    const float *input_norm, *q_norm, *k_norm, *mlp_norm; /* q_norm and k_norm, or none [d] */
+    const float *input_norm, *q_norm, *k_norm, *mlp_norm; /* [D], [d], [d], [D]; q_norm and k_norm may be NULL */
     float *weights[LINEARS];                              /* panels */
-    const float *qkv_bias;                                /* [(H + 2K) d], or none */
+    const float *qkv_bias;                                /* [(H + 2K) d], or NULL */
 } block;
 
 typedef struct {
-    float *a, *b; /* [D, R] and the panels of b.T, or none: the adapter leaves the layer alone */
+    float *a, *b; /* [D, R] and the panels of b.T; NULL: the adapter does not target the layer */
     int64_t R;
 } delta;
 
@@ -550,7 +557,7 @@ typedef struct {
     int64_t each;     /* scores of a key head */
 } step_shape;
 
-#define GATED 512 /* elements of a thread's turn */
+#define GATED 512 /* elements that a thread takes at a time */
 
 /* y [B, O] = x [B, D] times W.T and the adapters' products of their rows, or added to y */
 static void adapted(float *x, float *panels, float *y, const delta *deltas, const int64_t *spans,

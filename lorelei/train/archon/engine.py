@@ -1,9 +1,11 @@
-"""ArchonEngine: the torch-native train engine, alone or as one of several data-parallel ranks.
+"""The torch-native train engine, alone or as one of several data-parallel ranks.
 
 Shapes: T tokens, I items, D hidden.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,34 +15,47 @@ from lorelei.model.attention import PackedAttention
 from lorelei.model.decoder import Decoder
 from lorelei.model.head import routed_target_logprobs, target_logprobs
 from lorelei.parallel.ranks import Ranks
-from lorelei.train.bank_engine import BankEngine
-from lorelei.train.flat import blocks, item_tensors, spans, token_tensors
+from lorelei.train.adam import AdapterOptimizer
+from lorelei.train.adapter_engine import AdapterEngine, LossOf
+from lorelei.train.mixed import blocks, item_tensors, run_mixed, spans, token_tensors
 from lorelei.types import Batch
 
 
-class ArchonEngine(BankEngine):
-    """A BankEngine on the torch-native decoder."""
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        max_tokens_per_mb: int = 1024,
-        recompute: bool = False,
-        ranks: Ranks | None = None,
-    ) -> None:
-        super().__init__(_DecoderPasses(decoder, recompute), max_tokens_per_mb, ranks or Ranks())
+def archon_engine(
+    decoder: Decoder,
+    max_tokens_per_mb: int = 1024,
+    recompute: bool = False,
+    ranks: Ranks | None = None,
+) -> AdapterEngine[AdapterBank[Decoder]]:
+    """The engine on the torch-native decoder."""
+    own = ranks or Ranks()
+    return AdapterEngine(_DecoderPasses(decoder, recompute, max_tokens_per_mb, own), own)
 
 
 class _DecoderPasses:
-    """Implements Passes. Every rank has a whole decoder and waits for no other."""
+    """Implements Passes and MixedModel. Every rank has a whole decoder and waits for no other."""
 
     lockstep = False
+    reports_outputs = True
 
-    def __init__(self, decoder: Decoder, recompute: bool) -> None:
+    def __init__(self, decoder: Decoder, recompute: bool, max_tokens: int, ranks: Ranks) -> None:
         self._decoder, self._recompute = decoder, recompute
+        self.max_tokens, self.ranks = max_tokens, ranks
 
     def make_bank(self) -> AdapterBank[Decoder]:
         return AdapterBank(self._decoder)
+
+    def make_optimizer(self, bank: AdapterBank[Decoder], name: str) -> AdapterOptimizer:
+        return AdapterOptimizer(bank[name].tensors(), self.ranks)
+
+    def run(
+        self,
+        batch: Batch,
+        bank: AdapterBank[Decoder],
+        loss_of: LossOf,
+        steps: Mapping[str, int] | None,
+    ) -> None:
+        run_mixed(self, batch, bank, loss_of, steps)
 
     def item_logprobs(
         self, batch: Batch, bank: AdapterBank[Decoder], dropout_seed: int | None

@@ -4,7 +4,6 @@ Modules call it with queries, keys and values of a flat row of tokens; a pass ha
 as the argument `attend`.
 
 Shapes: T tokens, t of this process, H heads, K key/value heads, d head size.
-Source of the exchange: Jacobs et al., 2023 (DeepSpeed Ulysses, arXiv 2309.14509).
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lorelei.model.attention import Block, PackedAttention
-from lorelei.parallel.collectives import exchanged
-from lorelei.parallel.mesh import Team
+from lorelei.parallel.mesh import Axis
+from lorelei.parallel.ulysses import to_heads, to_tokens
 
 NAME = "lorelei"  # of the implementation, in transformers' registry
 
 
 class Attend:
-    """Attention of one micro-batch, whose tokens a team may hold in equal parts."""
+    """Attention of one micro-batch; the processes of `axis` each hold a part of its tokens."""
 
-    def __init__(self, blocks: Sequence[Block], team: Team) -> None:
-        self._blocks, self._packed, self._team = tuple(blocks), PackedAttention(blocks), team
+    def __init__(self, blocks: Sequence[Block], axis: Axis) -> None:
+        self._blocks, self._packed, self._axis = tuple(blocks), PackedAttention(blocks), axis
 
     @cached_property
     def _longest(self) -> int:
@@ -47,9 +46,9 @@ class Attend:
     ) -> Tensor:
         """[t, H, d]. window: how many tokens back a query sees, itself included."""
         heads = q_tHd.shape[1]
-        if self._team.size > 1:
-            k_tKd, v_tKd = (_shareable(x, heads, self._team.size) for x in (k_tKd, v_tKd))
-        q, k, v = (_by_heads(x, self._team) for x in (q_tHd, k_tKd, v_tKd))
+        if self._axis.size > 1:
+            k_tKd, v_tKd = (_shareable(x, heads, self._axis.size) for x in (k_tKd, v_tKd))
+        q, k, v = (to_heads(x, self._axis) for x in (q_tHd, k_tKd, v_tKd))
         if window is not None and window >= self._longest:
             window = None
         if window is None and softcap is None and v.shape[-1] == q.shape[-1]:
@@ -58,7 +57,7 @@ class Attend:
             mixed = self._packed(0, q, k, v)
         else:
             mixed = _masked(q, k, v, self._blocks, scaling, window, softcap)
-        return _by_tokens(mixed, self._team)
+        return to_tokens(mixed, self._axis)
 
 
 def attention(
@@ -93,24 +92,6 @@ def _shareable(x_tKd: Tensor, heads: int, size: int) -> Tensor:
     """Key/value heads that can be shared out; where they are too few, one for each query head."""
     kv_heads = x_tKd.shape[1]
     return x_tKd if kv_heads % size == 0 else x_tKd.repeat_interleave(heads // kv_heads, 1)
-
-
-def _by_heads(x_tHd: Tensor, team: Team) -> Tensor:
-    """A part of the tokens with all heads -> all tokens with a part of the heads."""
-    if team.size == 1:
-        return x_tHd
-    t, heads, d = x_tHd.shape
-    parts = x_tHd.reshape(t, team.size, heads // team.size, d).transpose(0, 1)
-    return exchanged(parts, team).flatten(0, 1)
-
-
-def _by_tokens(x_THd: Tensor, team: Team) -> Tensor:
-    """The way back."""
-    if team.size == 1:
-        return x_THd
-    tokens, heads, d = x_THd.shape
-    parts = exchanged(x_THd.reshape(team.size, tokens // team.size, heads, d), team)
-    return parts.transpose(0, 1).flatten(1, 2)
 
 
 def _seen(own: Block, blocks: Sequence[Block]) -> list[int]:

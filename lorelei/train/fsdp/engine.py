@@ -1,4 +1,4 @@
-"""FsdpEngine: one rank of a train engine on a model of transformers that all ranks hold together.
+"""One rank of a train engine on a model of transformers that all ranks hold together.
 
 The base is sharded over data- and sequence-parallel ranks (FSDP2) and cut over tensor-parallel
 ones. Adapters are whole on every rank, with their optimizer: they are small, their gradients are
@@ -9,6 +9,7 @@ Shapes: T tokens, t of this rank, I items, i of this rank.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,33 +21,36 @@ from torch import Tensor
 from lorelei.lora.bank import AdapterBank
 from lorelei.model.backend import DTYPES
 from lorelei.model.config import UnsupportedModel
-from lorelei.parallel.collectives import summed
 from lorelei.parallel.mesh import Mesh
 from lorelei.parallel.ranks import Ranks
+from lorelei.parallel.ulysses import of_all_items
 from lorelei.process import give_large_blocks_back
-from lorelei.train.bank_engine import BankEngine
-from lorelei.train.flat import blocks, item_tensors, spans, token_tensors
+from lorelei.train.adam import AdapterOptimizer
+from lorelei.train.adapter_engine import AdapterEngine, LossOf
 from lorelei.train.fsdp.attention import Attend
 from lorelei.train.fsdp.full import HostedWeights
+from lorelei.train.fsdp.kind import FsdpSpec
 from lorelei.train.fsdp.model import HostedModel, Source
-from lorelei.train.remote.spec import FsdpSpec
+from lorelei.train.mixed import blocks, item_tensors, run_mixed, spans, token_tensors
 from lorelei.types import Batch, Segment
 
+HostedBank = AdapterBank[HostedModel]
 
-class FsdpEngine(BankEngine):
-    """A BankEngine on a HostedModel. The default process group is the mesh."""
 
-    def __init__(self, spec: FsdpSpec, device: torch.device, world: Ranks) -> None:
-        """Raises UnsupportedModel or CheckpointError with one clear line."""
-        mesh = Mesh.joined(
-            device, spec.sequence_parallel, spec.tensor_parallel, offloaded=spec.cpu_offload
-        )
-        ranks = replace(world, team=spec.sequence_parallel * spec.tensor_parallel)
-        super().__init__(_HostedPasses(spec, device, mesh, ranks), spec.max_tokens_per_mb, ranks)
+def fsdp_engine(spec: FsdpSpec, device: torch.device, world: Ranks) -> AdapterEngine[HostedBank]:
+    """The engine on a HostedModel. The default process group is the mesh.
+
+    Raises UnsupportedModel or CheckpointError with one clear line.
+    """
+    mesh = Mesh.joined(
+        device, spec.sequence_parallel, spec.tensor_parallel, offloaded=spec.cpu_offload
+    )
+    ranks = replace(world, group=spec.sequence_parallel * spec.tensor_parallel)
+    return AdapterEngine(_HostedPasses(spec, device, mesh, ranks), ranks)
 
 
 class _HostedPasses:
-    """Implements Passes."""
+    """Implements Passes and MixedModel."""
 
     def __init__(self, spec: FsdpSpec, device: torch.device, mesh: Mesh, ranks: Ranks) -> None:
         source = Source(
@@ -60,7 +64,8 @@ class _HostedPasses:
             give_large_blocks_back()  # weights are gathered and dropped all the time
         self._model = HostedModel(source, mesh)
         self._sequence = mesh.sequence
-        self.lockstep = ranks.size > 1
+        self.max_tokens, self.ranks = spec.max_tokens_per_mb, ranks
+        self.lockstep, self.reports_outputs = ranks.size > 1, ranks.is_leader
         heads = self._model.lm.config.num_attention_heads
         if heads % mesh.sequence.size:
             raise UnsupportedModel(
@@ -68,8 +73,16 @@ class _HostedPasses:
                 "attention heads of the model; use a number that does, or train.data_parallel"
             )
 
-    def make_bank(self) -> AdapterBank[HostedModel]:
+    def make_bank(self) -> HostedBank:
         return AdapterBank(self._model, HostedWeights.copy_of)
+
+    def make_optimizer(self, bank: HostedBank, name: str) -> AdapterOptimizer:
+        return AdapterOptimizer(bank[name].tensors(), self.ranks)
+
+    def run(
+        self, batch: Batch, bank: HostedBank, loss_of: LossOf, steps: Mapping[str, int] | None
+    ) -> None:
+        run_mixed(self, batch, bank, loss_of, steps)
 
     def item_logprobs(
         self, batch: Batch, bank: AdapterBank[Any], dropout_seed: int | None
@@ -90,14 +103,8 @@ class _HostedPasses:
             Attend(blocks(batch), self._sequence),
             (source_I[here_I] - start, target_I[here_I], temperature_I[here_I]),
         )
-        return self._whole(logprobs_i, here_I), self._whole(entropy_i, here_I)
-
-    def _whole(self, values_i: Tensor, here_I: Tensor) -> Tensor:
-        """[I]: those of the other processes of the sequence too."""
-        if self._sequence.size == 1:
-            return values_i
-        zeros_I = values_i.new_zeros(len(here_I))
-        return summed(zeros_I.masked_scatter(here_I, values_i), self._sequence)
+        here_i = here_I.nonzero()[:, 0]
+        return of_all_items((logprobs_i, entropy_i), here_i, len(here_I), self._sequence)
 
     def offload(self) -> None:
         self._model.offload()

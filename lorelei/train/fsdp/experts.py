@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorelei.parallel.collectives import spread, summed
-from lorelei.parallel.mesh import Team
+from lorelei.parallel.mesh import ALONE, Axis
 from lorelei.train.fsdp.binding import Binding
 from lorelei.train.fsdp.linear import Cut, HostedLinear
 
@@ -33,7 +33,7 @@ class HostedExperts(nn.ModuleList):
     """Stands where transformers had a stack of experts; module i is expert i."""
 
     def __init__(
-        self, name: str, replaced: Any, cut_up: bool, team: Team, binding: Binding
+        self, name: str, replaced: Any, cut_up: bool, axis: Axis, binding: Binding
     ) -> None:
         """cut_up: every process has a part of every expert, not all of it."""
         experts, width, hidden = replaced.gate_up_proj.shape
@@ -44,7 +44,7 @@ class HostedExperts(nn.ModuleList):
             "down_proj": _linear(width // 2, hidden, replaced.gate_up_proj),
         }
         cuts = {
-            key: Cut.of(styles[key == "down_proj"], team, linear.out_features, linear.in_features)
+            key: Cut.of(styles[key == "down_proj"], axis, linear.out_features, linear.in_features)
             for key, linear in like.items()
         }
         super().__init__(
@@ -58,11 +58,11 @@ class HostedExperts(nn.ModuleList):
         )
         # wrapped: a module would become one of the experts
         self._act: Callable[[Tensor], Tensor] = partial(replaced.act_fn)
-        self._team = team if cut_up else Team(rank=0, size=1, group=None)
+        self._axis = axis if cut_up else ALONE
         self._binding = binding
 
     def forward(self, x_TD: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        x_TD, weights_Tk = spread(x_TD, self._team), spread(weights_Tk, self._team)
+        x_TD, weights_Tk = spread(x_TD, self._axis), spread(weights_Tk, self._axis)
         out_TD = torch.zeros_like(x_TD)
         route = self._binding.route
         for number, expert in enumerate(self):
@@ -74,7 +74,7 @@ class HostedExperts(nn.ModuleList):
                 y = expert["down_proj"](self._act(expert["gate_proj"](x)) * expert["up_proj"](x))
             y = y * weights_Tk[tokens, slot, None]
             out_TD = out_TD.index_add(0, tokens, y.to(out_TD.dtype))
-        return summed(out_TD, self._team)
+        return summed(out_TD, self._axis)
 
 
 def _linear(wide: int, out: int, like: Tensor) -> nn.Linear:

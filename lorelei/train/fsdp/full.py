@@ -44,7 +44,9 @@ class HostedWeights:
 class WholeRoute:
     """Implements lora.bank.ModelRoute where no layer has adapters and every one is trained."""
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: FusedInput | None = None) -> Tensor:
+    def __call__(
+        self, layer: FrozenLinear, x_TD: Tensor, fused_input: FusedInput | None = None
+    ) -> Tensor:
         raise AssertionError("layers multiply with their own weights")
 
     def adapts(self, layer: FrozenLinear) -> bool:

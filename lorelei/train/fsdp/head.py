@@ -24,8 +24,10 @@ class HeadRoute:
     def __init__(self, lm: PreTrainedModel, binding: Binding, route: ModelRoute) -> None:
         self._lm, self._binding, self._route = lm, binding, route
 
-    def __call__(self, layer: FrozenLinear, x_TD: Tensor, lift: FusedInput | None = None) -> Tensor:
-        assert lift is None
+    def __call__(
+        self, layer: FrozenLinear, x_TD: Tensor, fused_input: FusedInput | None = None
+    ) -> Tensor:
+        assert fused_input is None
         with self._binding.use(self._route):
             return _logits(self._lm, x_TD)
 

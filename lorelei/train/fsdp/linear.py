@@ -16,7 +16,7 @@ from lorelei.lora.linear import LoraPart, lora_linear
 from lorelei.model.backend import Weight
 from lorelei.model.linear import FrozenLinear, Part
 from lorelei.parallel.collectives import divided, gathered, spread, summed
-from lorelei.parallel.mesh import Team
+from lorelei.parallel.mesh import Axis
 from lorelei.train.fsdp.binding import Binding
 
 # transformers' names, in the tensor-parallel plans of its configurations; the last two are ours,
@@ -37,21 +37,21 @@ class Cut:
     """Which part of a matrix [O, D] a process holds: rows [o0, o1), columns [d0, d1)."""
 
     style: Style
-    team: Team
+    axis: Axis
     o0: int
     o1: int
     d0: int
     d1: int
 
     @classmethod
-    def of(cls, style: Style, team: Team, out: int, wide: int) -> Cut:
+    def of(cls, style: Style, axis: Axis, out: int, wide: int) -> Cut:
         """Raises ValueError (why) when it cannot be cut."""
         o0, o1, d0, d1 = 0, out, 0, wide
         if "colwise" in style:
-            o0, o1 = _part(out, "outputs", team)
+            o0, o1 = _part(out, "outputs", axis)
         elif "rowwise" in style:
-            d0, d1 = _part(wide, "inputs", team)
-        return cls(style=style, team=team, o0=o0, o1=o1, d0=d0, d1=d1)
+            d0, d1 = _part(wide, "inputs", axis)
+        return cls(style=style, axis=axis, o0=o0, o1=o1, d0=d0, d1=d1)
 
     @property
     def by_columns(self) -> bool:
@@ -61,24 +61,24 @@ class Cut:
     def enter(self, x: Tensor) -> Tensor:
         """What the layer is given -> what its part multiplies with."""
         if self.style in ("colwise", "colwise_gather_output"):
-            return spread(x, self.team)
-        return divided(x, self.team) if self.style == "rowwise_split_input" else x
+            return spread(x, self.axis)
+        return divided(x, self.axis) if self.style == "rowwise_split_input" else x
 
     def leave(self, y: Tensor) -> Tensor:
         """The product of its part -> what the layer gives."""
         if self.style in ("rowwise", "rowwise_split_input"):
-            return summed(y, self.team)
-        return gathered(y, self.team) if self.style == "colwise_gather_output" else y
+            return summed(y, self.axis)
+        return gathered(y, self.axis) if self.style == "colwise_gather_output" else y
 
     def adapter(self, part: LoraPart) -> LoraPart:
         """What an adapter does in this part.
 
-        Its gradients on all processes of the team add up to the whole one: where all of them
+        Its gradients on all processes of the axis add up to the whole one: where all of them
         compute the same, one of them gives it.
         """
         a_RD, b_OR = part.a, part.b
         if self.style == "replicated":
-            if self.team.rank > 0:
+            if self.axis.rank > 0:
                 a_RD, b_OR = a_RD.detach(), b_OR.detach()
             return replace(part, a=a_RD, b=b_OR)
         if self.by_columns:
@@ -86,10 +86,10 @@ class Cut:
         return replace(part, a=a_RD, b=b_OR[self.o0 : self.o1], o0=0, o1=self.o1 - self.o0)
 
 
-def _part(length: int, what: str, team: Team) -> tuple[int, int]:
-    if length % team.size:
-        raise ValueError(f"{length} {what} cannot be shared out to {team.size} processes")
-    return team.part(length)
+def _part(length: int, what: str, axis: Axis) -> tuple[int, int]:
+    if length % axis.size:
+        raise ValueError(f"{length} {what} cannot be shared out to {axis.size} processes")
+    return axis.part(length)
 
 
 class HostedWeight(Weight):

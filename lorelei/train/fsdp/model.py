@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from lorelei.lora.bank import ModelRoute
+from lorelei.model.backend import HOST, move
 from lorelei.model.head import routed_target_logprobs, target_logprobs
 from lorelei.model.linear import FrozenLinear
 from lorelei.parallel.mesh import Mesh
@@ -22,7 +23,6 @@ from lorelei.train.fsdp.binding import recomputed
 from lorelei.train.fsdp.head import HeadRoute, is_plain
 from lorelei.train.fsdp.skeleton import build_skeleton
 from lorelei.train.fsdp.weights import load_weights, places
-from lorelei.train.moving import HOST, move
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

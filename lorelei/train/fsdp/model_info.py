@@ -11,7 +11,7 @@ import torch
 
 from lorelei.lora.targets import HEAD
 from lorelei.model.config import ModelInfo, ModelSizes, MoeConfig
-from lorelei.parallel.mesh import Team
+from lorelei.parallel.mesh import Axis
 from lorelei.train.fsdp.skeleton import Skeleton, build_skeleton
 
 _PARTS = ("embeddings", "attention", "mlp", "norms", "lm_head")
@@ -25,7 +25,7 @@ def hosted_info(folder: Path, tensor_parallel: int = 1) -> ModelInfo:
     processes too.
     """
     for size in sorted({tensor_parallel, 1}, reverse=True):
-        skeleton = build_skeleton(folder, torch.float32, Team(rank=0, size=size, group=None))
+        skeleton = build_skeleton(folder, torch.float32, Axis(rank=0, size=size, group=None))
     layers = [module.layer for module in skeleton.hosted]
     linears = {layer.parts[0].name: layer.weight.shape for layer in layers}
     return ModelInfo(

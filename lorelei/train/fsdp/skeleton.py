@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lorelei.lora.targets import HEAD
 from lorelei.model.config import UnsupportedModel
 from lorelei.model.load import CheckpointError
-from lorelei.parallel.mesh import Team
+from lorelei.parallel.mesh import Axis
 from lorelei.train.fsdp.attention import NAME
 from lorelei.train.fsdp.binding import Binding
 from lorelei.train.fsdp.experts import HostedExperts, is_experts
@@ -48,7 +48,7 @@ class Skeleton:
     binding: Binding
 
 
-def build_skeleton(folder: Path, dtype: torch.dtype, tensor: Team) -> Skeleton:
+def build_skeleton(folder: Path, dtype: torch.dtype, tensor: Axis) -> Skeleton:
     """Raises UnsupportedModel or CheckpointError with one clear line."""
     config = _config(folder)
     try:
@@ -129,7 +129,7 @@ def _check_heads(config: Any, size: int) -> None:
             )
 
 
-def _plan(lm: PreTrainedModel, tensor: Team) -> Mapping[re.Pattern[str], str]:
+def _plan(lm: PreTrainedModel, tensor: Axis) -> Mapping[re.Pattern[str], str]:
     """transformers' tensor-parallel plan by patterns of module names; empty without."""
     if tensor.size == 1:
         return {}
@@ -158,7 +158,7 @@ def _style(name: str, plan: Mapping[re.Pattern[str], str]) -> Style:
 
 
 def _replace(
-    lm: PreTrainedModel, plan: Mapping[re.Pattern[str], str], tensor: Team, binding: Binding
+    lm: PreTrainedModel, plan: Mapping[re.Pattern[str], str], tensor: Axis, binding: Binding
 ) -> list[HostedLinear]:
     """Put our layers in the place of linear layers and of experts, and list them."""
     head = lm.get_output_embeddings()

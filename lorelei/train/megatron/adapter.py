@@ -15,8 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lorelei.lora.fresh import fresh_a
-from lorelei.lora.state import tensor_names
+from lorelei.lora.state import fresh_a, tensor_names
 from lorelei.types import AdapterSpec
 
 Style = Literal["column", "row"]
@@ -44,7 +43,7 @@ class Shard:
 
     names: tuple[str, ...]  # PEFT's
     tensor: Tensor
-    axis: int | None  # the dimension that is split over ranks; none: whole on each of them
+    axis: int | None  # the dimension that is split over ranks; None: whole on each of them
     expert: bool
     shards: int
     shard: int
@@ -59,10 +58,10 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """A [R, D] and B [O, R] of one of a site's parts; tied parts have the same A."""
+    """A [R, D] and B [O, R] of one of a target's parts; tied parts have the same A."""
 
     name: str
-    number: int  # among the site's parts
+    number: int  # among the target's parts
     a: Tensor
     b: Tensor
 
@@ -73,12 +72,13 @@ class Adapter:
 
     spec: AdapterSpec
     seed: int
-    sites: Mapping[nn.Module, tuple[TargetLinear, tuple[Part, ...]]]
+    targets: Mapping[nn.Module, tuple[TargetLinear, tuple[Part, ...]]]
     shards: tuple[Shard, ...]
+    tied: Mapping[str, str]  # what the A of each module of the whole model is called
 
 
 def make_adapter(
-    sites: Sequence[TargetLinear],
+    targets: Sequence[TargetLinear],
     tied: Mapping[str, str],
     spec: AdapterSpec,
     seed: int,
@@ -87,35 +87,37 @@ def make_adapter(
     """A fresh adapter in fp32. tied: what each targeted module's A is called."""
     made: dict[nn.Module, tuple[TargetLinear, tuple[Part, ...]]] = {}
     shards: list[Shard] = []
-    for site in sites:
+    for target in targets:
         parts: list[Part] = []
         shared: dict[str, Tensor] = {}
-        targeted = [(i, name) for i, name in enumerate(site.parts) if name in tied]
+        targeted = [(i, name) for i, name in enumerate(target.parts) if name in tied]
         for number, name in targeted:
             called = tied[name]
             if called not in shared:
-                shared[called] = _fresh_a(site, called, spec.rank, seed, device)
+                shared[called] = _fresh_a(target, called, spec.rank, seed, device)
                 names = tuple(tensor_names(n)[0] for _, n in targeted if tied[n] == called)
-                axis = 1 if site.style == "row" else None
-                shards.append(_shard(site, names, shared[called], axis))
-            b = torch.zeros(site.widths[number], spec.rank, device=device).requires_grad_()
-            axis = 0 if site.style == "column" else None
-            shards.append(_shard(site, (tensor_names(name)[1],), b, axis))
+                axis = 1 if target.style == "row" else None
+                shards.append(_shard(target, names, shared[called], axis))
+            b = torch.zeros(target.widths[number], spec.rank, device=device).requires_grad_()
+            axis = 0 if target.style == "column" else None
+            shards.append(_shard(target, (tensor_names(name)[1],), b, axis))
             parts.append(Part(name, number, shared[called], b))
         if parts:
-            made[site.module] = (site, tuple(parts))
-    return Adapter(spec, seed, made, tuple(sorted(shards, key=lambda s: s.names)))
+            made[target.module] = (target, tuple(parts))
+    return Adapter(spec, seed, made, tuple(sorted(shards, key=lambda s: s.names)), tied)
 
 
-def _fresh_a(site: TargetLinear, called: str, rank: int, seed: int, device: torch.device) -> Tensor:
-    if site.style == "column":
-        full = fresh_a(called, seed, rank, site.inputs)
+def _fresh_a(
+    target: TargetLinear, called: str, rank: int, seed: int, device: torch.device
+) -> Tensor:
+    if target.style == "column":
+        full = fresh_a(called, seed, rank, target.inputs)
     else:
-        full = fresh_a(called, seed, rank, site.inputs * site.shards)
-        full = full.chunk(site.shards, 1)[site.shard]
+        full = fresh_a(called, seed, rank, target.inputs * target.shards)
+        full = full.chunk(target.shards, 1)[target.shard]
     return full.contiguous().to(device).requires_grad_()
 
 
-def _shard(site: TargetLinear, names: tuple[str, ...], tensor: Tensor, axis: int | None) -> Shard:
-    partial = site.partial and axis is None
-    return Shard(names, tensor, axis, site.expert, site.shards, site.shard, partial)
+def _shard(target: TargetLinear, names: tuple[str, ...], tensor: Tensor, axis: int | None) -> Shard:
+    partial = target.partial and axis is None
+    return Shard(names, tensor, axis, target.expert, target.shards, target.shard, partial)

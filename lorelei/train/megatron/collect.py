@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lorelei.parallel.ranks import Ranks
 from lorelei.train.megatron.adapter import Shard
-from lorelei.train.megatron.layout import Layout
+from lorelei.train.megatron.mesh import MegatronMesh
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,22 +23,21 @@ class _Piece:
     tensor: Tensor
 
 
-def collect(
-    shards: Mapping[Shard, Tensor], layout: Layout, ranks: Ranks
-) -> dict[str, Tensor] | None:
-    """{PEFT name: full tensor}, copies on the CPU, sorted, on the first rank; none on the others.
+def collect(shards: Mapping[Shard, Tensor], mesh: MegatronMesh) -> dict[str, Tensor]:
+    """{PEFT name: full tensor}, copies on the CPU, sorted, on the first rank; empty on the others.
 
     shards: this rank's, with the tensors to send in their places. Names that share an A share a
     tensor. Every shard travels once.
     """
-    mine = {s: t for s, t in shards.items() if _sends(s, layout)}
+    mine = {s: t for s, t in shards.items() if _sends(s, mesh)}
     listed = [[s.names, s.shard, s.axis, list(t.shape)] for s, t in mine.items()]
+    ranks = mesh.world
     lists: list[Any] = ranks.gather_json(listed) if ranks.size > 1 else [listed]
     flat = [t.detach().to("cpu", torch.float32).reshape(-1) for t in mine.values()]
     if ranks.rank > 0:
         if flat:
             dist.send(torch.cat(flat), dst=0)
-        return None
+        return {}
     found: list[_Piece] = []
     for rank, listing in enumerate(lists):
         sizes = [torch.Size(shape).numel() for *_, shape in listing]
@@ -54,8 +52,8 @@ def collect(
     return _joined(found)
 
 
-def _sends(shard: Shard, layout: Layout) -> bool:
-    first = layout.repeating(shard.expert).rank == 0
+def _sends(shard: Shard, mesh: MegatronMesh) -> bool:
+    first = mesh.repeating(shard.expert).rank == 0
     return first and (shard.axis is not None or shard.shard == 0)
 
 

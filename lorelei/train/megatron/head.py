@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lorelei.model.backend import logits_factor
 from lorelei.model.head import CHUNK_ELEMENTS
+from lorelei.parallel.mesh import Axis
 from lorelei.train.megatron.adapter import Adapter, Part
-from lorelei.train.megatron.layout import Axis, Layout
 from lorelei.train.megatron.linear import masked
+from lorelei.train.megatron.mesh import MegatronMesh
 from lorelei.train.megatron.row import Row
 
 
@@ -45,22 +46,22 @@ class Vocabulary:
 
 
 def item_logprobs(
-    hidden: Tensor, row: Row, vocabulary: Vocabulary, module: torch.nn.Module, layout: Layout
+    hidden: Tensor, row: Row, vocabulary: Vocabulary, module: torch.nn.Module, mesh: MegatronMesh
 ) -> tuple[Tensor, Tensor]:
     """log p(target) and entropy [I] of softmax(logits / temperature), nats; entropy: no gradient.
 
     hidden: [t, 1, D], of this rank's part of the sequence where that is split; I: the row's items
     that are predicted here.
     """
-    if layout.sequence_parallel:
+    if mesh.sequence_parallel:
         # what comes back is whole on every rank, of which each takes its own part
         hidden = mappings.gather_from_sequence_parallel_region(
-            hidden, tensor_parallel_output_grad=False, group=layout.tensor.group
+            hidden, tensor_parallel_output_grad=False, group=mesh.tensor.group
         )
     hidden_ID = hidden[:, 0].index_select(0, row.source_i)
-    if row.adapter is not None and module in row.adapter.sites:
-        _, (part,) = row.adapter.sites[module]
-        return _adapted(hidden_ID, row, row.adapter, part, vocabulary, layout.context.rank)
+    if row.adapter is not None and module in row.adapter.targets:
+        _, (part,) = row.adapter.targets[module]
+        return _adapted(hidden_ID, row, row.adapter, part, vocabulary, mesh.context.rank)
     return _TargetLogprobs.apply(hidden_ID, vocabulary, row.target_i, row.temperature_i)  # type: ignore[no-any-return]
 
 

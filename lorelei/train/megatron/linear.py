@@ -15,47 +15,47 @@ import torch
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 
-from lorelei.lora.fresh import stable_seed
+from lorelei.lora.state import stable_seed
 from lorelei.train.megatron.adapter import Adapter, Part, TargetLinear
-from lorelei.train.megatron.layout import Layout
+from lorelei.train.megatron.mesh import MegatronMesh
 from lorelei.train.megatron.row import Bound, Row
 
 
 class AdaptedLinear:
     """A forward hook on a linear layer, which adds what the row's adapter adds."""
 
-    def __init__(self, site: TargetLinear, layout: Layout, bound: Bound) -> None:
-        self._site, self._layout, self._bound = site, layout, bound
-        split = site.style == "row" or (layout.sequence_parallel and not site.expert)
-        self._ordinal = site.shard if split else 0  # ranks with the same x draw the same mask
-        site.module.register_forward_hook(self._hook)
+    def __init__(self, target: TargetLinear, mesh: MegatronMesh, bound: Bound) -> None:
+        self._target, self._mesh, self._bound = target, mesh, bound
+        split = target.style == "row" or (mesh.sequence_parallel and not target.expert)
+        self._ordinal = target.shard if split else 0  # ranks with the same x draw the same mask
+        target.module.register_forward_hook(self._hook)
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         row = self._bound.row
-        if row is None or row.adapter is None or module not in row.adapter.sites:
+        if row is None or row.adapter is None or module not in row.adapter.targets:
             return None
         y, bias = output
-        _, parts = row.adapter.sites[module]
+        _, parts = row.adapter.targets[module]
         x = masked(
             args[0],
             row,
             row.adapter,
-            (self._site.parts[0], self._ordinal, self._layout.context.rank),
+            (self._target.parts[0], self._ordinal, self._mesh.context.rank),
         )
-        add = self._column if self._site.style == "column" else self._row
+        add = self._column if self._target.style == "column" else self._row
         return y + add(x, parts) * row.adapter.spec.scale, bias
 
     def _column(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
         """[..., D] -> [..., O]."""
         a_RD, rows = stacked(parts, x.dtype)
         low = x @ a_RD.T
-        tensor = self._layout.tensor
-        if not self._site.expert and tensor.size > 1:
-            if self._layout.sequence_parallel:
+        tensor = self._mesh.tensor
+        if not self._target.expert and tensor.size > 1:
+            if self._mesh.sequence_parallel:
                 low = mappings.gather_from_sequence_parallel_region(low, group=tensor.group)
             else:
                 low = mappings.copy_to_tensor_model_parallel_region(low, group=tensor.group)
-        outputs: list[Tensor | None] = [None] * len(self._site.parts)
+        outputs: list[Tensor | None] = [None] * len(self._target.parts)
         for part, at in zip(parts, rows, strict=True):
             outputs[part.number] = low[..., at] @ part.b.T.to(x.dtype)
         return self._fused(outputs)
@@ -64,10 +64,10 @@ class AdaptedLinear:
         """[..., D] -> [..., O]."""
         (part,) = parts
         low = x @ part.a.T.to(x.dtype)
-        tensor = self._layout.tensor
+        tensor = self._mesh.tensor
         # experts that are split: their layer's outputs are parts of a sum, and so are these
-        if not self._site.expert and tensor.size > 1:
-            if self._layout.sequence_parallel:
+        if not self._target.expert and tensor.size > 1:
+            if self._mesh.sequence_parallel:
                 low = mappings.reduce_scatter_to_sequence_parallel_region(low, group=tensor.group)
             else:
                 low = mappings.reduce_from_tensor_model_parallel_region(low, group=tensor.group)
@@ -75,12 +75,12 @@ class AdaptedLinear:
 
     def _fused(self, outputs: Sequence[Tensor | None]) -> Tensor:
         """The outputs of the parts in the order of the fused layer; zeros where there are none."""
-        site = self._site
+        target = self._target
         some = next(o for o in outputs if o is not None)
         ahead = some.shape[:-1]
         blocks: list[Tensor] = []
-        for output, width in zip(outputs, site.widths, strict=True):
-            shape = (*ahead, site.groups, width // site.groups)
+        for output, width in zip(outputs, target.widths, strict=True):
+            shape = (*ahead, target.groups, width // target.groups)
             blocks.append(some.new_zeros(shape) if output is None else output.view(shape))
         return torch.cat(blocks, dim=-1).flatten(-2)
 

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from lorelei.model.backend import DTYPES
 from lorelei.model.config import DecoderConfig
 from lorelei.model.rope import frequencies
-from lorelei.train.megatron.context import to_heads, to_tokens
-from lorelei.train.megatron.layout import Axis, Layout
+from lorelei.parallel.mesh import Axis
+from lorelei.parallel.ranks import Ranks
+from lorelei.parallel.ulysses import to_heads, to_tokens
+from lorelei.train.megatron.kind import MegatronSpec
+from lorelei.train.megatron.mesh import MegatronMesh
 from lorelei.train.megatron.row import Row
-from lorelei.train.remote.spec import MegatronSpec
 
 _NORMS = {  # where layers have norms of their own; with Transformer Engine they are in the linears
     "decoder.layers.*.input_layernorm.weight": "model.layers.*.input_layernorm.weight",
@@ -33,7 +35,9 @@ _NORMS = {  # where layers have norms of their own; with Transformer Engine they
 }
 
 
-def build_model(spec: MegatronSpec, config: DecoderConfig) -> tuple[Any, Layout]:
+def build_model(
+    spec: MegatronSpec, config: DecoderConfig, world: Ranks
+) -> tuple[Any, MegatronMesh]:
     """This rank's part of the model, frozen, and its place. Megatron's groups are made here.
 
     Raises ValueError for a checkpoint that does not fill it.
@@ -52,13 +56,13 @@ def build_model(spec: MegatronSpec, config: DecoderConfig) -> tuple[Any, Layout]
             )
     model.requires_grad_(False)
     _load(bridge, model, Path(spec.model))
-    layout = Layout.current(spec.sequence_parallel)
-    _use_own_positions(model, config, layout)
-    return model, layout
+    mesh = MegatronMesh.current(spec.sequence_parallel, world)
+    _use_own_positions(model, config, mesh)
+    return model, mesh
 
 
 def _provider(bridge: Any, spec: MegatronSpec, config: DecoderConfig) -> Any:
-    """Megatron's configuration of this model and layout."""
+    """Megatron's configuration of this model and mesh."""
     dtype = DTYPES[spec.dtype]
     provider = bridge.to_megatron_provider(load_weights=False)
     wanted = {
@@ -165,12 +169,12 @@ class RowRope(nn.Module):
         return torch.cat([angles, angles], dim=-1)[:, None, None]
 
 
-def _use_own_positions(model: Any, config: DecoderConfig, layout: Layout) -> None:
+def _use_own_positions(model: Any, config: DecoderConfig, mesh: MegatronMesh) -> None:
     inverse, scale = frequencies(config)
     model.rotary_pos_emb = RowRope(inverse)
     for layer in model.decoder.layers:
         layer.self_attention._yarn_concentration_factor = scale
-        layer.self_attention.core_attention.axis = layout.context
+        layer.self_attention.core_attention.axis = mesh.context
 
 
 def _load(bridge: Any, model: Any, folder: Path) -> None:

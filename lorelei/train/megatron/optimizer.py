@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lorelei.parallel.mesh import Axis
 from lorelei.train.adam import AdapterOptimizer
 from lorelei.train.megatron.adapter import Shard
-from lorelei.train.megatron.layout import Axis, Layout
+from lorelei.train.megatron.collect import collect
+from lorelei.train.megatron.mesh import MegatronMesh
 from lorelei.types import AdamHyper, OptimStats
 
 
@@ -108,32 +110,33 @@ class Buffer:
             piece.copy_(shard.of(full[shard.names[0]]))
         return flat_N[self._at]
 
-    def load(self, full: Mapping[str, Tensor]) -> None:
-        """Replace the tensors."""
-        with torch.no_grad():
-            for shard in self.shards:
-                shard.tensor.copy_(shard.of(full[shard.names[0]]))
-
 
 class ShardedOptimizer:
-    """One adapter's optimizer on this rank. Every rank gets every call."""
+    """Implements adapter_engine.Optimizer. Every rank gets every call."""
 
-    def __init__(self, shards: Sequence[Shard], layout: Layout, distributed: bool) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        mesh: MegatronMesh,
+        distributed: bool,
+        device: torch.device,
+    ) -> None:
+        self._mesh, self._device = mesh, device
         self._buffers: dict[str, Buffer] = {}
         for kind, expert in (("dense", False), ("expert", True)):
             own = [s for s in shards if s.expert == expert]
-            repeating = layout.repeating(expert)
+            repeating = mesh.repeating(expert)
             slices = repeating.size if distributed else 1
             if own:
-                self._buffers[kind] = Buffer(own, layout.splitting(expert), repeating, slices)
+                self._buffers[kind] = Buffer(own, mesh.splitting(expert), repeating, slices)
         held = {kind: buffer.own_n for kind, buffer in self._buffers.items()}
         # a pipeline stage may have no layer that is adapted
         self._adam = AdapterOptimizer(held) if held else None
         self.step_count = 0
 
-    def take_gradients(self, device: torch.device) -> Tensor:
-        """Sum the gradients over the ranks. Returns their norm over all ranks, once for all."""
-        squares = torch.zeros((), device=device)
+    def grad_norm(self) -> Tensor:
+        """Sum the gradients over the ranks. Returns their norm over all ranks."""
+        squares = torch.zeros((), device=self._device)
         for buffer in self._buffers.values():
             buffer.take_gradients()
             squares += buffer.squares()
@@ -157,32 +160,24 @@ class ShardedOptimizer:
         if self._adam is not None:
             self._adam.clear()
 
-    def moments(self) -> tuple[dict[Shard, Tensor], dict[Shard, Tensor]]:
-        """(exp_avg, exp_avg_sq) of every shard of this rank, zeros before the first step."""
-        both: tuple[dict[Shard, Tensor], dict[Shard, Tensor]] = ({}, {})
-        if self._adam is None:
-            return both
-        for found, own in zip(both, self._adam.moments(), strict=True):
-            for kind, buffer in self._buffers.items():
-                found.update(zip(buffer.shards, buffer.whole(own[kind]), strict=True))
-        return both
+    def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copies of (exp_avg, exp_avg_sq) by PEFT name, full on the first rank."""
+        own = ({}, {}) if self._adam is None else self._adam.moments()
+        exp_avg, exp_avg_sq = map(self._of_shards, own)
+        return collect(exp_avg, self._mesh), collect(exp_avg_sq, self._mesh)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the tensors, full by PEFT name."""
-        for buffer in self._buffers.values():
-            buffer.load(tensors)
+    def _of_shards(self, flat: Mapping[str, Tensor]) -> dict[Shard, Tensor]:
+        found: dict[Shard, Tensor] = {}
+        for kind, buffer in self._buffers.items():
+            found.update(zip(buffer.shards, buffer.whole(flat[kind]), strict=True))
+        return found
 
     def restore(
-        self,
-        tensors: Mapping[str, Tensor],
-        exp_avg: Mapping[str, Tensor],
-        exp_avg_sq: Mapping[str, Tensor],
-        step: int,
+        self, exp_avg: Mapping[str, Tensor], exp_avg_sq: Mapping[str, Tensor], step: int
     ) -> None:
-        """Replace tensors, moments and step count, all full by PEFT name; drop all gradients."""
+        """Replace moments, full by PEFT name, and the step count; drop all gradients."""
         self.clear()
         self.step_count = step
-        self.load(tensors)
         if self._adam is not None:
             self._adam.restore(
                 {kind: buffer.slice(exp_avg) for kind, buffer in self._buffers.items()},

@@ -5,7 +5,7 @@ Shapes: I items.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,54 +13,46 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from lorelei.model.config import DecoderConfig
-from lorelei.train.megatron.context import of_all_items
+from lorelei.parallel.ulysses import of_all_items
+from lorelei.train.adapter_engine import LossOf
 from lorelei.train.megatron.head import Vocabulary, item_logprobs
-from lorelei.train.megatron.layout import Layout
 from lorelei.train.megatron.linear import AdaptedLinear
+from lorelei.train.megatron.mesh import MegatronMesh
 from lorelei.train.megatron.row import Bound, Row
-from lorelei.train.megatron.sites import find_sites, head_rows
-
-# gets log-probabilities and entropies [I] of a row, returns its loss
-Judge = Callable[[Row, Tensor, Tensor], Tensor]
+from lorelei.train.megatron.targets import find_targets, head_rows
 
 
 class Pipeline:
     """The model of this rank, and what runs through it."""
 
-    def __init__(self, model: Any, config: DecoderConfig, layout: Layout, recompute: bool) -> None:
-        self._model, self._config, self._layout = model, config, layout
+    def __init__(
+        self, model: Any, config: DecoderConfig, mesh: MegatronMesh, recompute: bool
+    ) -> None:
+        self._model, self._config, self._mesh = model, config, mesh
         self.device = next(model.parameters()).device
-        self.sites = find_sites(model, config, layout)
+        self.targets = find_targets(model, config, mesh)
         bound = Bound()
         for layer in model.decoder.layers:
             bound.to_layer(layer)
-        for site in self.sites:
-            if not layout.last_stage or site.module is not model.output_layer:
-                AdaptedLinear(site, layout, bound)
+        for target in self.targets:
+            if not mesh.last_stage or target.module is not model.output_layer:
+                AdaptedLinear(target, mesh, bound)
         # ranks that meet within a layer must all come back through it; and a recomputed layer has
         # no gradients to give where its input has none
-        if layout.experts_span_ranks or recompute:
+        if mesh.experts_span_ranks or recompute:
             _want_gradients(model)
 
-    def forward(self, rows: Sequence[Row], judge: Judge) -> None:
-        """Without gradients; what the judge returns is ignored."""
-        with torch.no_grad():
-            self._run(rows, judge, forward_only=True)
-
-    def forward_backward(self, rows: Sequence[Row], judge: Judge) -> None:
-        """Add the gradients of the losses. Raises what the judge raises, after all rows."""
-        self._run(rows, judge, forward_only=False)
-
-    def _run(self, rows: Sequence[Row], judge: Judge, forward_only: bool) -> None:
+    def run(self, rows: Sequence[Row], loss_of: LossOf, trains: bool) -> None:
+        """trains: add the gradients of the losses. Raises what `loss_of` raises, after all rows."""
         if not rows:
             return
         errors: list[Exception] = []
 
-        def judged(row: Row, logprobs_I: Tensor, entropy_I: Tensor) -> Tensor:
+        def loss(row: Row, logprobs_I: Tensor, entropy_I: Tensor) -> Tensor:
             # the other stages and ranks wait for this row to come back, whatever happens here
             if row.piece is not None and not errors:
                 try:
-                    return judge(row, logprobs_I, entropy_I)
+                    return loss_of(row.piece, logprobs_I, entropy_I)
                 except Exception as error:
                     errors.append(error)
             return logprobs_I.sum() * 0
@@ -74,19 +66,20 @@ class Pipeline:
                 packed_seq_params=row,
                 output_processor=self._head,
             )
-            if not self._layout.last_stage:
+            if not self._mesh.last_stage:
                 return output, None
-            return judged(row, *output), _as_it_is
+            return loss(row, *output), _as_it_is
 
-        get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=iter(rows),
-            model=[self._model],
-            num_microbatches=len(rows),
-            seq_length=0,  # rows vary
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        with torch.set_grad_enabled(trains):
+            get_forward_backward_func()(
+                forward_step_func=step,
+                data_iterator=iter(rows),
+                model=[self._model],
+                num_microbatches=len(rows),
+                seq_length=0,  # rows vary
+                micro_batch_size=1,
+                forward_only=not trains,
+            )
         if errors:
             raise errors[0]
 
@@ -99,13 +92,13 @@ class Pipeline:
         packed_seq_params: Row,
         **_: Any,
     ) -> tuple[Tensor, Tensor]:
-        first, stop = head_rows(self._config, self._layout)
+        first, stop = head_rows(self._config, self._mesh)
         weight = output_layer.weight if output_weight is None else output_weight
-        vocabulary = Vocabulary(weight[: stop - first], first, self._layout.tensor)
+        vocabulary = Vocabulary(weight[: stop - first], first, self._mesh.tensor)
         row = packed_seq_params
-        outputs = item_logprobs(hidden_states, row, vocabulary, output_layer, self._layout)
+        outputs = item_logprobs(hidden_states, row, vocabulary, output_layer, self._mesh)
         count = len(row.here_i) if row.piece is None else len(row.piece.items)
-        return of_all_items(outputs, row.here_i, count, self._layout.context)
+        return of_all_items(outputs, row.here_i, count, self._mesh.context)
 
 
 def _as_it_is(loss: Tensor) -> tuple[Tensor, Tensor, None]:

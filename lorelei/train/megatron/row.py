@@ -19,7 +19,7 @@ from torch import Tensor
 from lorelei.model.attention import PackedAttention, tree_blocks
 from lorelei.train.layout import Piece
 from lorelei.train.megatron.adapter import Adapter
-from lorelei.train.megatron.layout import Layout
+from lorelei.train.megatron.mesh import MegatronMesh
 from lorelei.types import Segment
 
 
@@ -27,7 +27,7 @@ from lorelei.types import Segment
 class Row(PackedSeqParams):
     """Segments of one adapter, or of none, side by side."""
 
-    piece: Piece | None  # none: a row that only keeps other ranks company
+    piece: Piece | None  # None: a padding row, which keeps ranks in lockstep
     adapter: Adapter | None
     dropout_seed: int | None
     tokens_t: Tensor
@@ -54,18 +54,18 @@ class Bound:
 
 
 def make_row(
-    piece: Piece, adapter: Adapter | None, dropout_seed: int | None, layout: Layout, device: Any
+    piece: Piece, adapter: Adapter | None, dropout_seed: int | None, mesh: MegatronMesh, device: Any
 ) -> Row:
     """This rank's part of the row of a piece."""
     segments, items = piece.batch.segments, piece.batch.items
     tokens, positions = _columns(segments)
     lengths, parents = [len(s.tokens) for s in segments], [s.parent for s in segments]
-    if padding := -len(tokens) % layout.multiple:
+    if padding := -len(tokens) % mesh.multiple:
         tokens = np.concatenate([tokens, np.zeros(padding, dtype=np.int64)])
         positions = np.concatenate([positions, np.arange(padding)])
         lengths, parents = [*lengths, padding], [*parents, -1]
-    t = len(tokens) // layout.context.size
-    first = layout.context.rank * t
+    t = len(tokens) // mesh.context.size
+    first = mesh.context.rank * t
     here = np.flatnonzero((items.source >= first) & (items.source < first + t))
 
     def on_device(values: np.ndarray) -> Tensor:
@@ -85,9 +85,9 @@ def make_row(
     )
 
 
-def padding_row(adapter: Adapter | None, layout: Layout, device: Any) -> Row:
-    """A row of nothing but padding, whose loss is zero."""
-    t = layout.multiple // layout.context.size
+def padding_row(adapter: Adapter | None, mesh: MegatronMesh, device: Any) -> Row:
+    """A row of nothing but padding, whose loss is zero: it keeps ranks in lockstep."""
+    t = mesh.multiple // mesh.context.size
     zeros = torch.zeros(t, dtype=torch.int64, device=device)
     return Row(
         piece=None,
@@ -95,7 +95,7 @@ def padding_row(adapter: Adapter | None, layout: Layout, device: Any) -> Row:
         dropout_seed=None,
         tokens_t=zeros,
         positions_t=torch.arange(t, device=device),
-        attention=PackedAttention(tree_blocks([layout.multiple], [-1])),
+        attention=PackedAttention(tree_blocks([mesh.multiple], [-1])),
         here_i=zeros[:1],
         source_i=zeros[:1],
         target_i=zeros[:1],

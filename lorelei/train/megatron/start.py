@@ -13,20 +13,20 @@ from lorelei.parallel.ranks import Ranks
 from lorelei.train.contract import TrainEngine
 from lorelei.train.megatron.cpu import run_core_on_cpu, run_on_cpu
 from lorelei.train.megatron.imports import import_megatron
-from lorelei.train.remote.spec import MegatronSpec
+from lorelei.train.megatron.kind import MegatronSpec
 
 
 def start_engine(spec: MegatronSpec, ranks: Ranks) -> TrainEngine:
-    """The engine of this rank, whose process group is there. Raises like MegatronEngine."""
+    """The engine of this rank, whose process group is there. Raises like megatron_engine."""
     warnings.filterwarnings("ignore")  # what is missing here is meant to be
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's order of its kernels
     with _quiet():
         run_on_cpu()
         import_megatron()
         run_core_on_cpu()
-        from lorelei.train.megatron.engine import MegatronEngine
+        from lorelei.train.megatron.engine import megatron_engine
 
-        return MegatronEngine(spec, ranks)
+        return megatron_engine(spec, ranks)
 
 
 @contextlib.contextmanager

@@ -5,12 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.train.contract import EngineFailed, WorkersLost
-from lorelei.train.remote.spec import EngineSpec
+from lorelei.train.kind import EngineSpec
+from lorelei.train.remote.forwarding import forwards
 from lorelei.train.remote.wire import (
     NETWORK,
     Call,
@@ -22,25 +22,16 @@ from lorelei.train.remote.wire import (
     parse,
 )
 from lorelei.train.remote.workers import GRACE, Launcher, LocalWorkers, WorkerGone
-from lorelei.types import (
-    AdamHyper,
-    AdapterSpec,
-    Batch,
-    ItemOutputs,
-    LossSpec,
-    OptimStats,
-    Policy,
-    TrainOutputs,
-)
 
 _ERRORS = {"ValueError": ValueError, "KeyError": KeyError}
 
 
+@forwards
 class RemoteEngine:
     """Implements TrainEngine. Every call goes to every rank; the first one's result is returned.
 
-    When a worker dies, hangs or disagrees with the others, all are stopped: WorkersLost is raised,
-    and EngineFailed by every call from then on.
+    When a worker crashes, times out or disagrees with the others, all are stopped: WorkersLost is
+    raised, and EngineFailed by every call from then on.
     """
 
     def __init__(
@@ -70,47 +61,12 @@ class RemoteEngine:
         """The worker processes, by rank."""
         return self.workers.pids
 
-    def add_adapter(self, name: str, spec: AdapterSpec, seed: int = 0) -> None:
-        self._call("add_adapter", name, spec, seed)
-
-    def drop_adapter(self, name: str) -> None:
-        self._call("drop_adapter", name)
-
-    def hold(self, policy: Policy, state: AdapterState) -> None:
-        self._call("hold", policy, state)
-
-    def release(self, policy: Policy) -> None:
-        self._call("release", policy)
-
-    def logprobs(self, batch: Batch, policy: Policy) -> ItemOutputs:
-        return self._call("logprobs", batch, policy)
-
-    def forward_backward(self, batch: Batch, losses: Mapping[str, LossSpec]) -> TrainOutputs:
-        return self._call("forward_backward", batch, losses)
-
-    def optim_step(self, hyper: Mapping[str, AdamHyper]) -> Mapping[str, OptimStats]:
-        return self._call("optim_step", hyper)
-
-    def adapter_state(self, name: str) -> AdapterState:
-        return self._call("adapter_state", name)
-
-    def snapshot(self, name: str) -> AdapterSnapshot:
-        return self._call("snapshot", name)
-
-    def restore(self, name: str, snapshot: AdapterSnapshot) -> None:
-        self._call("restore", name, snapshot)
-
-    def offload(self) -> None:
-        self._call("offload")
-
-    def onload(self) -> None:
-        self._call("onload")
-
     def close(self) -> None:
         """Let the workers end, and kill those that do not. Idempotent."""
         self._stop("the train engine is closed", GRACE)
 
-    def _call(self, method: str, *args: object) -> Any:
+    def forward(self, method: str, args: tuple[Any, ...]) -> Any:
+        """Make a call on every rank."""
         if self._closed is not None:
             raise EngineFailed(self._closed)
         return self._exchange(method, Call(method=method, args=args))
@@ -127,8 +83,8 @@ class RemoteEngine:
                 return_when=concurrent.futures.FIRST_COMPLETED,
             )
             if not ready:
-                silent = [rank for rank in ranks.values() if rank not in outcomes]
-                raise self._broken(f"no answer to {method} in {self._timeout:g} s", silent)
+                late = [rank for rank in ranks.values() if rank not in outcomes]
+                raise self._broken(f"no answer to {method} in {self._timeout:g} s", late)
             for answer in ready:
                 rank = ranks[answer]
                 try:
@@ -138,10 +94,11 @@ class RemoteEngine:
         return self._result(method, [outcomes[rank] for rank in range(len(answers))])
 
     def _result(self, method: str, outcomes: Sequence[Reply | Failure]) -> Any:
+        first, *_ = outcomes
         failures = {n: o for n, o in enumerate(outcomes) if isinstance(o, Failure)}
-        if not failures:
-            return outcomes[0].value  # type: ignore[union-attr]
-        # the others only say that they gave up too
+        if not failures and isinstance(first, Reply):
+            return first.value
+        # ranks that raise RankFailed only gave up because another one failed
         own = {n: f for n, f in failures.items() if f.kind != "RankFailed"} or failures
         number, failure = next(iter(own.items()))
         if len(failures) < len(outcomes):

@@ -1,4 +1,4 @@
-"""A train engine that outlives its workers: they are started again, and their work is redone."""
+"""A train engine that survives the loss of its workers: it starts new ones and redoes the work."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any
 
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.train.contract import EngineFailed, TrainEngine, WorkersLost
+from lorelei.train.remote.forwarding import CHANGES, forwards
 from lorelei.types import (
     AdamHyper,
     AdapterSpec,
     Batch,
-    ItemOutputs,
     LossSpec,
     OptimStats,
     Policy,
     TrainOutputs,
 )
 
-LONGEST = 64  # calls that are kept, for those who seldom take a snapshot
+LONGEST = 64  # calls that are kept before snapshots are taken without being asked for
 PAUSE = 1.0  # seconds before the second restart in a row, doubled for each later one
 
 
+@forwards
 class Restarting:
     """Implements TrainEngine over engines that `make` starts, each in the place of a lost one.
 
@@ -50,60 +51,61 @@ class Restarting:
         self._offloaded = self._closed = False
         self.engine = make()
 
+    def forward(self, method: str, args: tuple[Any, ...]) -> Any:
+        """Make a call, on as many engines as it takes; its marks decide whether it is kept."""
+        return self._change(method, args) if method in CHANGES else self._call(method, args)
+
+    # What follows is written out because a restart has to know more of it than its call.
+
     def add_adapter(self, name: str, spec: AdapterSpec, seed: int = 0) -> None:
-        self._change("add_adapter", name, spec, seed)
+        self._change("add_adapter", (name, spec, seed))
         self._journal.adapters[name] = (spec, seed)
 
     def drop_adapter(self, name: str) -> None:
-        self._change("drop_adapter", name)
+        self._change("drop_adapter", (name,))
         self._journal.forget(name)
 
     def hold(self, policy: Policy, state: AdapterState) -> None:
-        self._call("hold", policy, state)
+        self._held.pop(policy, None)  # as in an engine, whatever comes of the call
+        self._call("hold", (policy, state))
         self._held[policy] = state
 
     def release(self, policy: Policy) -> None:
-        self._call("release", policy)
+        self._call("release", (policy,))
         self._held.pop(policy, None)
-
-    def logprobs(self, batch: Batch, policy: Policy) -> ItemOutputs:
-        return self._call("logprobs", batch, policy)
 
     def forward_backward(self, batch: Batch, losses: Mapping[str, LossSpec]) -> TrainOutputs:
         self._journal.accumulating |= set(batch.adapters)
         try:
-            return self._change("forward_backward", batch, losses)
+            return self._change("forward_backward", (batch, losses))
         except BaseException:  # it has left no gradients
             self._journal.accumulating -= set(batch.adapters)
             raise
 
     def optim_step(self, hyper: Mapping[str, AdamHyper]) -> Mapping[str, OptimStats]:
         self._journal.accumulating -= hyper.keys()
-        taken = self._change("optim_step", hyper)
+        taken = self._change("optim_step", (hyper,))
         if len(self._journal.calls) >= LONGEST and not self._journal.accumulating:
             for name in self._journal.concerned:
                 self.snapshot(name)
         return taken
 
-    def adapter_state(self, name: str) -> AdapterState:
-        return self._call("adapter_state", name)
-
     def snapshot(self, name: str) -> AdapterSnapshot:
-        snapshot: AdapterSnapshot = self._call("snapshot", name)
+        snapshot: AdapterSnapshot = self._call("snapshot", (name,))
         self._rest_on(name, snapshot)
         return snapshot
 
     def restore(self, name: str, snapshot: AdapterSnapshot) -> None:
-        self._change("restore", name, snapshot)
+        self._change("restore", (name, snapshot))
         self._journal.accumulating.discard(name)
         self._rest_on(name, snapshot)
 
     def offload(self) -> None:
-        self._call("offload")
+        self._call("offload", ())
         self._offloaded = True
 
     def onload(self) -> None:
-        self._call("onload")
+        self._call("onload", ())
         self._offloaded = False
 
     def close(self) -> None:
@@ -115,16 +117,16 @@ class Restarting:
         if self._journal.rest_on(name, snapshot):
             self._restarts = 0
 
-    def _change(self, method: str, *args: Any) -> Any:
+    def _change(self, method: str, args: tuple[Any, ...]) -> Any:
         self._journal.note(method, args)
         try:
-            return self._call(method, *args, done=len(self._journal.calls) - 1)
+            return self._call(method, args, done=len(self._journal.calls) - 1)
         except (ValueError, KeyError):
             self._journal.forget_unknown()
             raise
 
-    def _call(self, method: str, *args: Any, done: int | None = None) -> Any:
-        """done: of the journal's calls, how many came before this one; none: all."""
+    def _call(self, method: str, args: tuple[Any, ...], done: int | None = None) -> Any:
+        """done: how many of the journal's calls came before this one; None: all."""
         while True:
             try:
                 return getattr(self.engine, method)(*args)

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lorelei.lora.state import AdapterSnapshot, AdapterState
-from lorelei.train.remote.spec import ArchonSpec, EngineSpec, FsdpSpec, MegatronSpec
+from lorelei.train.kind import EngineSpec
+from lorelei.train.kinds import TRAIN
 from lorelei.types import (
     AdamHyper,
     AdapterSpec,
@@ -68,14 +69,14 @@ class Reply:
 class Failure:
     """What a call raised."""
 
-    kind: str  # ValueError, KeyError, RankFailed, NETWORK, or another that is nobody's input
+    kind: str  # ValueError, KeyError, RankFailed, NETWORK, or the name of an internal error
     text: str
 
 
 _TRAVEL = {
     kind.__name__: kind
     for kind in (
-        *(Start, Call, Reply, Failure, ArchonSpec, FsdpSpec, MegatronSpec),
+        *(Start, Call, Reply, Failure, *(engine.spec for engine in TRAIN.values())),
         *(AdapterSpec, AdapterState, AdapterSnapshot, AdamHyper, LossSpec),
         *(Batch, Segment, Items, ItemOutputs, TrainOutputs, OptimStats),
     )

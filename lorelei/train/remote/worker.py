@@ -1,4 +1,4 @@
-"""A worker process: one rank of a train engine. It obeys one private socket and nothing else."""
+"""A worker process: one rank of a train engine. It takes orders from one private socket only."""
 
 from __future__ import annotations
 
@@ -11,24 +11,17 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from lorelei.model.backend import DTYPES, default_device, dist_backend
+from lorelei.model.backend import default_device, dist_backend
 from lorelei.parallel.ranks import RankFailed, Ranks
 from lorelei.train.contract import TrainEngine
-from lorelei.train.remote.spec import ArchonSpec, EngineSpec, FsdpSpec, MegatronSpec
+from lorelei.train.kinds import TRAIN
+from lorelei.train.remote.forwarding import CALLS
 from lorelei.train.remote.wire import NETWORK, Call, Failure, Reply, Start, receive, send
-
-METHODS = frozenset(
-    {
-        *("add_adapter", "drop_adapter", "hold", "release", "logprobs", "forward_backward"),
-        *("optim_step", "adapter_state", "snapshot", "restore", "offload", "onload"),
-    }
-)
 
 
 def main() -> None:
@@ -64,25 +57,6 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def build_engine(spec: EngineSpec, ranks: Ranks) -> TrainEngine:
-    """The engine of a spec on this process's device."""
-    match spec:
-        case ArchonSpec():
-            from lorelei.model.load import load_decoder
-            from lorelei.train.archon.engine import ArchonEngine
-
-            decoder = load_decoder(Path(spec.model), DTYPES[spec.dtype], default_device())
-            return ArchonEngine(decoder, spec.max_tokens_per_mb, spec.recompute, ranks)
-        case FsdpSpec():
-            from lorelei.train.fsdp.engine import FsdpEngine
-
-            return FsdpEngine(spec, default_device(), ranks)
-        case MegatronSpec():
-            from lorelei.train.megatron.start import start_engine
-
-            return start_engine(spec, ranks)
-
-
 def _start(start: Start) -> TrainEngine:
     if torch.accelerator.is_available():
         local = int(os.environ["LOCAL_RANK"])
@@ -90,11 +64,12 @@ def _start(start: Start) -> TrainEngine:
     timeout = timedelta(seconds=start.timeout)
     backend = dist_backend(default_device(), int(os.environ["LOCAL_WORLD_SIZE"]))
     dist.init_process_group(backend, timeout=timeout)
-    return build_engine(start.spec, Ranks.joined())
+    (kind,) = (kind for kind in TRAIN.values() if kind.spec is type(start.spec))
+    return kind.build(start.spec, Ranks.joined())
 
 
 def _bound(engine: TrainEngine, call: Call) -> Callable[[], Any]:
-    assert call.method in METHODS, call.method
+    assert call.method in CALLS, call.method
     return lambda: getattr(engine, call.method)(*call.args)
 
 

@@ -38,11 +38,11 @@ SHARED = {
     "lora.peft_type": "lora",
     "lora.lora_dropout": 0.0,
     "algo.kind": "grpo",
-    "algo.beta1": 0.9,
-    "algo.beta2": 0.999,
-    "algo.eps": 1e-8,
-    "algo.gradient_clipping": 1.0,
-    "algo.warmup_steps": 0,
+    "optimizer.beta1": 0.9,
+    "optimizer.beta2": 0.999,
+    "optimizer.eps": 1e-8,
+    "optimizer.gradient_clipping": 1.0,
+    "optimizer.warmup_steps": 0,
     "algo.eps_clip": 0.4,
     "algo.eps_clip_higher": None,
     "algo.reward_scaling": 10.0,
@@ -82,9 +82,9 @@ OWN: dict[str, dict[str, Any]] = {
         "lora.lora_rank": 16,
         "lora.lora_alpha": 16.0,
         "lora.target_modules": ("all-linear",),
-        "algo.lr": 1.7e-4,
-        "algo.weight_decay": 0.017,
-        "algo.lr_schedule": "constant",
+        "optimizer.lr": 1.7e-4,
+        "optimizer.weight_decay": 0.017,
+        "optimizer.lr_schedule": "constant",
         "algo.batch_size": 256,
     },
     "gsm8k_grpo_megatron_lora": {
@@ -103,9 +103,9 @@ OWN: dict[str, dict[str, Any]] = {
         "lora.lora_rank": 16,
         "lora.lora_alpha": 16.0,
         "lora.target_modules": FUSED,
-        "algo.lr": 3e-5,
-        "algo.weight_decay": 0.003,
-        "algo.lr_schedule": "constant",
+        "optimizer.lr": 3e-5,
+        "optimizer.weight_decay": 0.003,
+        "optimizer.lr_schedule": "constant",
         "algo.batch_size": 256,
     },
     "gsm8k_grpo_megatron_lora_moe": {
@@ -128,10 +128,10 @@ OWN: dict[str, dict[str, Any]] = {
         "lora.lora_rank": 32,
         "lora.lora_alpha": 32.0,
         "lora.target_modules": FUSED,
-        "algo.lr": 3e-6,
-        "algo.weight_decay": 0.003,
-        "algo.lr_schedule": "cosine",
-        "algo.warmup_steps": 4,
+        "optimizer.lr": 3e-6,
+        "optimizer.weight_decay": 0.003,
+        "optimizer.lr_schedule": "cosine",
+        "optimizer.warmup_steps": 4,
         "algo.batch_size": 16,
         "eval.every": 7473 // 16,
     },
@@ -241,6 +241,18 @@ def test_of_overrides_in_both_words_the_last_counts():
     assert config.train.kind == "archon"
 
 
+def test_what_only_areals_algorithm_has_is_left_out_for_another():
+    loaded = read_config(example("gsm8k_grpo_lora"), ["algo.kind=rloo", "algo.kl_ctl=0.2"])
+    algo = loaded.config.algo
+    assert (algo.kind, algo.kl_ctl, algo.reward_scaling) == ("rloo", 0.2, 10.0)
+    text = "\n".join(lines(loaded.translation, "x"))
+    assert "actor.eps_clip: 0.4, actor.use_decoupled_loss: true" in text
+    assert "algo.eps_clip" not in text and "algo.rejection_sampling" not in text
+    # what is asked for in our words is not left out
+    refused = refusal("gsm8k_grpo_lora", "algo.kind=rloo", "algo.eps_clip=0.3")
+    assert refused == "algo.eps_clip: has no effect with kind: rloo, only with grpo; remove it"
+
+
 ELSEWHERE = ["train_dataset.path=org/data", "valid_dataset.path=org/data"]
 COPIED = [rule for rule in RULES if rule.how == "copied"]
 OTHERS = {  # values that differ from the example's and are allowed
@@ -299,7 +311,7 @@ def test_areals_own_defaults_count_where_the_file_is_silent(tmp_path):
     algo, lora = config.algo, config.lora
     assert (algo.kl_ctl, algo.eps_clip, algo.ppo_n_minibatches) == (0.1, 0.2, 4)
     assert (algo.use_decoupled_loss, algo.recompute_logprob) == (False, False)
-    assert (algo.adv_norm, algo.reward_norm, algo.weight_decay) == (None, None, 0.01)
+    assert (algo.adv_norm, algo.reward_norm, config.optimizer.weight_decay) == (None, None, 0.01)
     assert (lora.lora_rank, lora.lora_alpha, lora.target_modules) == (32, 16, ("all-linear",))
     assert (config.dtype, config.seed, config.steps) == ("bfloat16", 1, 7473 // 8)
     assert (config.publish.kind, config.eval.every) == ("xccl", 0)
@@ -373,12 +385,12 @@ def test_older_files_say_allocation_mode_and_an_importance_cap(tmp_path):
         (["actor.optimizer.type=sgd"], '"sgd" cannot be done here; AdamW is what there is'),
         (["critic={path: x}"], 'critic.path: "x" cannot be done here; GRPO has no critic'),
         (["scheduler.type=slurm"], "scheduler.type: 'slurm' does not start runs here"),
-        (["train_dataset.type=sft"], "there is no supervised training"),
+        (["train_dataset.type=sft"], "write `algo: {kind: sft}`"),
         (["actor.lora_rnak=4"], "actor.lora_rnak: unknown key; did you mean 'lora_rank'?"),
         (["gconfig.nsamples=4"], "gconfig.nsamples: unknown key; did you mean 'n_samples'?"),
         (["sglang.tp_size=4"], "sglang.tp_size: follows from rollout.tensor_parallel_size here"),
         (["sglang.cuda_graph_bs=[1,2]"], "sglang.cuda_graph_bs: [1, 2] is not allowed; write one"),
-        (["actor.optimizer.lr=high"], "algo.lr: 'high' is not allowed"),
+        (["actor.optimizer.lr=high"], "optimizer.lr: 'high' is not allowed"),
         (["gconfig.max_tokens=many"], "gconfig.max_tokens: 'many' is not allowed; write a number"),
         (["train_dataset.batch_size=8000"], "is more than the 7473 rows of openai/gsm8k"),
         (ELSEWHERE, "task: train_dataset.path: 'org/data' is read and"),

@@ -13,6 +13,7 @@ from lorelei.run_file import load_config
 TASK = "task: {kind: reasoning_gym, name: chain_sum}\n"
 GOOD = f"model: org/name\n{TASK}"
 ROWS = "model: org/name\ntask: {kind: jsonl, path: rows.jsonl}\n"
+SFT = ROWS + "algo: {kind: sft}\n"
 
 BAD = [
     # what the file is
@@ -69,8 +70,19 @@ BAD = [
         GOOD + "lora: {target_modules: []}",
         "lora.target_modules: [] is not allowed; it needs at least 1",
     ),
-    (GOOD + "algo: {lr: 0}", "algo.lr: 0 is not allowed; it must be greater than 0$"),
-    (GOOD + "algo: {lr: .nan}", "algo.lr: nan is not allowed; it must be"),
+    (GOOD + "optimizer: {lr: 0}", "optimizer.lr: 0 is not allowed; it must be greater than 0$"),
+    (GOOD + "optimizer: {lr: .nan}", "optimizer.lr: nan is not allowed; it must be"),
+    # keys of the optimizer in `algo`, as older files have them
+    (GOOD + "algo: {lr: 0}", "optimizer.lr: 0 is not allowed; it must be greater than 0$"),
+    (GOOD + "adapters: {a: {algo: {beta1: 1}}}", "adapters.a.optimizer.beta1: 1 is not allowed"),
+    (
+        GOOD + "algo: {lr: 1.0e-4}\noptimizer: {lr: 1.0e-4}",
+        "algo.lr: is optimizer.lr too; give one of them$",
+    ),
+    (
+        GOOD + "adapters: {a: {algo: {eps: 1.0e-4}, optimizer: {eps: 1.0e-4}}}",
+        "adapters.a.algo.eps: is optimizer.eps too; give one of them$",
+    ),
     (GOOD + "checkpoint: {keep: 1}", "checkpoint.keep: 1 is not allowed; it must be greater"),
     (GOOD + "name: ../up", "name: '../up' is not allowed; a name has 1 to 64 characters"),
     (GOOD + "adapters: {Math Two: {}}", "adapters.Math Two: 'Math Two' is not allowed; a name"),
@@ -126,8 +138,33 @@ BAD = [
     ),
     (
         GOOD + "algo: {kind: rloo, rejection_sampling: {upper: 2}}",
-        "algo.rejection_sampling: is refused with kind: rloo",
+        "algo.rejection_sampling: has no effect with kind: rloo, only with grpo; remove it$",
     ),
+    (
+        GOOD + "algo: {kind: rloo, eps_clip: 0.3}",
+        "algo.eps_clip: has no effect with kind: rloo, only with grpo; remove it$",
+    ),
+    (
+        GOOD + "adapters: {a: {algo: {kind: rloo, use_decoupled_loss: true}}}",
+        "adapters.a.algo.use_decoupled_loss: has no effect with kind: rloo, only with grpo",
+    ),
+    (GOOD + "algo: {kind: grop}", "algo.kind: 'grop' is not allowed; did you mean 'grpo'?"),
+    (GOOD + "algo: {kind: 3}", "algo.kind: 3 is not allowed; allowed: grpo, rloo, sft, or a"),
+    # supervised fine-tuning samples nothing
+    (SFT + "reward: {kind: math_verify}", "reward: has no effect with algo.kind: sft, which"),
+    (SFT + "env: {kind: single_turn}", "env: has no effect with algo.kind: sft, which samples"),
+    (SFT + "rollout: {n_samples: 4}", "rollout.n_samples: has no effect with algo.kind: sft"),
+    (SFT + "eval: {temperature: 1.0}", "eval.temperature: has no effect with algo.kind: sft"),
+    (
+        ROWS + "adapters: {a: {algo: {kind: sft}, rollout: {max_new_tokens: 4}}}",
+        "adapters.a.rollout.max_new_tokens: has no effect with algo.kind: sft",
+    ),
+    (
+        ROWS + "rollout: {n_samples: 2}\nadapters: {a: {algo: {kind: sft}}}",
+        "rollout.n_samples: has no effect with algo.kind: sft",
+    ),
+    (GOOD + "algo: {kind: sft}", "task.kind: 'reasoning_gym' makes problems to be scored, without"),
+    (SFT + "adapters: {a: {algo: {kl_ctl: 0.1}}}", "adapters.a.algo.kl_ctl: has no effect with"),
     # engine-wide fields within an adapter
     (GOOD + "adapters: {a: {train: {}}}", "adapters.a.train: belongs to the whole run"),
     (
@@ -183,10 +220,11 @@ def test_a_bad_configuration_is_one_line_that_names_the_field_and_the_fix(tmp_pa
     [
         ("steps", "override 'steps': write key=value"),
         ("=3", "override '=3': write key=value"),
-        ("algo..lr=3", "override 'algo..lr=3': write key=value"),
+        ("optimizer..lr=3", "override 'optimizer..lr=3': write key=value"),
         ("steps.x=3", "steps.x: steps is 5, which has no keys to set"),
-        ("algo.lr=[1", "override 'algo.lr=[1', line 1:"),
-        ("algo.lr=fast", "algo.lr: 'fast' is not allowed; it must be a valid number"),
+        ("optimizer.lr=[1", "override 'optimizer.lr=[1', line 1:"),
+        ("optimizer.lr=fast", "optimizer.lr: 'fast' is not allowed; it must be a valid number"),
+        ("algo.lr=fast", "optimizer.lr: 'fast' is not allowed; it must be a valid number"),
         ("nam=x", "nam: unknown key; did you mean 'name'?"),
     ],
 )

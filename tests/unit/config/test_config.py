@@ -20,8 +20,27 @@ lora: {use_lora: true, lora_rank: 16, lora_alpha: 32, target_modules: [all-linea
 train: {kind: archon}
 rollout: {kind: embedded, n_samples: 8, max_new_tokens: 64, max_head_offpolicyness: 0}
 task: {kind: reasoning_gym, name: chain_sum}
-algo: {kind: grpo, lr: 2.0e-4}
+algo: {kind: grpo, batch_size: 4}
+optimizer: {lr: 2.0e-4}
 """
+
+TAUGHT = """
+model: m/m
+task: {kind: jsonl, path: rows.jsonl, answer_field: solution}
+algo: {kind: sft, batch_size: 8}
+optimizer: {lr: 1.0e-4}
+eval: {every: 2, n_prompts: 16}
+"""
+# one adapter learns from rewards, another from answers
+BOTH = (
+    SHORT
+    + """
+reward: {kind: reasoning_gym}
+adapters:
+  sums:
+  taught: {algo: {kind: sft}, task: {kind: parquet, path: rows.parquet}, eval: {n_prompts: 3}}
+"""
+)
 
 TWO = (
     SHORT
@@ -55,7 +74,7 @@ def test_the_short_file_of_the_design_is_a_complete_run(write):
     (experiment,) = config.experiments()
     assert (config.name, experiment.name, experiment.steps) == ("short", "default", 30)
     assert experiment.lora.spec() == AdapterSpec(rank=16, alpha=32.0)
-    assert experiment.algo.lr == 2e-4
+    assert experiment.optimizer.lr == 2e-4
     assert experiment.reward.kind == "reasoning_gym"
     assert config.warnings() == []
 
@@ -81,9 +100,16 @@ def test_overrides_of_an_adapter_replace_only_what_they_name(write):
 
 
 def test_a_learning_rate_survives_a_change_of_algorithm_and_the_normalisation_follows_it(write):
-    sums, words = load_config(write(TWO), ["algo.lr=3e-4"]).experiments()
-    assert sums.algo.lr == words.algo.lr == 3e-4
+    sums, words = load_config(write(TWO), ["optimizer.lr=3e-4"]).experiments()
+    assert sums.optimizer.lr == words.optimizer.lr == 3e-4
     assert sums.algo.adv_norm is not None and words.algo.adv_norm is None
+
+
+def test_of_the_defaults_an_adapters_algorithm_keeps_what_it_has_itself(write):
+    more = ["algo.eps_clip=0.3", "algo.ppo_n_minibatches=2", "algo.kl_ctl=0.1"]
+    sums, words = load_config(write(TWO), more).experiments()
+    assert (sums.algo.eps_clip, sums.algo.ppo_n_minibatches, sums.algo.kl_ctl) == (0.3, 2, 0.1)
+    assert (words.algo.kind, words.algo.ppo_n_minibatches, words.algo.kl_ctl) == ("rloo", 2, 0.1)
 
 
 def test_options_of_one_problem_are_not_handed_to_another(write):
@@ -114,7 +140,7 @@ def test_groups_in_flight_follow_from_staleness_and_batch(write):
 
 @pytest.mark.parametrize("written", ["1e-4", "1E-4", "1.e-4", "0.1e-3", "0.0001", "+1e-4"])
 def test_numbers_are_numbers_however_they_are_written(write, written):
-    assert load_config(write(SHORT), [f"algo.lr={written}"]).algo.lr == 1e-4
+    assert load_config(write(SHORT), [f"optimizer.lr={written}"]).optimizer.lr == 1e-4
     overridden = load_config(write(SHORT), [f"task.config={{x: {written}}}"])
     assert overridden.task.config == {"x": 1e-4}
 
@@ -122,16 +148,48 @@ def test_numbers_are_numbers_however_they_are_written(write, written):
 def test_overrides_reach_new_sections_lists_and_adapters(write):
     config = load_config(
         write(TWO),
-        ["lora.target_modules=[q_proj, v_proj]", "checkpoint.keep=5", "adapters.sums.algo.lr=1e-3"],
+        [
+            *("lora.target_modules=[q_proj, v_proj]", "checkpoint.keep=5"),
+            "adapters.sums.optimizer.lr=1e-3",
+        ],
     )
     assert config.lora.target_modules == ("q_proj", "v_proj")
     assert config.checkpoint.keep == 5
-    assert [e.algo.lr for e in config.experiments()] == [1e-3, 2e-4]
+    assert [e.optimizer.lr for e in config.experiments()] == [1e-3, 2e-4]
 
 
-@pytest.mark.parametrize("text", [SHORT, TWO])
+def test_supervised_fine_tuning_needs_rows_and_no_reward(write):
+    config = load_config(write(TAUGHT))
+    (experiment,) = config.experiments()
+    assert (experiment.algo.kind, experiment.algo.batch_size) == ("sft", 8)
+    assert (experiment.samples, experiment.reward) == (False, None)
+    assert (experiment.task.answer_field, experiment.eval_size) == ("solution", 16)
+    assert experiment.optimizer.lr == 1e-4
+    # what belongs to the engine is for whoever samples from the adapter
+    assert load_config(write(TAUGHT), ["rollout.max_running=4"]).rollout.max_running == 4
+
+
+def test_an_adapter_may_be_taught_beside_one_that_is_rewarded(write):
+    sums, taught = load_config(write(BOTH)).experiments()
+    assert (sums.samples, sums.reward.kind, sums.algo.kind) == (True, "reasoning_gym", "grpo")
+    assert (taught.samples, taught.reward, taught.algo.kind) == (False, None, "sft")
+    assert taught.rollout == sums.rollout and taught.eval.n_prompts == 3
+
+
+def test_what_an_adapter_does_not_use_is_not_written_into_run_json(write):
+    plain = to_plain(load_config(write(TAUGHT)))
+    assert "reward" not in plain and "env" not in plain
+    assert "n_samples" not in plain["rollout"] and "temperature" not in plain["eval"]
+    plain = to_plain(load_config(write(BOTH)))
+    assert plain["adapters"]["sums"]["reward"]["kind"] == "reasoning_gym"
+    assert "reward" not in plain["adapters"]["taught"]
+    assert set(plain["adapters"]["taught"]["algo"]) == {"kind", "batch_size"}
+
+
+@pytest.mark.parametrize("text", [SHORT, TWO, TAUGHT, BOTH])
 def test_a_dumped_configuration_loads_as_the_same_run(write, text):
-    config = load_config(write(text), ["task.config={min_terms: 2}", "rollout.max_running=5"])
+    more = [] if text == TAUGHT else ["task.config={min_terms: 2}"]
+    config = load_config(write(text), [*more, "rollout.max_running=5"])
     again = load_config(write(dump_config(config), "other.yaml"))
     assert again.experiments() == config.experiments()
     assert again.model_copy(update={"adapters": config.adapters}) == config
@@ -161,15 +219,15 @@ adapters: {a: {lora: {init_from: warm}}, b: {task: {kind: hf, path: openai/gsm8k
 
 
 def test_a_rate_for_full_fine_tuning_is_warned_of(write):
-    (warning,) = load_config(write(SHORT), ["algo.lr=1e-6"]).warnings()
-    assert "algo.lr: 1e-06" in warning
+    (warning,) = load_config(write(SHORT), ["optimizer.lr=1e-6"]).warnings()
+    assert "optimizer.lr: 1e-06" in warning
 
 
 def test_in_full_fine_tuning_a_rate_for_lora_is_warned_of(write):
     full = "lora.use_lora=false"
-    assert load_config(write(SHORT), [full, "algo.lr=1e-6"]).warnings() == []
-    (warning,) = load_config(write(SHORT), [full, "algo.lr=2e-4"]).warnings()
-    assert "algo.lr: 0.0002 is a rate for LoRA" in warning
+    assert load_config(write(SHORT), [full, "optimizer.lr=1e-6"]).warnings() == []
+    (warning,) = load_config(write(SHORT), [full, "optimizer.lr=2e-4"]).warnings()
+    assert "optimizer.lr: 0.0002 is a rate for LoRA" in warning
 
 
 def test_the_schema_describes_every_field():
@@ -188,7 +246,7 @@ def test_the_schema_describes_every_field():
 def test_a_configuration_cannot_be_changed(write):
     config = load_config(write(SHORT))
     with pytest.raises(ValueError, match="frozen"):
-        config.algo.lr = 1.0
+        config.algo.batch_size = 1
 
 
 def _model(folder: Path, *files: str) -> Path:

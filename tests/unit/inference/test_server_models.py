@@ -9,8 +9,8 @@ from pathlib import Path
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lorelei.config.sglang_options import ARCHITECTURES, WITH_WINDOWS
-from lorelei.config.vllm_options import WITHOUT_ADAPTERS
+from lorelei.inference.sglang.kind import ARCHITECTURES, WITH_WINDOWS
+from lorelei.inference.vllm.kind import WITHOUT_ADAPTERS
 from lorelei.venvs.recipe import interpreter
 from tests.environments import needs
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from lorelei.config.errors import FieldError
-from lorelei.config.extra_args import check_extra_args
-from lorelei.config.sglang_options import DERIVED
+from lorelei.config.extra_args import SGLANG, check_extra_args
 from lorelei.inference.server.options import ServerOptions, binding
-from lorelei.inference.sglang.command import SPARE, arguments, check_model
+from lorelei.inference.sglang.command import arguments, check_model
 from lorelei.inference.sglang.in_server.sampling import uniforms
+from lorelei.inference.sglang.kind import SPARE
 from tests.tiny_models import sizes_of, tiny_config
 
 
@@ -52,12 +52,12 @@ def test_the_command_line_follows_from_the_run(tmp_path: Path) -> None:
     assert words[-3:] == ("--lora-target-modules", "q_proj", "v_proj")
 
 
-@pytest.mark.parametrize("name", sorted(DERIVED))
+@pytest.mark.parametrize("name", sorted(SGLANG))
 def test_options_that_follow_from_the_run_are_refused(name: str) -> None:
     for written in (name, f"--{name}", name.replace("-", "_")):
         with pytest.raises(FieldError, match="follows from"):
-            check_extra_args({written: 1}, DERIVED)
-    check_extra_args({"chunked_prefill_size": 512}, DERIVED)
+            check_extra_args("sglang", {written: 1})
+    check_extra_args("sglang", {"chunked_prefill_size": 512})
 
 
 def test_adapted_experts_are_refused_before_a_cpu_server_starts(tmp_path: Path) -> None:

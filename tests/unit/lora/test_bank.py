@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorelei.lora.bank import AdapterBank
-from lorelei.lora.fresh import stable_seed
+from lorelei.lora.state import stable_seed
 from lorelei.model.attention import PackedAttention, tree_blocks
 from lorelei.model.decoder import Decoder
 from lorelei.model.linear import BaseRoute, Route
@@ -119,7 +119,7 @@ def test_wrong_tensors_are_refused_by_name_and_nothing_is_loaded(bank: AdapterBa
     missing = {n: t for n, t in good.items() if n != Q_B}
     with pytest.raises(ValueError, match=f"adapter 'a': tensor '{Q_B}' is missing"):
         bank.load("a", missing)
-    with pytest.raises(ValueError, match="adapter 'a': tensor 'extra' is of no target module"):
+    with pytest.raises(ValueError, match="adapter 'a': tensor 'extra' belongs to no target module"):
         bank.load("a", {**good, "extra": torch.ones(1)})
     with pytest.raises(ValueError, match=r"q_proj.lora_A.weight has shape \(4, 63\).*\(4, 64\)"):
         bank.load("a", {**good, Q_A: torch.ones(4, 63)})

@@ -176,19 +176,23 @@ def test_rms_norm_of_bf16_is_bit_equal_to_transformers() -> None:
     assert rms_norm(x, RmsNorm(norm.weight, 1e-5)).equal(norm(x))
 
 
-@pytest.mark.parametrize("lift", [SWIGLU, RmsNorm(torch.rand(10, dtype=torch.float64), 1e-2)])
-def test_lifts_are_recomputed_with_their_exact_gradient(lift: FusedInput) -> None:
-    """Through a linear layer with an adapter, which keeps the input of the lift only."""
+@pytest.mark.parametrize(
+    "fused_input", [SWIGLU, RmsNorm(torch.rand(10, dtype=torch.float64), 1e-2)]
+)
+def test_a_fused_input_is_recomputed_with_its_exact_gradient(fused_input: FusedInput) -> None:
+    """Through a linear layer with an adapter, which keeps what goes into the fused input only."""
     x = double(3, 10)
-    inner = lift(x.detach())
+    inner = fused_input(x.detach())
     layer = FrozenLinear.fuse({"q": (double(4, inner.shape[1]).detach(), None)})
     a, b = double(2, inner.shape[1]), double(4, 2)
 
     def apply(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return lora_linear(layer, x, (Span(1, 3, 0.5, (LoraPart("q", a, b, 0, 4),), 0.0, 0),), lift)
+        return lora_linear(
+            layer, x, (Span(1, 3, 0.5, (LoraPart("q", a, b, 0, 4),), 0.0, 0),), fused_input
+        )
 
     assert torch.autograd.gradcheck(apply, (x, a, b))
-    assert torch.autograd.gradcheck(lambda x: lora_linear(layer, x, (), lift), (x,))
+    assert torch.autograd.gradcheck(lambda x: lora_linear(layer, x, (), fused_input), (x,))
     with torch.no_grad():
         assert relative(apply(x, a, b), lora_linear(layer, inner, (), None) + torch.cat(
             [torch.zeros(1, 4, dtype=torch.float64), 0.5 * inner[1:] @ a.T @ b.T]

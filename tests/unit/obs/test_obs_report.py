@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from lorelei.obs.curves import render_curves
+from benchmarks.curves import render_curves
 from lorelei.obs.figure import smoothed, spread
 from lorelei.obs.report import render_report
 
@@ -111,7 +111,7 @@ def test_labels_stay_between_their_limits() -> None:
 
 def test_matplotlib_and_torch_load_only_when_something_is_drawn() -> None:
     code = (
-        "import sys, lorelei.obs.report, lorelei.obs.curves, lorelei.obs.console\n"
+        "import sys, lorelei.obs.report, lorelei.obs.console\n"
         "print([m for m in ('matplotlib', 'torch') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

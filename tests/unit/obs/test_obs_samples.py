@@ -2,8 +2,8 @@
 
 import pytest
 
-from lorelei.obs.escape import escaped
 from lorelei.obs.samples import format_samples
+from lorelei.obs.screen import escaped
 
 
 def rollout(reward: float | None, step: int = 1, adapter: str = "default", **more: object) -> dict:

@@ -1,4 +1,4 @@
-"""The doctor says what is here, what can run, and what mends what cannot."""
+"""The doctor says what is here, what can run, and how to fix what is missing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_what_needs_no_server_runs():
     assert own.publishers == ("memory",)
 
 
-def test_a_missing_server_is_shown_with_the_command_that_mends_it(tmp_path, monkeypatch):
+def test_a_missing_server_is_shown_with_the_command_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setenv("LORELEI_CACHE", str(tmp_path))
     found = diagnose()
     for kind in KINDS:

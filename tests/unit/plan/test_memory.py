@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterable
 from math import prod
@@ -13,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.inference.embedded.kv_cache import RowCache
 from lorelei.inference.embedded.route import low_rank
 from lorelei.lora.bank import AdapterBank
@@ -21,10 +19,9 @@ from lorelei.lora.full import serving_copy
 from lorelei.lora.state import AdapterState
 from lorelei.lora.targets import match_targets, module_shapes
 from lorelei.model.attention import PackedAttention, tree_blocks
-from lorelei.model.backend import default_device, logits_factor
+from lorelei.model.backend import DTYPES, default_device
 from lorelei.model.config import DecoderConfig
 from lorelei.model.decoder import Decoder
-from lorelei.model.head import CHUNK_ELEMENTS
 from lorelei.model.load import load_decoder
 from lorelei.model.mlp import Moe
 from lorelei.model.weights import named_tensors
@@ -162,10 +159,15 @@ def test_recomputing_keeps_only_the_inputs_of_blocks(folder):
     assert memory.activation_bytes(run) - memory.activation_bytes(again) == saved
 
 
-@pytest.mark.parametrize("new", [1, 33, 34, 64, 65, 66])
-def test_rows_have_the_room_that_the_cache_gives_them(folder, new):
-    run = footprint(folder, rollout={"max_new_tokens": new})
-    cache, peak = RowCache(load_decoder(folder)), 0
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("new", [1, 33, 34, 64, 65, 66, 129, 130])
+def test_rows_have_the_room_that_the_cache_gives_them(folder, new, gpu):
+    """gpu: the cache of CUDA's fused attention, here in this machine's memory."""
+    dtype = "bfloat16" if gpu else "float32"
+    run = footprint(folder, on_cpu=not gpu, dtype=dtype, rollout={"max_new_tokens": new})
+    cache, peak = RowCache(load_decoder(folder, DTYPES[dtype])), 0
+    cache._whole_tokens = gpu
+    cache.release()
     for cached in range(1, max(new, 2)):  # the last token is not read
         before = cache.nbytes
         cache.reserve(3, cached)
@@ -206,6 +208,13 @@ def test_micro_batch_is_no_larger_than_the_step_of_a_worker(folder):
     assert memory.micro_batch_tokens(shared) == 10 + 3 * 5
     cut = footprint(folder, **small, train={"max_tokens_per_mb": 8})
     assert memory.micro_batch_tokens(cut) == 40 + 5, "a longer sequence stands alone"
+
+
+def test_a_micro_batch_of_given_answers_counts_them_as_long_as_prompts_may_be(folder):
+    task = {"kind": "jsonl", "path": "rows.jsonl", "max_prompt_tokens": 40}
+    sft = {"task": task, "algo": {"kind": "sft", "batch_size": 3}}
+    assert memory.micro_batch_tokens(footprint(folder, **sft)) == 3 * (40 + 40)
+    assert memory.in_flight(footprint(folder, **sft), evaluating=True) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -250,12 +259,3 @@ def test_train_workers_hold_a_base_model_each(folder):
 
 def test_device_is_the_one_that_torch_would_choose():
     assert has_accelerator() == (default_device().type != "cpu")
-
-
-def test_constants_are_those_of_the_code_that_allocates():
-    # twice, because a plan imports no torch
-    assert memory.LOGITS_CHUNK == CHUNK_ELEMENTS
-    assert logits_factor(torch.device("cpu")) == 1
-    assert logits_factor(torch.device("cuda")) == memory.GPU_LOGITS
-    prefill = inspect.signature(EmbeddedEngine).parameters["prefill_tokens"].default
-    assert prefill == memory.PREFILL_TOKENS

@@ -105,7 +105,7 @@ def test_engines_that_do_not_build_a_model_refuse_it_and_name_those_that_do(
             "sglang",
             "target_modules: dense, fc1, fc2 of PhiForCausalLM cannot be",
         ),
-        ("mistral", {"head_dim": 24}, "vllm", "rollout.kind: vllm on a CPU dies .* head_dim 24"),
+        ("mistral", {"head_dim": 24}, "vllm", "rollout.kind: vllm on a CPU crashes .* head_dim 24"),
         ("phi", {"quantization_config": {"quant_method": "gptq"}}, "vllm", "quantised"),
     ],
 )
@@ -155,7 +155,7 @@ def test_a_window_that_no_sequence_leaves_is_no_reason_to_refuse(tmp_path: Path)
         (
             {"model_type": "cohere2_moe", "architectures": ["Cohere2MoeForCausalLM"]},
             "vllm",
-            "Cohere2MoeForCausalLM has no place for adapters in vLLM",
+            "Cohere2MoeForCausalLM cannot have adapters in vLLM",
         ),
     ],
 )

@@ -1,12 +1,15 @@
 """The plan's numbers, against counts made by hand, by transformers and by peft."""
 
+import io
 import json
 import sys
 
 import pytest
+from rich.console import Console
 
 from lorelei.cli import main as cli
 from lorelei.lora.targets import match_targets, module_shapes
+from lorelei.plan.format import plan_table
 from lorelei.plan.plan import plan
 from lorelei.run_file import load_config
 from lorelei.types import AdapterSpec
@@ -183,7 +186,7 @@ def test_a_target_that_matches_nothing_names_the_nearest():
     )
     assert "did you mean 'gate_proj'?" in _refusal(QWEN3_30B_A3B, target_modules=("gate",))
     assert "there are: down_proj, gate_proj" in _refusal(SMOLLM2, target_modules=("zzz",))
-    assert "is no regular expression" in _refusal(SMOLLM2, target_modules=("(q_proj",))
+    assert "is not a regular expression" in _refusal(SMOLLM2, target_modules=("(q_proj",))
 
 
 def test_an_exclusion_must_match_and_must_leave_something():
@@ -223,7 +226,8 @@ def test_memory_is_that_of_the_phase_that_needs_most(config_of):
 
 
 def test_the_plan_command_prints_json_and_a_table(config_of, tmp_path, monkeypatch, capsys):
-    config_of(SMOLLM2, more="adapters: {sums: {}, words: {algo: {lr: 1e-7}, lora: {lora_rank: 1}}}")
+    words = "{optimizer: {lr: 1e-7}, lora: {lora_rank: 1}}"
+    config_of(SMOLLM2, more=f"adapters: {{sums: {{}}, words: {words}}}")
     for flags in (["--json"], []):
         monkeypatch.setattr(sys, "argv", ["lorelei", "plan", str(tmp_path / "run.yaml"), *flags])
         with pytest.raises(SystemExit) as left:
@@ -236,8 +240,24 @@ def test_the_plan_command_prints_json_and_a_table(config_of, tmp_path, monkeypat
             assert [a["parameters"] for a in found["adapters"]] == [4_884_480, 305_280]
         else:
             assert "134,515,008" in out and "4,884,480" in out
-            assert "warning: adapter words: algo.lr" in out
+            assert "warning: adapter words: optimizer.lr" in out
             assert f"memory: {found['total_memory'] / 2**30:.2f} GiB, estimated" in out
+
+
+def test_an_adapter_that_samples_nothing_has_rows_and_no_rewards(config_of, tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    rows = f"{{kind: jsonl, path: {tmp_path / 'rows.jsonl'}}}"
+    more = f"adapters: {{sums: {{}}, taught: {{algo: {{kind: sft}}, task: {rows}}}}}"
+    sums, taught = plan(config_of(SMOLLM2, more=more)).adapters
+    assert (sums.reward, sums.sequences_per_step) == ("reasoning_gym", 4 * 8)
+    assert (taught.reward, taught.algo, taught.sequences_per_step) == (None, "sft", 4)
+    assert taught.parameters == sums.parameters
+    made = plan(config_of(SMOLLM2, "algo={kind: sft}", f"task={rows}"))
+    assert set(made.memory) == {"loading", "training", "saving"}
+    assert made.memory["training"]["reward workers"] == 0
+    table = Console(width=200, file=io.StringIO())
+    table.print(plan_table(made))
+    assert "rows" in table.file.getvalue() and "rollouts" not in table.file.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -12,9 +13,16 @@ import pytest
 from lorelei.cli import main as cli
 from lorelei.config.errors import ConfigError
 from lorelei.config.machine import amount
+from lorelei.config.rollout import ServerRollout
+from lorelei.inference.kinds import SERVERS
+from lorelei.inference.sglang.command import arguments as sglang_arguments
+from lorelei.inference.vllm.command import arguments
+from lorelei.launch.servers import server_options
+from lorelei.model.load import read_config
 from lorelei.model.shapes import SHAPES, find_shape
 from lorelei.plan.hardware import Hardware, seat, wanted
 from lorelei.plan.memory_item import ProcessGroup
+from lorelei.plan.model_info import decoder_info
 from lorelei.plan.plan import Plan, plan
 from lorelei.run_file import load_config
 from tests.areal.examples import example
@@ -148,6 +156,30 @@ def test_sglang_has_room_for_adapted_layers_only_and_the_base_takes_a_place(tiny
     server = held(group(planned(tiny, *vllm, "machine={devices: 2, memory: 1GB}"), "vllm server"))
     of_layer = (64 + 128) + 2 * (64 + 64) + (128 + 64) + 3 * (64 + 96)
     assert server["adapter slots"] == 2 * 4 * 16 * of_layer * 2, "rank 12 is rounded up"
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_server_is_started_with_the_room_that_the_plan_counts(tiny, kind, processes):
+    rollout = (
+        f"{{kind: {kind}, tensor_parallel_size: {processes}, max_running: 3, max_context: 96}}"
+    )
+    lora = ("lora.target_modules=[q_proj]", "lora.lora_rank=12")
+    config = load_config(tiny, (f"rollout={rollout}", *lora))
+    server = held(group(plan(config), f"{kind} server"))
+    info = decoder_info(read_config(tiny.parent))
+    assert isinstance(config.rollout, ServerRollout)
+    options = server_options(config, config.rollout, tiny.parent, info, "cpu")
+    words = arguments(options, 1) if kind == "vllm" else sglang_arguments(options, 0, 1)
+    given = {k: v for k, v in itertools.pairwise(words) if k.startswith("--")}
+    versions = int(given["--max-loras" if kind == "vllm" else "--max-loras-per-batch"])
+    q = 64 + 128
+    of_layer = q + 2 * (64 + 64) + (128 + 64) + 3 * (64 + 96) if kind == "vllm" else q
+    assert server["adapter slots"] == versions * int(given["--max-lora-rank"]) * 4 * of_layer * 2
+    room = options.cpu_cache_gib << 30
+    if kind == "sglang":
+        room = int(given["--max-total-tokens"]) * 4 * 2 * (2 // processes) * 32 * 2
+    assert server["KV cache"] == room
 
 
 def test_an_a_that_fused_layers_share_counts_once():

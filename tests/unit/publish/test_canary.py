@@ -6,7 +6,6 @@ The lies go through real loads: the embedded engine holds and serves what it mus
 from __future__ import annotations
 
 import asyncio
-import io
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -17,18 +16,16 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from lorelei import loop as the_loop
 from lorelei.inference.embedded.engine import EmbeddedEngine
-from lorelei.launch.assemble import build, make_loop, make_trainer
+from lorelei.launch.assemble import RunComponents
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterState
-from lorelei.obs.console import Console
 from lorelei.publish.page import CanaryFailed
 from lorelei.publish.random_adapter import random_adapter
-from lorelei.run_file import load_config, to_plain
+from lorelei.run_file import load_config
 from lorelei.store.check import check_run
-from lorelei.store.run import RunStore
 from lorelei.types import AdapterRef, Completion, Floats, GenerateRequest, Ints
+from tests.loops import digest, open_loop, versions, whole
 from tests.tiny_runs import make_workplace, records, write_run
 
 
@@ -145,33 +142,18 @@ def place(
 async def loop_of(
     folder: Path, place: Path, kind: type[EmbeddedEngine] = EmbeddedEngine, **sections: Any
 ) -> AsyncIterator[Loop]:
-    """The loop of a new run, or of one that goes on, on that rollout engine."""
-    config = load_config(write_run(place, "run", **{"eval": {"every": 0}, **sections}))
+    """The loop of a new run, or of one that goes on, on that inference engine."""
+    path = write_run(place, "run", **{"eval": {"every": 0}, **sections})
+    running = load_config(path).rollout.max_running
     async with AsyncExitStack() as stack:
-        if (folder / "run.json").exists():
-            store = RunStore.open(folder)
-        else:
-            store = RunStore.create(folder, to_plain(config))
-        stack.callback(store.close)
-        parts = await build(config, stack)
-        engine = kind(parts.decoder, max_running=config.rollout.max_running)
-        stack.push_async_callback(engine.close)
-        trainer = make_trainer(config, replace(parts, rollout=engine), stack)
-        for name in store.latest.adapters if store.latest else ():
-            trainer.engine.restore(name, store.load(name))
-        console = Console({e.name: e.steps for e in config.experiments()}, io.StringIO())
-        loop = make_loop(config, replace(parts, rollout=engine), trainer, store, console)
-        stack.push_async_callback(loop.collector.close)
-        yield loop
 
+        def engine(parts: RunComponents) -> EmbeddedEngine:
+            assert parts.decoder is not None
+            made = kind(parts.decoder, max_running=running)
+            stack.push_async_callback(made.close)
+            return made
 
-async def whole(loop: Loop) -> None:
-    await the_loop.begin(loop)
-    await the_loop.run(loop)
-
-
-def digest(loop: Loop) -> str:
-    return loop.trainer.engine.adapter_state("default").digest()
+        yield await stack.enter_async_context(open_loop(path, folder, engine))
 
 
 @pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.__name__)
@@ -196,7 +178,7 @@ def test_a_lie_about_a_version_is_caught_before_its_step_is_committed(
         assert all("the next resume removes it" in line for line in left), left
         assert [r["step"] for r in records(tmp_path / "run", "step")] == [1]
         async with loop_of(tmp_path / "run", place) as loop:
-            assert loop.versions == {"default": 1}
+            assert versions(loop) == {"default": 1}
             await whole(loop)
             assert digest(loop) == expected, "as if nothing had been"
 
@@ -369,7 +351,7 @@ def test_a_canary_that_is_off_checks_nothing_and_is_warned_of(tmp_path: Path, pl
 def test_a_random_adapter_is_the_same_in_bfloat16_and_new_at_every_start(place: Path) -> None:
     async def body() -> None:
         async with loop_of(place / "shape", place) as loop:
-            fresh = loop.trainer.engine.adapter_state("default")
+            fresh = loop.engine.adapter_state("default")
             one, same, other = (random_adapter(fresh, 1.0, n) for n in ("x", "x", "y"))
             assert one.digest() == same.digest() != other.digest()
             for tensor in one.tensors.values():

@@ -24,16 +24,15 @@ from tests.tiny_models import make_tiny
 T = TypeVar("T")
 
 
-class Source:
-    """The one method of a TrainEngine that publishing needs, on a bank of adapters."""
+def bank_of(decoder: Decoder, names: str) -> AdapterBank:
+    bank = AdapterBank(decoder)
+    for seed, name in enumerate(names):
+        bank.add(name, AdapterSpec(rank=4, alpha=8.0), seed)
+    return bank
 
-    def __init__(self, decoder: Decoder, names: list[str]) -> None:
-        self.bank = AdapterBank(decoder)
-        for seed, name in enumerate(names):
-            self.bank.add(name, AdapterSpec(rank=4, alpha=8.0), seed)
 
-    def adapter_state(self, name: str) -> AdapterState:
-        return self.bank.state(name)
+def states_of(bank: AdapterBank, names: str) -> dict[str, AdapterState]:
+    return {name: bank.state(name) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +46,21 @@ def run(body: Coroutine[Any, Any, T]) -> T:
 
 def test_a_published_version_is_served_until_it_is_retired(folder: Path) -> None:
     decoder = load_decoder(folder)
-    source = Source(decoder, ["a", "b"])
+    bank = bank_of(decoder, "ab")
 
     async def body() -> None:
         engine = EmbeddedEngine(decoder)
         publisher = VersionPublisher(engine, "run7")
-        refs = await publisher.publish(source, {"a": 1, "b": 4})  # type: ignore[arg-type]
+        refs = await publisher.publish({"a": 1, "b": 4}, states_of(bank, "ab"))
         assert {str(ref) for ref in refs.values()} == {"a@v1", "b@v4"}
-        assert refs["a"].digest == source.adapter_state("a").digest()
+        assert refs["a"].digest == bank.state("a").digest()
         served = (await engine.health()).adapters
         assert served == tuple(sorted(ref.served_name for ref in refs.values()))
         # training goes on; the published version stays what it was
         tokens = np.arange(3, 20, dtype=np.int32)
         (before,) = await engine.score([tokens], refs["a"])
         with torch.no_grad():
-            for tensor in source.bank["a"].tensors().values():
+            for tensor in bank["a"].tensors().values():
                 tensor.normal_()
         (after,) = await engine.score([tokens], refs["a"])
         assert before.tobytes() == after.tobytes()
@@ -74,12 +73,12 @@ def test_a_published_version_is_served_until_it_is_retired(folder: Path) -> None
 
 def test_a_copy_that_differs_is_an_error_and_nothing_stays(folder: Path) -> None:
     # an engine in fp32 cannot hold an fp64 adapter as it is
-    source = Source(load_decoder(folder, torch.float64), ["a"])
+    states = states_of(bank_of(load_decoder(folder, torch.float64), "a"), "a")
 
     async def body() -> None:
         engine = EmbeddedEngine(load_decoder(folder))
         with pytest.raises(PublishError, match=r"a@v1: .*installed"):
-            await VersionPublisher(engine, "run").publish(source, {"a": 1})  # type: ignore[arg-type]
+            await VersionPublisher(engine, "run").publish({"a": 1}, states)
         assert (await engine.health()).adapters == ()
         await engine.close()
 
@@ -88,14 +87,14 @@ def test_a_copy_that_differs_is_an_error_and_nothing_stays(folder: Path) -> None
 
 def test_one_adapter_that_fails_takes_the_others_back(folder: Path) -> None:
     decoder = load_decoder(folder)
-    source = Source(decoder, ["a", "b"])
+    bank = bank_of(decoder, "ab")
     with torch.no_grad():
-        next(iter(source.bank["b"].tensors().values())).fill_(torch.nan)
+        next(iter(bank["b"].tensors().values())).fill_(torch.nan)
 
     async def body() -> None:
         engine = EmbeddedEngine(decoder)
         with pytest.raises(PublishError, match=r"b@v1: .*not finite"):
-            await VersionPublisher(engine, "run").publish(source, {"a": 1, "b": 1})  # type: ignore[arg-type]
+            await VersionPublisher(engine, "run").publish({"a": 1, "b": 1}, states_of(bank, "ab"))
         assert (await engine.health()).adapters == ()
         await engine.close()
 

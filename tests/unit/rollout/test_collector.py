@@ -17,7 +17,7 @@ import pytest
 from lorelei.env.contract import Episode, Sampler
 from lorelei.inference.contract import EngineClosed
 from lorelei.rollout.admission import Admission
-from lorelei.rollout.collector import MAX_CONSECUTIVE_FAILED_GROUPS, Collector, Lane, RolloutsFail
+from lorelei.rollout.collector import MAX_CONSECUTIVE_FAILED_GROUPS, Collector, RolloutsFail
 from lorelei.rollout.sampler import Policy
 from lorelei.run_file import validate
 from lorelei.store.spool import Spool
@@ -85,19 +85,16 @@ class OneTurn:
         return Episode(turns=(turn,), reward=reward, error=error)
 
 
-def make(
-    folder: Path,
-    script: Script,
-    adapters: Mapping[str, Mapping[str, Any]] | None = None,
-    redo: tuple[int, ...] = (),
-    next_index: int = 0,
-    **sections: Any,
-) -> Collector:
-    config = validate(tiny_run(adapters=dict(adapters or {"a": {}}), **sections))
+def make_all(
+    folder: Path, script: Script, adapters: Mapping[str, Mapping[str, Any]], **sections: Any
+) -> dict[str, Collector]:
+    """Collectors on one engine and one spool, as adapters of a run have them."""
+    config = validate(tiny_run(adapters=dict(adapters), **sections))
     spool = Spool(folder)
-    lanes = [
-        Lane(
+    return {
+        e.name: Collector(
             experiment=e,
+            algo=e.algo,  # type: ignore[arg-type]  # of a run that samples
             source=Numbers(),
             env=OneTurn(script, e.name),
             policy=Policy(
@@ -110,46 +107,54 @@ def make(
                 version=0,
                 accepted=0,
             ),
-            next_index=next_index,
-            redo=list(redo),
+            engine=script,  # type: ignore[arg-type]  # it only generates
+            spool=spool,
         )
         for e in config.experiments()
-    ]
-    return Collector(lanes, script, spool)  # type: ignore[arg-type]  # it only generates
+    }
+
+
+def make(folder: Path, script: Script, **sections: Any) -> Collector:
+    return make_all(folder, script, {"a": {}}, **sections)["a"]
 
 
 def run(body: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(asyncio.wait_for(body, 20))
 
 
-def admit(collector: Collector, *names: str) -> None:
-    """As after a step of these adapters."""
-    collector.admit({n: version(n, collector.lanes[n].admission.version + 1) for n in names})
-
-
 def version(name: str, number: int) -> AdapterRef:
     return AdapterRef(name=name, version=number, run_id="run", digest="0" * 64)
 
 
-async def finish(collector: Collector) -> list[dict[str, list[Group]]]:
+def train(collector: Collector) -> None:
+    """As after a step on what was given out."""
+    collector.trained()
+    collector.admit(version(collector.name, collector.admission.version + 1))
+
+
+def done(collector: Collector) -> bool:
+    return collector.admission.version >= collector.experiment.steps
+
+
+async def finish(collector: Collector) -> list[list[Group]]:
     """Every batch, each taken for trained on at once."""
-    batches: list[dict[str, list[Group]]] = []
-    async for batch in collector.batches():
-        batches.append(batch)
-        admit(collector, *batch)
+    batches: list[list[Group]] = []
+    while not done(collector):
+        batches.append(await collector.batch())
+        train(collector)
     await collector.close()
     return batches
 
 
-def taken(batches: list[dict[str, list[Group]]], name: str = "a") -> list[list[int]]:
-    return [[group.index for group in batch[name]] for batch in batches if name in batch]
+def taken(batches: list[list[Group]]) -> list[list[int]]:
+    return [[group.index for group in batch] for batch in batches]
 
 
 def test_a_synchronous_run_takes_the_prompts_in_order(tmp_path: Path) -> None:
     script = Script()
     batches = run(finish(make(tmp_path, script)))
     assert taken(batches) == [[0, 1], [2, 3], [4, 5]]
-    versions = [group.min_version for batch in batches for group in batch["a"]]
+    versions = [group.min_version for batch in batches for group in batch]
     assert versions == [0, 0, 1, 1, 2, 2]
     assert list(tmp_path.rglob("*")) == [], "a synchronous run has nothing to keep"
 
@@ -163,20 +168,19 @@ def test_an_adapter_that_has_its_batch_never_waits_for_another(tmp_path: Path) -
                 await go.wait()
 
         script.wait = wait
-        collector = make(tmp_path, script, {"slow": {}, "fast": {}})
-        seen = []
-        async for batch in collector.batches():
-            seen.append(sorted(batch))
-            admit(collector, *batch)
-            if len(seen) == 3:
-                go.set()
-        await collector.close()
-        assert seen == [["fast"]] * 3 + [["slow"]] * 3
+        both = make_all(tmp_path, script, {"slow": {}, "fast": {}})
+        slow = asyncio.create_task(finish(both["slow"]))
+        assert len(await finish(both["fast"])) == 3
+        assert both["slow"].running == {0, 1}
+        go.set()
+        assert len(await slow) == 3
 
     run(body())
 
 
-def test_the_others_go_on_collecting_while_one_is_trained(tmp_path: Path) -> None:
+def test_it_goes_on_collecting_until_its_batch_is_complete_while_others_are_trained(
+    tmp_path: Path,
+) -> None:
     async def body() -> None:
         script = Script()
         # prompts 0 to 3 of b fail, so that its batch needs four others
@@ -188,12 +192,15 @@ def test_the_others_go_on_collecting_while_one_is_trained(tmp_path: Path) -> Non
             await asyncio.sleep(0.001 if name == "b" else 0)
 
         script.wait = wait
-        collector = make(tmp_path, script, {"a": {}, "b": {}})
-        batches = collector.batches()
-        assert sorted(await anext(batches)) == ["a"]
+        both = make_all(tmp_path, script, {"a": {}, "b": {}})
+        waiting = asyncio.create_task(both["b"].batch())
+        await both["a"].batch()
+        assert not waiting.done()
+        waiting.cancel()  # as when nobody asks: groups start without a call
         await asyncio.sleep(0.1)  # training a
-        assert len(collector.lanes["b"].finished) == 2
-        await collector.close()
+        assert len(both["b"].finished) == 2
+        for collector in both.values():
+            await collector.close()
 
     run(body())
 
@@ -205,12 +212,12 @@ def test_a_failed_rollout_is_recorded_and_its_siblings_are_kept(tmp_path: Path) 
     )
     script.reward = lambda _, index, sample: None if (index, sample) == (0, 3) else float(sample)
     collector = make(tmp_path, script)
-    first = run(finish(collector))[0]["a"]
+    first = run(finish(collector))[0]
     assert [r.reward for r in first[0].rollouts] == [0.0, 1.0, 2.0, None]
     assert first[0].rollouts[3].error == "timeout: the reward took too long"
     assert [r.reward for r in first[1].rollouts] == [0.0, 1.0, None, 3.0]
     assert first[1].rollouts[2].error == "environment raised ValueError: the prompt is too long"
-    assert collector.lanes["a"].errors == {"timeout": 1, "environment raised ValueError": 1}
+    assert collector.errors == {"timeout": 1, "environment raised ValueError": 1}
 
 
 def test_a_group_with_fewer_than_two_rewards_gives_way_to_the_next_prompt(tmp_path: Path) -> None:
@@ -246,12 +253,11 @@ def test_the_batch_of_a_synchronous_run_does_not_depend_on_who_is_first(tmp_path
 def test_of_many_finished_groups_the_first_started_are_taken(tmp_path: Path) -> None:
     async def body() -> None:
         many = make(tmp_path, Script(), algo={"batch_size": 4})
-        groups = (await anext(many.batches()))["a"]
+        groups = await many.batch()
         collector = make(tmp_path, Script(), rollout={"max_head_offpolicyness": 1})
-        lane = collector.lanes["a"]
-        lane.finished, lane.admission.accepted = groups[::-1], 4
-        assert [group.index for group in (await anext(collector.batches()))["a"]] == [0, 1]
-        assert [group.index for group in lane.finished] == [2, 3]
+        collector.finished, collector.admission.accepted = groups[::-1], 4
+        assert [group.index for group in await collector.batch()] == [0, 1]
+        assert [group.index for group in collector.finished] == [2, 3]
         await many.close()
         await collector.close()
 
@@ -267,16 +273,15 @@ def test_a_group_that_ends_after_its_bound_is_dropped(tmp_path: Path) -> None:
 
         script.wait = wait
         collector = make(tmp_path, script, rollout={"max_head_offpolicyness": 1}, steps=6)
-        lane = collector.lanes["a"]
         seen: list[int] = []
-        async for batch in collector.batches():
-            seen += [group.index for group in batch["a"]]
-            admit(collector, "a")
-            if lane.admission.version == 2:
+        while not done(collector):
+            seen += [group.index for group in await collector.batch()]
+            train(collector)
+            if collector.admission.version == 2:
                 late.set()  # sampled by version 0: two versions ago
         await collector.close()
         assert 0 not in seen and len(seen) == len(set(seen)) == 12
-        assert lane.errors["stale"] >= 1, "others too, when the spool is slow"
+        assert collector.errors["stale"] >= 1, "others too, when the spool is slow"
 
     run(body())
 
@@ -285,15 +290,35 @@ def test_a_finished_group_that_grows_stale_while_it_waits_is_dropped(tmp_path: P
     async def body() -> None:
         script = Script()
         collector = make(tmp_path, script, rollout={"max_head_offpolicyness": 1}, steps=6)
-        lane = collector.lanes["a"]
-        batches = collector.batches()
-        training = {group.index for group in (await anext(batches))["a"]}
+        training = {group.index for group in await collector.batch()}
         await asyncio.sleep(0.05)
-        waiting = {group.index for group in lane.finished}
+        waiting = {group.index for group in collector.finished}
         assert waiting and Spool(tmp_path).read("a").keys() == training | waiting
-        collector.admit({"a": version("a", 2)})
-        assert lane.finished == [] and lane.errors["stale"] == len(waiting)
+        collector.trained()
+        collector.admit(version("a", 2))
+        assert collector.finished == [] and collector.errors["stale"] == len(waiting)
         assert Spool(tmp_path).read("a").keys() == training
+        await collector.close()
+
+    run(body())
+
+
+def test_what_was_trained_on_stays_in_the_spool_until_a_checkpoint_holds_it(
+    tmp_path: Path,
+) -> None:
+    async def body() -> None:
+        collector = make(tmp_path, Script(), rollout={"max_head_offpolicyness": 1}, steps=6)
+        trained: set[int] = set()
+        for _ in range(2):  # two steps without a checkpoint
+            trained |= {group.index for group in await collector.batch()}
+            train(collector)
+            assert not trained & set(collector.pending())
+            assert trained <= Spool(tmp_path).read("a").keys()
+        given = {group.index for group in await collector.batch()}
+        collector.forget_trained()
+        assert not trained & Spool(tmp_path).read("a").keys()
+        assert given <= Spool(tmp_path).read("a").keys(), "it is not trained on yet"
+        assert given <= set(collector.pending())
         await collector.close()
 
     run(body())
@@ -313,23 +338,31 @@ def test_what_is_trained_on_is_never_staler_than_the_bound(tmp_path: Path, seed:
         script.fail = lambda *_: ValueError("no") if rng.random() < 0.3 else None
         limits = {"max_head_offpolicyness": eta, "max_concurrent": concurrent, "n_samples": 3}
         adapters = {"a": {}, "b": {"algo": {"batch_size": 3}, "steps": 5}}
-        collector = make(tmp_path, script, adapters, rollout=limits, steps=8)
-        used: dict[str, list[int]] = {"a": [], "b": []}
-        async for batch in collector.batches():
-            for name, groups in batch.items():
-                lane = collector.lanes[name]
-                assert len(groups) == lane.experiment.algo.batch_size
-                assert all(lane.admission.version - g.min_version <= eta for g in groups)
-                assert lane.admission.running <= lane.experiment.max_concurrent
-                used[name] += [group.index for group in groups]
-            for _ in range(rng.randint(0, 100)):  # training
-                await asyncio.sleep(0)
-            admit(collector, *batch)
-        assert [len(indices) for indices in used.values()] == [16, 15]
-        assert all(len(set(indices)) == len(indices) for indices in used.values())
-        for lane in collector.lanes.values():
-            assert (lane.admission.running, lane.running, lane.finished) == (0, set(), [])
-        await collector.close()
+        training = asyncio.Lock()  # one engine
+
+        async def used(collector: Collector) -> list[int]:
+            indices: list[int] = []
+            while not done(collector):
+                groups = await collector.batch()
+                admission = collector.admission
+                assert len(groups) == collector.algo.batch_size
+                assert admission.running <= collector.experiment.max_concurrent
+                indices += [group.index for group in groups]
+                async with training:
+                    for _ in range(rng.randint(0, 100)):
+                        await asyncio.sleep(0)
+                assert all(admission.version - g.min_version <= eta for g in groups)
+                train(collector)
+            return indices
+
+        both = make_all(tmp_path, script, adapters, rollout=limits, steps=8)
+        found = await asyncio.gather(*map(used, both.values()))
+        assert [len(indices) for indices in found] == [16, 15]
+        assert all(len(set(indices)) == len(indices) for indices in found)
+        for collector in both.values():
+            admission = collector.admission
+            assert (admission.running, collector.running, collector.finished) == (0, set(), [])
+            await collector.close()
 
     run(body())
 
@@ -349,7 +382,7 @@ def test_a_dead_engine_ends_the_run(tmp_path: Path) -> None:
         run(finish(make(tmp_path, script)))
 
 
-def test_a_hopeless_task_ends_the_run_with_the_last_reason(tmp_path: Path) -> None:
+def test_a_hopeless_task_ends_the_job_with_the_last_reason(tmp_path: Path) -> None:
     script = Script()
     script.reward = lambda *_: None
     with pytest.raises(RolloutsFail) as caught:
@@ -367,7 +400,7 @@ def test_a_failure_now_and_then_is_not_hopeless(tmp_path: Path) -> None:
     assert taken(batches) == [[0, 50], [100, 150], [200, 250]]
 
 
-def test_a_prompt_that_cannot_be_made_ends_the_run(tmp_path: Path) -> None:
+def test_a_prompt_that_cannot_be_made_ends_the_job(tmp_path: Path) -> None:
     class Broken(Numbers):
         def prompt(self, index: int) -> Prompt:
             if index == 2:
@@ -375,16 +408,51 @@ def test_a_prompt_that_cannot_be_made_ends_the_run(tmp_path: Path) -> None:
             return super().prompt(index)
 
     collector = make(tmp_path, Script())
-    collector.lanes["a"].source = Broken()
+    collector.source = Broken()
     with pytest.raises(ValueError, match="max_prompt_tokens"):
         run(finish(collector))
 
 
 def test_what_a_crash_left_undone_comes_before_new_prompts(tmp_path: Path) -> None:
-    script = Script()
-    collector = make(tmp_path, script, redo=(1, 3, 4), next_index=6)
-    assert collector.lanes["a"].pending() == [1, 3, 4]
+    collector = make(tmp_path, Script())
+    collector.restore(version=0, next_index=6, pending=[1, 3, 4])
+    assert collector.pending() == [1, 3, 4]
     assert taken(run(finish(collector))) == [[1, 3], [4, 6], [7, 8]]
+
+
+@pytest.mark.parametrize(
+    ("spooled", "committed", "next_index", "pending", "kept", "redo"),
+    [
+        ([2, 3, 4, 5], 2, 6, [4, 5], [4, 5], []),
+        ([2, 3, 4, 5], 2, 4, [1, 3], [3, 4, 5], [1]),  # 4, 5: started after the checkpoint
+        ([2, 3, 4, 5], 1, 4, [2, 3], [2, 3], []),  # 4, 5: of version 2, which was rolled back
+        ([4, 5], 2, 3, [], [4, 5], [3]),
+    ],
+)
+def test_what_a_crash_left_finished_is_kept_where_it_is_owed(
+    tmp_path: Path,
+    spooled: list[int],
+    committed: int,
+    next_index: int,
+    pending: list[int],
+    kept: list[int],
+    redo: list[int],
+) -> None:
+    async def body() -> None:
+        groups = [group for batch in await finish(make(tmp_path, Script())) for group in batch]
+        spool = Spool(tmp_path)
+        for index in spooled:
+            spool.put(groups[index])  # groups 2n and 2n + 1 are of version n
+        collector = make(tmp_path, Script(), rollout={"max_head_offpolicyness": 2}, steps=9)
+        collector.restore(version=committed, next_index=next_index, pending=pending)
+        assert [group.index for group in collector.finished] == kept == list(spool.read("a"))
+        assert collector.redo == redo
+        assert collector.next_index == max(next_index, kept[-1] + 1)
+        assert collector.pending() == sorted(kept + redo)
+        admission = collector.admission
+        assert (admission.version, admission.accepted) == (committed, 2 * committed + len(kept))
+
+    run(body())
 
 
 def test_pending_names_all_that_was_started_and_not_trained_on(tmp_path: Path) -> None:
@@ -396,36 +464,35 @@ def test_pending_names_all_that_was_started_and_not_trained_on(tmp_path: Path) -
 
         script.wait = wait
         collector = make(tmp_path, script, rollout={"max_head_offpolicyness": 2})
-        lane = collector.lanes["a"]
-        first = await anext(collector.batches())
+        first = await collector.batch()
         await asyncio.sleep(0.05)
-        trained = [group.index for group in first["a"]]
-        assert lane.pending() == [i for i in range(lane.next_index) if i not in trained]
-        assert lane.running == {1, 4}
+        assert collector.pending() == list(range(collector.next_index)), "given out, not trained"
+        collector.trained()
+        trained = [group.index for group in first]
+        left = [i for i in range(collector.next_index) if i not in trained]
+        assert collector.pending() == left
+        assert collector.running == {1, 4}
         await collector.close()
-        assert lane.pending() == [i for i in range(lane.next_index) if i not in trained]
+        assert collector.pending() == left
 
     run(body())
 
 
-def test_stop_gives_no_further_batch_and_starts_no_further_group(tmp_path: Path) -> None:
+def test_close_starts_no_further_group(tmp_path: Path) -> None:
     async def body() -> None:
         script = Script()
         collector = make(tmp_path, script, rollout={"max_head_offpolicyness": 2}, steps=9)
-        count = 0
-        async for batch in collector.batches():
-            count += 1
-            collector.stop()
-            admit(collector, *batch)
-        before = len(script.started)
-        await asyncio.sleep(0.05)
-        assert (count, len(script.started)) == (1, before)
+        await collector.batch()
         await collector.close()
+        before = len(script.started)
+        train(collector)
+        await asyncio.sleep(0.05)
+        assert len(script.started) == before
 
     run(body())
 
 
-def test_stop_does_not_wait_for_rollouts_in_flight(tmp_path: Path) -> None:
+def test_close_does_not_wait_for_rollouts_in_flight(tmp_path: Path) -> None:
     async def body() -> None:
         script = Script()
 
@@ -434,9 +501,10 @@ def test_stop_does_not_wait_for_rollouts_in_flight(tmp_path: Path) -> None:
 
         script.wait = wait
         collector = make(tmp_path, script)
-        asyncio.get_running_loop().call_later(0.05, collector.stop)
-        assert [batch async for batch in collector.batches()] == []
+        waiting = asyncio.create_task(collector.batch())
+        await asyncio.sleep(0.05)
         await collector.close()
-        assert collector.lanes["a"].pending() == [0, 1]
+        assert collector.pending() == [0, 1]
+        waiting.cancel()
 
     run(body())

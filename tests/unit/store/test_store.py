@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from lorelei.store.record import FORMAT, record_bytes
 from lorelei.store.run import Pending, RunStore
 from lorelei.types import AdapterRef, AdapterSpec
 
+OLD_RUN = Path(__file__).parents[2] / "fixtures/run_before_jobs/before_jobs"
 CONFIG = {"model": "tiny", "lora": {"lora_rank": 2}}
 
 
@@ -36,7 +38,9 @@ def snapshot(value: float, step: int) -> AdapterSnapshot:
 
 def record(version: int) -> AdapterRecord:
     return AdapterRecord(
-        version=version, optimizer_step=version, data_position=8 * version, admission={"lost": [1]}
+        version=version,
+        optimizer_step=version,
+        state={"next_index": 8 * version, "reward": version / 10, "score": version / 4},
     )
 
 
@@ -46,7 +50,7 @@ def stage(store: RunStore, step: int, touched: dict[str, int], **kept: int) -> P
         step,
         {name: snapshot(v, v) for name, v in touched.items()},
         {name: record(v) for name, v in (touched | kept).items()},
-        {"reward": step / 10, "score": {"math": 0.25, "code": 0.75}},
+        {"seen": [step]},
     )
 
 
@@ -85,7 +89,7 @@ def test_committed_step_comes_back_bit_exact(store: RunStore) -> None:
         assert again.config == CONFIG
         assert again.latest == store.latest
         assert again.latest and again.latest.step == 2
-        assert again.latest.state == {"reward": 0.2, "score": {"math": 0.25, "code": 0.75}}
+        assert again.latest.state == {"seen": [2]}
         entry = again.latest.adapters["math"]
         assert entry.record == record(2)
         assert entry.ref and entry.ref.served_name == f"math-v2-{store.run_id}-abababababab"
@@ -207,10 +211,23 @@ def test_redone_step_never_gets_a_name_that_was_used(store: RunStore) -> None:
 
 def test_pending_keeps_the_state_it_was_staged_with(store: RunStore) -> None:
     state = {"seen": [1]}
-    pending = store.stage(1, {"math": snapshot(1, 1)}, {"math": record(1)}, state)
+    own: dict[str, list[int]] = {"pending": [1]}
+    math = AdapterRecord(version=1, optimizer_step=1, state=own)
+    pending = store.stage(1, {"math": snapshot(1, 1)}, {"math": math}, state)
     state["seen"].append(2)
+    own["pending"].append(2)
     store.commit(pending, {})
     assert store.latest.state == {"seen": [1]}
+    assert store.latest.adapters["math"].record.state == {"pending": [1]}
+
+
+def test_what_came_after_the_staging_is_committed_with_it(store: RunStore) -> None:
+    pending = stage(store, 1, {"math": 1, "code": 1})
+    store.commit(pending, {}, {"math": {"score": 0.75}}, {"finished": True})
+    with closing(reopened(store)) as again:
+        assert again.latest and again.latest.state == {"seen": [1], "finished": True}
+        states = {name: entry.record.state for name, entry in again.latest.adapters.items()}
+        assert states == {"math": {"score": 0.75}, "code": record(1).state}
 
 
 def test_log_writes_null_for_what_json_has_not(store: RunStore) -> None:
@@ -263,7 +280,14 @@ def test_state_that_is_not_json_is_refused_before_anything_is_written(store: Run
     for state in ({"x": float("nan")}, {"x": object()}):
         with pytest.raises(ValueError, match="only strings, finite numbers"):
             store.stage(1, {"math": snapshot(1, 1)}, {"math": record(1)}, state)
+        own = AdapterRecord(version=1, optimizer_step=1, state=state)
+        with pytest.raises(ValueError, match="only strings, finite numbers"):
+            store.stage(1, {"math": snapshot(1, 1)}, {"math": own}, {})
     assert list((store.folder / "snapshots").iterdir()) == []
+    pending = stage(store, 1, {"math": 1})
+    with pytest.raises(ValueError, match="only strings, finite numbers"):
+        store.commit(pending, {}, {"math": {"x": float("nan")}})
+    assert store.latest is None and not list((store.folder / "manifests").iterdir())
 
 
 def test_newer_format_is_refused_and_nothing_is_touched(store: RunStore) -> None:
@@ -272,10 +296,36 @@ def test_newer_format_is_refused_and_nothing_is_touched(store: RunStore) -> None
     store.close()
     path = manifest_path(store.folder, 2)
     path.write_text(path.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT + 1}'))
-    with pytest.raises(StoreError, match=r"000002.json: format 2 is newer than 1.*upgrade"):
+    with pytest.raises(StoreError, match=r"000002.json: format 3 is newer than 2.*upgrade"):
         RunStore.open(store.folder)
     assert path.exists()
     assert [line for line in check_run(store.folder) if "upgrade lorelei" in line]
+
+
+def test_a_run_of_format_1_is_read_as_a_job_per_adapter(tmp_path: Path) -> None:
+    folder = shutil.copytree(OLD_RUN, tmp_path / OLD_RUN.name)
+    before = json.loads(manifest_path(OLD_RUN, 2).read_text())
+    old = before["adapters"]["default"]["record"]
+    assert (before["format"], sorted(old)) == (
+        1,
+        ["admission", "data_position", "optimizer_step", "version"],
+    )
+    assert check_run(folder) == []
+    with closing(RunStore.open(folder)) as store:
+        assert store.latest is not None
+        assert store.warnings == [] and store.latest.state == {"finished": False}
+        assert store.latest.adapters["default"].record == AdapterRecord(
+            version=old["version"],
+            optimizer_step=old["optimizer_step"],
+            state={
+                "next_index": old["data_position"],
+                "pending": old["admission"]["pending"],
+                "reward": before["state"]["reward"],
+                "score": before["state"]["score"]["default"],
+            },
+        )
+        assert store.load("default").step == old["optimizer_step"]
+    assert json.loads(manifest_path(folder, 2).read_text()) == before, "what is written stays"
 
 
 def test_folder_with_a_run_is_not_overwritten(store: RunStore) -> None:
@@ -313,13 +363,23 @@ def test_check_names_a_damaged_log_line(store: RunStore, log: str) -> None:
 def test_summaries_tell_model_steps_reward_and_status(store: RunStore) -> None:
     runs = store.folder.parent
     assert [(r.status, r.steps, r.model) for r in list_runs(runs)] == [("running", 0, "tiny")]
-    commit(store, 1, {"math": 1, "code": 1})
+    commit(store, 1, {"math": 1, "code": 3})
     store.close()
     (run,) = list_runs(runs)
     assert (run.name, run.steps, run.adapters) == ("run", 1, ("math", "code"))
-    assert (run.reward, run.score, run.status) == (0.1, 0.5, "stopped")
+    assert (run.reward, run.score, run.status) == (0.2, 0.5, "stopped")
     manifest_path(store.folder, 1).write_text("{}")
     assert list_runs(runs)[0].status == "damaged"
+
+
+def test_an_adapter_without_a_reward_does_not_count_in_the_summary(store: RunStore) -> None:
+    none = AdapterRecord(version=1, optimizer_step=1, state={"step": 1, "score": None})
+    both = {"math": record(1), "fitted": none}
+    pending = store.stage(1, {name: snapshot(1, 1) for name in both}, both, {})
+    store.commit(pending, {}, state={"finished": True})
+    store.close()
+    (run,) = list_runs(store.folder.parent)
+    assert (run.reward, run.score, run.status) == (0.1, 0.25, "finished")
 
 
 def test_looking_at_runs_does_not_load_torch() -> None:

@@ -37,7 +37,7 @@ def snapshot(step: int, width: int = 64) -> AdapterSnapshot:
 
 
 def commit(store: RunStore, step: int, width: int = 64) -> None:
-    record = AdapterRecord(version=step, optimizer_step=step, data_position=step, admission={})
+    record = AdapterRecord(version=step, optimizer_step=step, state={"at": step})
     names = ("code", "math")
     pending = store.stage(
         step, {n: snapshot(step, width) for n in names}, {n: record for n in names}, {"at": step}

@@ -126,7 +126,7 @@ def _header(**fields: object) -> Callable[[RunComponents], None]:
         (_header(step=-1), "step is -1"),
         (_header(spec={"rank": 2}), r"spec.alpha: Field required"),
         (_header(format=None), "format: None is not a number"),
-        (_header(format=99), "format 99 is newer than 1"),
+        (_header(format=99), "format 99 is newer than 2"),
     ],
 )
 def test_file_that_is_no_sound_snapshot_is_refused(

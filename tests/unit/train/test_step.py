@@ -1,27 +1,34 @@
-"""One training step on a tiny model: what it updates, and the numbers it reports."""
+"""One pass of works on a tiny model: what it updates, and what it says of each."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from lorelei.algo.preset import adam_hyper, advantages, loss_spec
-from lorelei.config.experiment import Experiment
-from lorelei.config.run import RunConfig
+from lorelei.algo import grpo, rloo
+from lorelei.algo.loss import loss_path
 from lorelei.model.decoder import Decoder
 from lorelei.model.load import load_decoder
-from lorelei.train.archon.engine import ArchonEngine
-from lorelei.train.batch import build_batch
-from lorelei.train.step import Trainer
-from lorelei.types import AdapterSpec, Batch, Group, Prompt, Rollout, StepStats
-from tests.episodes import random_group, rollout, turn
+from lorelei.train.archon.engine import archon_engine
+from lorelei.train.contract import TrainEngine
+from lorelei.train.step import run_works
+from lorelei.train.work import Round, Work
+from lorelei.types import BASE, CURRENT, AdamHyper, AdapterSpec, Batch, LossSpec
+from tests.episodes import random_group, weighted_batch
 from tests.tiny_models import make_tiny
 
 SPEC = AdapterSpec(rank=4, alpha=8, target_modules=("q_proj", "down_proj"))
+HYPER = AdamHyper(lr=1e-2, eps=1e-3)  # a large eps: adam's sign hides no difference
+STREAMS = ("advantage", "behaviour")
+# a narrow clip: it bites as soon as the first round has moved the policy
+CLIPPED = LossSpec(
+    path=loss_path(grpo.decoupled_loss), params={"eps_clip": 1e-3, "kl_ctl": 0.2}, streams=STREAMS
+)
+REINFORCE = LossSpec(path=loss_path(rloo.loss), params={"kl_ctl": 0.1}, streams=STREAMS)
 
 
 @pytest.fixture(scope="module")
@@ -30,196 +37,117 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 
 @pytest.fixture
-def engine(decoder: Decoder) -> Iterator[ArchonEngine]:
-    made = ArchonEngine(decoder)
+def engine(decoder: Decoder) -> Iterator[TrainEngine]:
+    made = archon_engine(decoder)
     for seed, name in enumerate("abc"):
         made.add_adapter(name, SPEC, seed)
     yield made
     made.close()
 
 
-def experiments(**algo: Mapping[str, object]) -> dict[str, Experiment]:
-    """{adapter: experiment}, given what is special about each one's algorithm."""
-    config = RunConfig.model_validate(
-        {
-            "model": "tiny",
-            "steps": 10,
-            "task": {"kind": "reasoning_gym", "name": "chain_sum"},
-            "algo": {"batch_size": 2, "lr": 1e-2},
-            "adapters": {name: {"algo": dict(fields)} for name, fields in algo.items()},
-        }
-    )
-    return {e.name: e for e in config.experiments()}
+def alone(decoder: Decoder, name: str, seed: int = 0) -> TrainEngine:
+    made = archon_engine(decoder)
+    made.add_adapter(name, SPEC, seed)
+    return made
 
 
-def group(rollouts: Sequence[Rollout], index: int = 0) -> Group:
-    prompt = Prompt(id=str(index), tokens=rollouts[0].turns[0].prompt, messages=(), data={})
-    return Group(adapter=rollouts[0].adapter, index=index, prompt=prompt, rollouts=tuple(rollouts))
-
-
-def two_groups(adapter: str, seed: int = 0) -> list[Group]:
+def batches(adapter: str, seed: int = 0) -> list[Batch]:
     rng = np.random.default_rng(seed)
     return [
-        group(random_group(rng, 6, [4, 1, 5], adapter), 0),
-        group(random_group(rng, 3, [2, 6], adapter), 1),
+        weighted_batch(adapter, [random_group(rng, 6, [4, 1, 5], adapter)]),
+        weighted_batch(adapter, [random_group(rng, 3, [2, 6], adapter)]),
     ]
 
 
-def step(
-    engine: ArchonEngine,
-    plan: Mapping[str, Experiment],
-    groups: Mapping[str, Sequence[Group]],
-    version: int = 0,
-) -> StepStats:
-    trainer = Trainer(engine, plan)
-    return asyncio.run(trainer.step(groups, dict.fromkeys(plan, version)))
+def work(adapter: str, found: Sequence[Batch], loss: LossSpec = CLIPPED) -> Work:
+    """A step on each batch, with what these losses may compare with."""
+    rounds = tuple(Round(batch=batch, loss=loss, step=HYPER) for batch in found)
+    return Work(adapter=adapter, rounds=rounds, policies={"proximal": CURRENT, "reference": BASE})
 
 
-def batch_of(experiment: Experiment, groups: Sequence[Group], part: slice = slice(None)) -> Batch:
-    """A minibatch made by hand: advantages from the whole batch, token weights from the part."""
-    rollouts = [g.rollouts for g in groups]
-    rewards = np.array([r.reward for rs in rollouts for r in rs], dtype=np.float32)
-    counts = [len(rs) for rs in rollouts]
-    values = advantages(experiment.algo, rewards, np.repeat(np.arange(len(counts)), counts))
-    split = np.split(values, np.cumsum(counts)[:-1])
-    batch = build_batch(experiment.name, rollouts[part], split[part], 1.0)
-    weight = np.full(len(batch.items), 1 / len(batch.items), dtype=np.float32)
-    return replace(batch, items=replace(batch.items, weight=weight))
+def digest(engine: TrainEngine, name: str = "a") -> str:
+    return engine.adapter_state(name).digest()
 
 
-def test_the_numbers_of_a_step_are_those_of_its_rollouts(engine: ArchonEngine) -> None:
-    def sample(reward: float, count: int, version: int) -> Rollout:
-        return rollout(turn([5, 6], list(range(count)), version=version), reward=reward)
-
-    failed = Rollout(adapter="a", sample=2, turns=(), reward=None, error="environment raised")
-    told = replace(sample(0.0, 3, 4), metrics={"strict": 1.0})
-    cut = sample(1.0, 1, 3)
-    (last,) = cut.turns
-    cut = replace(
-        cut, turns=(replace(last, completion=replace(last.completion, finish_reason="length")),)
+def test_a_round_is_one_forward_backward_and_one_optimizer_step(
+    engine: TrainEngine, decoder: Decoder
+) -> None:
+    (batch, _) = batches("a")
+    (result,) = run_works(
+        engine, [Work(adapter="a", rounds=(Round(batch=batch, loss=CLIPPED, step=HYPER),))]
     )
-    groups = [group([cut, told, failed], 0), group([sample(0.5, 2, 5), sample(0.5, 2, 5)], 1)]
-    plan = experiments(a={"lr_schedule": "linear"})
-    stats = step(engine, plan, {"a": groups}, version=5)
-    assert stats.touched == ("a",)
-    got = stats.metrics["a"]
-    expected = {
-        "reward": 0.5,
-        "reward_std": np.std([1.0, 0.0, 0.5, 0.5]),
-        "flat_groups": 0.5,
-        "failed_rollouts": 1,
-        "trained_tokens": 8,
-        "completion_tokens_mean": 2.0,
-        "truncated": 0.25,
-        "staleness_mean": 1.0,
-        "staleness_max": 2,
-        "reward/strict": 0.25,
-        "optimizer_step": 1,
-        "lr": 1e-2 * 0.5,
-    }
-    assert {name: got[name] for name in expected} == pytest.approx(expected)
-    assert got["grad_norm"] > 0 and got["train_seconds"] > 0
+    by_hand = alone(decoder, "a")
+    outputs = by_hand.forward_backward(batch, {"a": CLIPPED})
+    taken = by_hand.optim_step({"a": HYPER})
+    assert digest(engine) == digest(by_hand)
+    (only,) = result.rounds
+    assert only.step == taken["a"]
+    assert only.metrics == outputs.metrics["a"] and only.metrics["loss"] == outputs.loss["a"]
+    np.testing.assert_array_equal(only.outputs.logprobs, outputs.items.logprobs)
+    np.testing.assert_array_equal(only.outputs.entropy, outputs.items.entropy)
+    assert result.adapter == "a" and result.seconds > 0
 
 
-def test_a_step_is_one_forward_backward_and_one_optimizer_step(
-    engine: ArchonEngine, decoder: Decoder
+def test_rounds_step_in_turn_against_the_policies_of_the_start(
+    engine: TrainEngine, decoder: Decoder
 ) -> None:
-    plan, groups = experiments(a={}), two_groups("a")
-    stats = step(engine, plan, {"a": groups}, version=3)
-    by_hand = ArchonEngine(decoder)
-    by_hand.add_adapter("a", SPEC, 0)
-    algo = plan["a"].algo
-    batch = batch_of(plan["a"], groups)
-    outputs = by_hand.forward_backward(batch, {"a": loss_spec(algo)})
-    taken = by_hand.optim_step({"a": adam_hyper(algo, 3, 10)})
-    assert engine.adapter_state("a").digest() == by_hand.adapter_state("a").digest()
-    got = stats.metrics["a"]
-    assert got["grad_norm"] == taken["a"].grad_norm
-    assert got["loss"] == outputs.loss["a"]
-    log_ratio = outputs.items.logprobs - batch.items.behaviour
-    assert got["ratio_max"] == pytest.approx(np.exp(np.abs(log_ratio).max()))
-    assert got["kl_sampler"] == pytest.approx(np.mean(np.exp(log_ratio) - 1 - log_ratio), rel=1e-5)
-    assert got["entropy"] == pytest.approx(outputs.items.entropy.mean())
+    found = batches("a")
+    (result,) = run_works(engine, [work("a", found)])
+    by_hand = alone(decoder, "a")
+    filled: list[Batch] = []
+    for batch in found:
+        start = by_hand.logprobs(batch, CURRENT).logprobs
+        base = by_hand.logprobs(batch, BASE).logprobs
+        streams = {**batch.items.streams, "proximal": start, "reference": base}
+        filled.append(replace(batch, items=replace(batch.items, streams=streams)))
+    for batch in filled:
+        outputs = by_hand.forward_backward(batch, {"a": CLIPPED})
+        by_hand.optim_step({"a": HYPER})
+    last = result.rounds[-1]
+    assert last.step is not None and last.step.step == 2
+    assert last.metrics["clipped"] == outputs.metrics["a"]["clipped"] > 0
+    assert last.metrics["kl_reference"] == outputs.metrics["a"]["kl_reference"] > 0
+    assert digest(engine) == digest(by_hand)
 
 
-def test_minibatches_step_in_turn_against_the_policy_of_the_start(
-    engine: ArchonEngine, decoder: Decoder
+def test_the_gradients_of_a_round_without_a_step_wait_for_the_next_one(
+    engine: TrainEngine, decoder: Decoder
 ) -> None:
-    # a narrow clip: it bites as soon as the first minibatch has moved the policy
-    plan = experiments(a={"ppo_n_minibatches": 2, "kl_ctl": 0.2, "eps_clip": 1e-3})
-    groups = two_groups("a")
-    stats = step(engine, plan, {"a": groups})
-    by_hand = ArchonEngine(decoder)
-    by_hand.add_adapter("a", SPEC, 0)
-    algo = plan["a"].algo
-    batches: list[Batch] = []
-    for number in range(2):
-        batch = batch_of(plan["a"], groups, slice(number, number + 1))
-        start = by_hand.logprobs(batch, "current").logprobs
-        base = by_hand.logprobs(batch, "reference").logprobs
-        items = replace(batch.items, proximal=start, reference=base)
-        batches.append(replace(batch, items=items))
-    for batch in batches:
-        outputs = by_hand.forward_backward(batch, {"a": loss_spec(algo)})
-        by_hand.optim_step({"a": adam_hyper(algo, 0, 10)})
-    assert stats.metrics["a"]["optimizer_step"] == 2
-    assert stats.metrics["a"]["clipped"] == outputs.metrics["a"]["clipped"] > 0
-    assert stats.metrics["a"]["kl_reference"] == outputs.metrics["a"]["kl_reference"] > 0
-    assert engine.adapter_state("a").digest() == by_hand.adapter_state("a").digest()
+    first, second = batches("a")
+    waits = Round(batch=first, loss=REINFORCE, step=None)
+    steps = Round(batch=second, loss=REINFORCE, step=HYPER)
+    before = digest(engine)
+    (result,) = run_works(engine, [Work(adapter="a", rounds=(waits,), publish=False)])
+    assert result.rounds[0].step is None and result.work.steps == 0
+    assert digest(engine) == before
+    # another adapter that steps meanwhile does not touch them
+    run_works(engine, [work("b", batches("b", 1))])
+    run_works(engine, [Work(adapter="a", rounds=(steps,))])
+    by_hand = alone(decoder, "a")
+    for batch in (first, second):
+        by_hand.forward_backward(batch, {"a": REINFORCE})
+    by_hand.optim_step({"a": HYPER})
+    assert digest(engine) == digest(by_hand)
 
 
-def test_adapters_of_different_algorithms_step_together_as_alone(
-    engine: ArchonEngine, decoder: Decoder
+def test_adapters_of_different_losses_and_rounds_step_together_as_alone(
+    engine: TrainEngine, decoder: Decoder
 ) -> None:
-    plan = experiments(
-        a={"ppo_n_minibatches": 2, "eps": 1e-3},
-        b={"kind": "rloo", "kl_ctl": 0.1, "eps": 1e-3},
-        c={"eps": 1e-3},
-    )
-    groups = {name: two_groups(name, seed) for seed, name in enumerate("ab")}
+    one = weighted_batch("b", [random_group(np.random.default_rng(1), 5, [3, 4], "b")])
+    works = [work("a", batches("a")), work("b", [one], REINFORCE)]
     resting = engine.snapshot("c").state.digest()
-    stats = step(engine, plan, groups)
-    assert set(stats.touched) == {"a", "b"}
+    results = run_works(engine, works)
+    assert [result.adapter for result in results] == ["a", "b"]
+    assert [len(result.rounds) for result in results] == [2, 1]
     assert engine.snapshot("c").state.digest() == resting
-    for seed, name in enumerate("ab"):
-        alone = ArchonEngine(decoder)
-        alone.add_adapter(name, SPEC, seed)
-        single = step(alone, plan, {name: groups[name]})
-        for field, value in single.metrics[name].items():
-            if field != "train_seconds":
-                assert stats.metrics[name][field] == pytest.approx(value, rel=1e-4, abs=1e-6)
-        one, other = alone.adapter_state(name), engine.adapter_state(name)
-        for tensor_name, tensor in one.tensors.items():
-            np.testing.assert_allclose(other.tensors[tensor_name], tensor, atol=1e-5)
-
-
-def test_what_the_trainer_itself_would_have_said_is_no_mismatch(engine: ArchonEngine) -> None:
-    plan, groups = experiments(a={}), two_groups("a")
-    batch = batch_of(plan["a"], groups)
-    logprobs = iter(engine.logprobs(batch, "current").logprobs)
-
-    def true(r: Rollout) -> Rollout:
-        (only,) = r.turns
-        own = np.array([next(logprobs) for _ in only.completion.tokens], dtype=np.float32)
-        completion = replace(only.completion, logprobs=own)
-        return replace(r, turns=(replace(only, completion=completion),))
-
-    groups = [replace(g, rollouts=tuple(map(true, g.rollouts))) for g in groups]
-    got = step(engine, plan, {"a": groups}).metrics["a"]
-    assert got["ratio_max"] == pytest.approx(1, abs=1e-5)
-    assert got["kl_sampler"] == pytest.approx(0, abs=1e-6)
-    assert got["clipped"] == 0
-
-
-def test_rollouts_without_a_reward_are_not_trained_on(
-    engine: ArchonEngine, decoder: Decoder
-) -> None:
-    plan, groups = experiments(a={}), two_groups("a")
-    bad = replace(random_group(np.random.default_rng(7), 6, [3])[0], reward=None, error="timeout")
-    worse = [replace(g, rollouts=(*g.rollouts, bad)) for g in groups]
-    stats = step(engine, plan, {"a": worse})
-    clean = ArchonEngine(decoder)
-    clean.add_adapter("a", SPEC, 0)
-    step(clean, plan, {"a": groups})
-    assert stats.metrics["a"]["failed_rollouts"] == 2
-    assert engine.adapter_state("a").digest() == clean.adapter_state("a").digest()
+    for seed, (name, mine, result) in enumerate(zip("ab", works, results, strict=True)):
+        single = alone(decoder, name, seed)
+        (expected,) = run_works(single, [mine])
+        for got, right in zip(result.rounds, expected.rounds, strict=True):
+            assert got.step is not None and right.step is not None
+            assert got.step.grad_norm == pytest.approx(right.step.grad_norm, rel=1e-4)
+            assert got.metrics == pytest.approx(right.metrics, rel=1e-4, abs=1e-6)
+            np.testing.assert_allclose(got.outputs.logprobs, right.outputs.logprobs, atol=1e-4)
+        states = single.adapter_state(name).tensors, engine.adapter_state(name).tensors
+        for tensor_name, tensor in states[0].items():
+            torch.testing.assert_close(states[1][tensor_name], tensor, atol=1e-5, rtol=0)

@@ -1,4 +1,5 @@
-"""What runs inside SGLang's server processes, under SGLang's own interpreter.
+"""What runs inside SGLang's server processes, in SGLang's virtual environment.
 
-Imports from lorelei only what that interpreter has the packages for: torch, numpy, safetensors.
+Imports from lorelei only what needs packages of that environment: torch, numpy, safetensors and
+starlette.
 """

@@ -1,6 +1,6 @@
-"""Adapters that arrive as bytes or by broadcast, and the digest of what SGLang installed.
+"""Payloads of adapters, opened in SGLang's scheduler processes, and digests of what it installed.
 
-SGLang's own route of tensors carries our orders to every scheduler process, as bytes without
+SGLang's own route for tensors carries our orders to every scheduler process, as bytes without
 pickle; its pickles are refused. Written for SGLang 0.5.23.
 """
 
@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorelei.inference.server.broadcast import Group
 from lorelei.inference.server.broadcast_receiver import PendingBroadcast, PendingGroup
-from lorelei.inference.server.payload import unpack
+from lorelei.inference.server.payload import BROADCAST, BYTES, FOLDER, from_wire
 from lorelei.lora.state import PREFIX, AdapterState
 from lorelei.types import AdapterSpec
 
-# load_format of an order; its payload is a packed adapter, or JSON
-BYTES, RECEIVED = "lorelei/bytes", "lorelei/received"
-JOIN, RECEIVE, ARRIVED = "lorelei/join", "lorelei/receive", "lorelei/arrived"
-LEAVE, FORGET = "lorelei/leave", "lorelei/forget"
+SCHEME = "lorelei/"  # load_format of an order, with a kind of payload or a name of `_control`
 
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -31,7 +29,7 @@ _arrivals: dict[str, PendingBroadcast] = {}  # by the adapter's served name
 
 
 class Refused(ValueError):
-    """An adapter that SGLang would serve wrongly, or die of."""
+    """An adapter that SGLang would serve wrongly, or crash on."""
 
 
 def install() -> None:
@@ -57,17 +55,13 @@ def install() -> None:
         return result
 
     def obey(self: Any, order: Any) -> Any:
-        (payload,) = order.serialized_named_tensors
-        runner = self.tp_worker.model_runner
+        (body,) = order.serialized_named_tensors
+        runner, what = self.tp_worker.model_runner, str(order.load_format).removeprefix(SCHEME)
         try:
-            match order.load_format:
-                case "lorelei/bytes":
-                    state = unpack(payload)
-                case "lorelei/received":
-                    state = unpack(_received(order.lora_name))
-                case other:
-                    answer = _control(other, json.loads(payload), runner)
-                    return LoRAUpdateOutput(success=True, loaded_adapters=answer)
+            if what not in (BYTES, FOLDER, BROADCAST):
+                answer = _control(what, json.loads(body), runner)
+                return LoRAUpdateOutput(success=True, loaded_adapters=answer)
+            state = from_wire(what, _received(order.lora_name) if what == BROADCAST else body)
         except ValueError as error:
             return LoRAUpdateOutput(success=False, error_message=str(error))
         return runner.load_lora_adapter_from_tensors(
@@ -79,29 +73,28 @@ def install() -> None:
     Scheduler.load_lora_adapter_from_tensors = obey
 
 
-def _control(kind: str | None, asked: dict[str, Any], runner: Any) -> dict[str, str]:
+def _control(what: str, asked: dict[str, Any], runner: Any) -> dict[str, str]:
     """Everything but loading. None of it waits for another process."""
-    match kind:
-        case "lorelei/join":
+    match what:
+        case "join":
             from sglang.srt.runtime_context import get_parallel
 
-            if asked["name"] not in _groups:
-                rank = asked["first_rank"] + get_parallel().tp_rank
-                keys = (asked[key] for key in ("name", "host", "port", "size"))
-                arguments = (*keys, rank, asked["backend"], asked["timeout"])
-                _groups[asked["name"]] = PendingGroup(arguments, torch.device(runner.device))
-        case "lorelei/receive":
+            group = Group(**asked)
+            if group.name not in _groups:
+                rank = group.first_rank + get_parallel().tp_rank
+                _groups[group.name] = PendingGroup(group, rank, torch.device(runner.device))
+        case "receive":
             if asked["group"] not in _groups:
                 raise Refused(f"there is no broadcast group {asked['group']}")
             _arrivals[asked["name"]] = PendingBroadcast(_groups[asked["group"]], asked["size"])
-        case "lorelei/arrived":
+        case "arrived":
             return _standing(asked["name"])
-        case "lorelei/leave":
-            if (meeting := _groups.pop(asked["group"], None)) is not None:
-                meeting.abort()
-                for name in [n for n, a in _arrivals.items() if a.meeting is meeting]:
+        case "leave":
+            if (pending := _groups.pop(asked["group"], None)) is not None:
+                pending.abort()
+                for name in [n for n, a in _arrivals.items() if a.pending_group is pending]:
                     del _arrivals[name]
-        case "lorelei/forget":
+        case "forget":
             _arrivals.pop(asked["name"], None)
         case other:
             raise Refused(f"load_format: {other!r} is not served here; use Lorelei's routes")
@@ -185,7 +178,7 @@ def _check(tensors: Mapping[str, Tensor], rank: int, model: Any) -> None:
         module = name.removesuffix(_SUFFIXES[0]).removesuffix(_SUFFIXES[1])
         projection = module.rsplit(".", 1)[-1]
         if module == name or not name.startswith(PREFIX) or projection not in features:
-            raise Refused(f"{name}: SGLang has no place for this tensor")
+            raise Refused(f"{name}: SGLang has no layer for this tensor")
         inputs, outputs = features[projection]
         if ".experts." in name and inner_of_experts is not None:
             if projection == "down_proj":

@@ -1,4 +1,10 @@
-"""What SGLang's imports expect of a machine with a GPU; nothing is touched where it is there."""
+"""Shims that let SGLang run on a CPU, for tests and small runs.
+
+SGLang's wheels are built for CUDA: its imports and its LoRA code expect torchvision's and
+sgl_kernel's operators and pinned memory. The launcher loads these replacements before it imports
+SGLang, in every process of the server, and only where torch finds no accelerator; a server on a GPU
+runs none of this.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +21,7 @@ from lorelei.process import give_large_blocks_back
 
 
 def install_shims() -> None:
-    """Let SGLang be imported and run on a CPU. Does nothing where there is an accelerator."""
+    """Install all shims. Does nothing where there is an accelerator."""
     if torch.accelerator.is_available():
         return
     give_large_blocks_back()

@@ -1,4 +1,4 @@
-"""Starts SGLang's server with our hooks, under SGLang's interpreter.
+"""Starts SGLang's server with our hooks, in SGLang's virtual environment.
 
 `python -m lorelei.inference.sglang.in_server.launcher ARGUMENTS OF SGLANG`. SGLang spawns its
 processes, and each of them imports this module again.
@@ -11,8 +11,6 @@ import sys
 from typing import Any
 
 from lorelei.inference.sglang.in_server import cpu
-
-TOKEN = "LORELEI_SERVER_TOKEN"  # the environment variable with what clients must bring
 
 cpu.install_shims()  # before anything imports sglang
 
@@ -39,14 +37,15 @@ def main() -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    from lorelei.inference.server.routes import LOOPBACK, TOKEN, Middleware
     from lorelei.inference.sglang.in_server import counter, routes
 
     counter.make_counter()
-    app.add_middleware(routes.Routes)
+    app.add_middleware(Middleware, make=routes.SglangServer)
     # a token on the command line would be everybody's to read
-    token = os.environ.pop(TOKEN, None)
+    token = os.environ.get(TOKEN)
     arguments = prepare_server_args([*sys.argv[1:], *(("--api-key", token) if token else ())])
-    if token is None and arguments.host not in ("127.0.0.1", "localhost", "::1"):
+    if token is None and arguments.host not in LOOPBACK:
         sys.exit(f"bound to {arguments.host} without {TOKEN}; set it, here and at the trainer")
     arguments.resolve_once()
     try:

@@ -1,0 +1,71 @@
+"""eval."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorelei.cli.arguments import Json, RunFolder, prepare_run
+
+if TYPE_CHECKING:
+    from lorelei.cli.trained_run import TrainedRun
+    from lorelei.rollout.evaluate import Evaluator
+
+Scores = dict[str, dict[str, dict[str, float]]]  # adapter: {"base" or version: {score: mean}}
+
+
+def evaluate(
+    run: RunFolder,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="Held-out problems. Default: the run's.")
+    ] = None,
+    base: Annotated[bool, typer.Option("--base", help="The base model too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score a run's adapters on its held-out problems."""
+    folder = prepare_run(run)
+    from lorelei.cli.trained_run import TrainedRun
+
+    trained = TrainedRun.read(folder)
+    if not any(e.eval.every for e in trained.config.experiments()):
+        raise ValueError("eval.every: 0 in every adapter: the run holds no problems out")
+    scores = asyncio.run(_scores(trained, n, base))
+    if as_json:
+        typer.echo(json.dumps(scores, indent=2))
+        return
+    for adapter, versions in scores.items():
+        for version, means in versions.items():
+            words = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+            typer.echo(f"{adapter}  {version:>5}  {words}")
+
+
+async def _scores(run: TrainedRun, n_prompts: int | None, base: bool) -> Scores:
+    """The held-out means of every adapter, on the run's own problems."""
+    from lorelei.launch.assemble import build, evaluators
+    from lorelei.model.locate import cache_folder
+
+    found: Scores = {}
+    async with AsyncExitStack() as stack:
+        logs = cache_folder() / "logs" / run.folder.name  # the run folder is only read
+        parts = await build(run.config, stack, logs, training=False)
+        for name, evaluator in evaluators(run.config, parts).items():
+            if n_prompts is not None:
+                evaluator = _on_first(evaluator, n_prompts)
+            state = run.state(name)
+            ref = run.ref(name, state)
+            await evaluator.engine.load(ref, state)
+            found[name] = {"base": (await evaluator.run(None)).means} if base else {}
+            found[name][f"v{ref.version}"] = (await evaluator.run(ref)).means
+    return found
+
+
+def _on_first(evaluator: Evaluator, n: int) -> Evaluator:
+    held_out = len(evaluator.prompts)
+    if n > held_out:
+        raise ValueError(f"-n: {n} is more than the {held_out} problems that are held out")
+    return replace(evaluator, prompts=evaluator.prompts[:n])

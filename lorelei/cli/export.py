@@ -1,0 +1,38 @@
+"""export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorelei.cli.arguments import AdapterName, RunFolder, prepare_run
+
+
+def export(
+    run: RunFolder,
+    adapter: AdapterName = None,
+    out: Annotated[Path | None, typer.Option(help="Default: RUN/export/NAME-vN.")] = None,
+) -> None:
+    """Write an adapter as a PEFT folder, which peft, vLLM and others read.
+
+    A run with lora.use_lora: false is written as a checkpoint folder.
+    """
+    folder = prepare_run(run)
+    from lorelei.cli.trained_run import TrainedRun
+    from lorelei.lora.peft_folder import write_peft_folder
+    from lorelei.model.load import read_config
+    from lorelei.model.locate import resolve_model
+    from lorelei.store.model_folder import write_model_folder
+
+    trained = TrainedRun.read(folder)
+    name = trained.adapter(adapter)
+    state = trained.state(name)
+    out = out or folder / "export" / f"{name}-v{trained.manifest.adapters[name].record.version}"
+    if state.spec.full:
+        base = resolve_model(trained.config.model)
+        write_model_folder(out, state, base, read_config(base))
+    else:
+        write_peft_folder(out, state, trained.config.model)
+    typer.echo(out)

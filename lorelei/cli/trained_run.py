@@ -1,0 +1,57 @@
+"""A run folder as eval, export and chat read it. Imports torch: only inside a command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorelei.config.run import RunConfig
+from lorelei.lora.state import AdapterState
+from lorelei.run_file import validate
+from lorelei.store.identity import read_identity
+from lorelei.store.manifest import Manifest, read_checkpoints
+from lorelei.store.snapshot import read_snapshot
+from lorelei.types import AdapterRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedRun:
+    """The newest checkpoint of a run that verifies; nothing here writes to the folder."""
+
+    folder: Path
+    config: RunConfig
+    manifest: Manifest
+
+    @classmethod
+    def read(cls, folder: Path) -> TrainedRun:
+        """Raises ValueError when no checkpoint verifies."""
+        identity = read_identity(folder)
+        found = read_checkpoints(folder, identity.run_id)
+        if not found.verified:
+            raise ValueError(f"{folder}: it has no checkpoint that verifies; see `lorelei check`")
+        config = validate(dict(identity.config))
+        return cls(folder=folder, config=config, manifest=found.verified[-1])
+
+    def adapter(self, name: str | None) -> str:
+        """The adapter of that name, or the only one. Raises ValueError naming the others."""
+        there = list(self.manifest.adapters)
+        if name is None and len(there) == 1:
+            return there[0]
+        if name not in there:
+            asked = "which one?" if name is None else f"there is no {name!r};"
+            raise ValueError(f"adapter: {asked} use --adapter with one of: {', '.join(there)}")
+        return name
+
+    def state(self, name: str) -> AdapterState:
+        """The adapter's tensors."""
+        path = self.manifest.adapters[name].snapshot
+        return read_snapshot(self.folder / path, self.manifest.files[path].sha256).state
+
+    def ref(self, name: str, state: AdapterState) -> AdapterRef:
+        """The adapter's version under a name for this process."""
+        return AdapterRef(
+            name=name,
+            version=self.manifest.adapters[name].record.version,
+            run_id=self.manifest.run,
+            digest=state.digest(),
+        )

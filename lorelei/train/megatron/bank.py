@@ -1,0 +1,84 @@
+"""The adapters of an engine, by the parts that this rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lorelei.lora.bank import Named
+from lorelei.lora.state import AdapterState, check_tensors, check_tied, tensor_names
+from lorelei.lora.targets import Shape, match_targets, tied_names
+from lorelei.train.megatron.adapter import Adapter, TargetLinear, make_adapter
+from lorelei.train.megatron.collect import collect
+from lorelei.train.megatron.mesh import MegatronMesh
+from lorelei.types import AdapterSpec
+
+
+class ShardedBank:
+    """Implements adapter_engine.Bank. The same on every rank, but for the tensors."""
+
+    dtype = torch.float32
+
+    def __init__(
+        self,
+        targets: Sequence[TargetLinear],
+        shapes: Mapping[str, Shape],
+        architecture: str,
+        mesh: MegatronMesh,
+        device: torch.device,
+    ) -> None:
+        """shapes: of every linear layer of the whole model, see lora.targets.module_shapes."""
+        self._targets, self._shapes, self._architecture = targets, shapes, architecture
+        self._mesh, self._device = mesh, device
+        self._adapters = Named[Adapter]()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._adapters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __getitem__(self, name: str) -> Adapter:
+        return self._adapters[name]
+
+    def get(self, name: str) -> Adapter | None:
+        return self._adapters.get(name)
+
+    def add(self, name: str, spec: AdapterSpec, seed: int = 0) -> Adapter:
+        self._adapters.check_free(name)
+        if spec.full:
+            raise ValueError(
+                f"adapter {name!r}: full fine-tuning is not built on megatron; use train.kind: "
+                "archon, or lora.use_lora: true"
+            )
+        modules = match_targets(self._shapes, spec, self._architecture)
+        tied = tied_names(modules, spec)
+        self._adapters[name] = make_adapter(self._targets, tied, spec, seed, self._device)
+        return self._adapters[name]
+
+    def drop(self, name: str) -> None:
+        self[name]
+        del self._adapters[name]
+
+    def check(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        adapter = self[name]
+        shapes: dict[str, tuple[int, ...]] = {}
+        for module in adapter.tied:
+            a, b = tensor_names(module)
+            out, wide = self._shapes[module]
+            shapes |= {a: (adapter.spec.rank, wide), b: (out, adapter.spec.rank)}
+        check_tensors(name, shapes, tensors)
+        check_tied(name, adapter.tied, tensors)
+
+    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.check(name, tensors)
+        with torch.no_grad():
+            for shard in self[name].shards:
+                shard.tensor.copy_(shard.of(tensors[shard.names[0]]))
+
+    def state(self, name: str) -> AdapterState:
+        adapter = self[name]
+        tensors = collect({s: s.tensor for s in adapter.shards}, self._mesh)
+        return AdapterState(spec=adapter.spec, tensors=tensors)

@@ -1,0 +1,6 @@
+from typing import Any
+
+class Dataset:
+    def to_list(self) -> list[dict[str, Any]]: ...
+
+def load_dataset(path: str, name: str | None, *, split: str) -> Dataset: ...

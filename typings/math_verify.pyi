@@ -1,0 +1,13 @@
+from collections.abc import Sequence
+from typing import Any
+
+class ExprExtractionConfig: ...
+class LatexExtractionConfig: ...
+
+def parse(
+    pred: str,
+    extraction_config: Sequence[ExprExtractionConfig | LatexExtractionConfig],
+    *,
+    parsing_timeout: int | None,
+) -> list[Any]: ...
+def verify(gold: list[Any], target: list[Any], *, timeout_seconds: int | None) -> bool: ...
