@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         callspec = getattr(item, "callspec", None)
         params = callspec.params if callspec is not None else {}
         engine = params.get("engine", params.get("make"))
-        if (engine, params.get("family")) in MATRIX:
+        if (engine, params.get("family", params.get("folder"))) in MATRIX:
             item.add_marker("matrix")
 
 

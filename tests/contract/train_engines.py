@@ -73,6 +73,7 @@ MATRIX = {
     ("fsdp-dp2-tp2", "llama"),
     ("megatron", "llama"),
     ("sglang", "qwen3"),
+    ("sglang", "qwen3_moe"),
 }
 SMALL = 24  # tokens of a micro-batch: less than most trees of the tests
 
