@@ -1,4 +1,4 @@
-# make train: set up what is missing and train a real model.  make test: set up and run the tests.
+# make train: set up what is missing and train a real model.  make test: set up and test every part.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
@@ -7,16 +7,24 @@ BIN := .venv/bin
 CACHE := $(or $(LORELEI_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lorelei)
 MODEL := $(CACHE)/models/HuggingFaceTB--SmolLM2-135M-Instruct/config.json
 
-.PHONY: train test unit lint curve bench page peers setup model vllm sglang megatron acceptance clean
+# in two processes with a thread each: as many cores as CI has
+PYTEST := $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadgroup
+
+.PHONY: train test test-all unit lint curve bench page peers setup model vllm sglang megatron acceptance clean
 
 train: setup model
 	$(BIN)/lorelei train recipes/chain_sum/run.yaml $(ARGS)
 
+# every part of it, in less than 12 minutes on 2 cores
 test: lint setup model
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m "not slow and not matrix" $(ARGS)
+
+# what `make test` leaves out: all engines, servers, kills
+test-all: setup model
+	$(PYTEST) -m "slow and not matrix" $(ARGS)
 
 unit: setup
-	$(BIN)/python -m pytest tests/unit $(ARGS)
+	$(PYTEST) tests/unit -m "not slow and not matrix" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -37,6 +45,7 @@ page: setup
 
 # the long matrices over all engines, on a quiet machine; ARGS='on vllm tiny': one engine's
 acceptance: setup model vllm sglang megatron
+	$(if $(ARGS),,$(PYTEST) -m matrix)
 	$(BIN)/python -m acceptance $(ARGS)
 	$(BIN)/python -m acceptance page
 

@@ -6,12 +6,49 @@ import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+# before torch is imported: tiny models are slower on two threads than on one, and the processes
+# that tests start inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from lorelei.venvs.recipe import packages
 from tests.contract.servers import Servers
 from tests.contract.vllm_server import CONTEXT, FAMILIES
 from tests.tiny_models import make_tiny, make_tokenizer
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow, and name the worker of pytest-xdist that a test belongs to."""
+    for item in items:
+        if _needs(item) and item.get_closest_marker("brief") is None:
+            item.add_marker("slow")
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
+def _needs(item: pytest.Item) -> tuple[str, ...]:
+    """The environments that a test needs."""
+    return tuple(kind for mark in item.iter_markers("needs") for kind in mark.args)
+
+
+def _group(item: pytest.Item) -> str:
+    """Tests of one group run in one process: those that share servers, engines or folders."""
+    for kind in _needs(item):
+        if kind in ("sglang", "vllm"):
+            return kind
+    callspec = getattr(item, "callspec", None)
+    params = callspec.params if callspec is not None else {}
+    return f"{item.path}-{params.get('engine')}-{params.get('family')}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    missing = [kind for kind in _needs(item) if packages(kind) is None]
+    if missing:
+        pytest.skip(f"not installed; run `make {' '.join(missing)}`")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -20,7 +20,11 @@ from lorelei.inference.vllm.backend import VllmBackend
 from tests.environments import needs
 from tests.tiny_models import sizes_of
 
-ROLLOUTS = ("embedded", *(pytest.param(kind, marks=needs(kind)) for kind in ("sglang", "vllm")))
+ROLLOUTS = (
+    "embedded",
+    pytest.param("sglang", marks=(needs("sglang"), pytest.mark.matrix)),
+    pytest.param("vllm", marks=needs("vllm")),
+)
 START = 240.0  # seconds
 TOKEN = "of-these-runs"
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

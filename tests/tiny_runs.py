@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 from transformers import PreTrainedTokenizerFast
 
 from lorelei.cli.trained_run import TrainedRun
+from tests.fork_server import ENVIRONMENT, ForkServer
 from tests.tiny_models import make_tiny
 
 # rewards that differ between random completions, so that every step has a gradient
@@ -22,7 +26,7 @@ def vowels(completion, **row):
     share = sum(c in "aeiou " for c in completion) / max(len(completion), 1)
     return share, {"length": len(completion)}
 """
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+SECONDS = 120  # for a command
 
 
 def make_workplace(folder: Path, tokenizer: PreTrainedTokenizerFast, family: str = "llama") -> Path:
@@ -84,12 +88,24 @@ def lorelei(
     folder: Path, *arguments: str, code: int = 0, errors: bool = False, **environment: str
 ) -> str:
     """What a command prints; it must leave with `code`. errors: what it says beside it, too."""
-    process = start(folder, *arguments, **environment)
-    out, said = process.communicate(timeout=120)
-    assert process.returncode == code, f"{arguments}: {process.returncode}\n{out}\n{said}"
+    with TemporaryDirectory() as place:
+        files = [Path(place) / name for name in ("out", "errors")]
+        where = {"folder": folder, "out": files[0], "errors": files[1]}
+        pid = _commands().begin(*arguments, **where, environment=environment)
+        if not _commands().ended(SECONDS):
+            os.kill(pid, signal.SIGKILL)
+        left = _commands().code()
+        out, said = (file.read_text() for file in files)
+    assert left == code, f"{arguments}: {left}\n{out}\n{said}"
     if errors:
         return out + said
     return out if code == 0 else said
+
+
+@cache
+def _commands() -> ForkServer:
+    """Of this process; it ends with it."""
+    return ForkServer()
 
 
 def final(folder: Path) -> str:

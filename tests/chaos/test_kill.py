@@ -6,10 +6,7 @@ import contextlib
 import json
 import os
 import random
-import select
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +19,10 @@ from lorelei.data.source import make_source
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.store.check import check_run
 from lorelei.store.manifest import manifest_paths
-from tests.tiny_runs import ENVIRONMENT, final, make_workplace, records, write_run
+from tests.fork_server import ForkServer
+from tests.tiny_runs import final, make_workplace, records, write_run
 
+pytestmark = pytest.mark.slow
 KILLS = 10
 STEPS = 90  # some seconds
 ASYNC_STEPS = 30  # of 2 prompts: fewer than there are rows
@@ -34,14 +33,7 @@ class Lorelei:
 
     def __init__(self, place: Path) -> None:
         self.place = place
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.chaos.fork_server"],
-            cwd=place,
-            env={**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[2])},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._server = ForkServer()
 
     def run(
         self,
@@ -54,16 +46,15 @@ class Lorelei:
 
         to: which process gets the signal, given the command's.
         """
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.write(json.dumps(arguments) + "\n")
-        self._server.stdin.flush()
-        pid = int(self._server.stdout.readline())
+        log = self.place / "log.txt"
+        where = {"folder": self.place, "out": log, "errors": log}
+        pid = self._server.begin(*arguments, **where, environment={})
         sent = False
-        while not select.select([self._server.stdout], [], [], 0.0005)[0]:
+        while not self._server.ended(0.0005):
             if not sent and until():
                 os.kill(to(pid), send)
                 sent = True
-        return os.waitstatus_to_exitcode(int(self._server.stdout.readline()))
+        return self._server.code()
 
     def finish(self, *arguments: str) -> None:
         """Run to the end, which must be a good one."""
@@ -71,7 +62,7 @@ class Lorelei:
         assert code == 0, (self.place / "log.txt").read_text()[-2000:]
 
     def close(self) -> None:
-        self._server.communicate()
+        self._server.close()
 
 
 @pytest.fixture(scope="module")

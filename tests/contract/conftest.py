@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 
 from tests.contract.servers import Servers
+from tests.contract.train_engines import MATRIX
 from tests.contract.vllm_server import CONTEXT, RunningServer, running_vllm
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        params = callspec.params if callspec is not None else {}
+        engine = params.get("engine", params.get("make"))
+        if (engine, params.get("family", params.get("folder"))) in MATRIX:
+            item.add_marker("matrix")
 
 
 @pytest.fixture(scope="package", autouse=True)

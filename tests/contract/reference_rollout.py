@@ -22,9 +22,21 @@ from lorelei.inference.contract import EngineClosed, Health
 from lorelei.lora.state import AdapterState
 from lorelei.types import AdapterRef, Completion, FinishReason, Floats, GenerateRequest, Ints
 
+_made: dict[tuple[Path, str | None], PreTrainedModel] = {}
+
 
 def reference_model(folder: Path, state: AdapterState | None = None) -> PreTrainedModel:
-    """The checkpoint in transformers, in eval mode, with one adapter of peft where given."""
+    """The checkpoint in transformers, in eval mode, with one adapter of peft where given.
+
+    It is made once for a folder and adapter, and kept: nobody may change it.
+    """
+    key = folder, None if state is None else state.digest()
+    if key not in _made:
+        _made[key] = _reference_model(folder, state)
+    return _made[key]
+
+
+def _reference_model(folder: Path, state: AdapterState | None) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()

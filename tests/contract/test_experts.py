@@ -20,6 +20,7 @@ def place(
     return make_workplace(tmp_path_factory.mktemp("place"), tiny_tokenizer, "qwen3_moe")
 
 
+@pytest.mark.brief
 @needs("sglang")
 def test_attention_of_a_mixture_of_experts_trains_over_a_server(
     place: Path, servers: Servers, folders: dict[str, Path]

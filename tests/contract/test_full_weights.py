@@ -33,7 +33,7 @@ from lorelei.types import (
 )
 from tests.contract.oracle import grpo_loss
 from tests.contract.reference_rollout import reference_logprobs
-from tests.contract.train_engines import ARCHON, GRPO, assert_close, assert_equal, make_engine
+from tests.contract.train_engines import GRPO, assert_close, assert_equal, make_engine
 from tests.decoders import load_decoder
 from tests.episodes import random_group, weighted_batch
 from tests.parity.oracle import hf_model
@@ -52,7 +52,13 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return make_tiny(request.param, tmp_path_factory.mktemp("model"), tie_word_embeddings=tied)
 
 
-@pytest.fixture(scope="module", params=(*ARCHON, "fsdp-dp2", "fsdp-sp2"))
+RANKS = ("archon-two-ranks", "fsdp-dp2", "fsdp-sp2")
+
+
+@pytest.fixture(
+    scope="module",
+    params=("archon", *(pytest.param(kind, marks=pytest.mark.slow) for kind in RANKS)),
+)
 def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[TrainEngine]:
     made = make_engine(request.param, folder)
     yield made

@@ -323,15 +323,15 @@ def test_the_same_batch_gives_the_same_bits_on_every_run(
 ) -> None:
     # which requests a server decodes together hangs on when they reach it, and with that the
     # last bits of its sums; only the engines in this process promise equal bits
-    bits = not isinstance(getattr(make, "__self__", None), Servers)
-    state = make_state(folders["qwen3"], 4)
+    bits = make in ENGINES.values()
+    state = make_state(folders["llama"], 4)
     ref = make_ref(state)
     requests = [
         ask(PROMPT[i % 3 :], (None, ref)[i % 2], f"{i}", max_new_tokens=3 + i) for i in range(9)
     ]
 
     async def body() -> list[Completion]:
-        async with opened(make(folders["qwen3"], None, 3)) as engine:
+        async with opened(make(folders["llama"], None, 3)) as engine:
             await engine.load(ref, state)
             return await asyncio.gather(*map(engine.generate, requests))
 
@@ -601,11 +601,11 @@ def test_score_equals_what_generate_reported(
 
 def test_score_equals_a_plain_forward(make: Make, folders: dict[str, Path]) -> None:
     async def body() -> np.ndarray:
-        async with opened(make(folders["qwen3"], None, 4)) as engine:
+        async with opened(make(folders["llama"], None, 4)) as engine:
             (score,) = await engine.score([PROMPT], None)
             return score
 
-    logits = reference_logits(reference_model(folders["qwen3"]), PROMPT)
+    logits = reference_logits(reference_model(folders["llama"]), PROMPT)
     expected = logits.log_softmax(-1)[torch.arange(16), torch.from_numpy(PROMPT[1:]).long()]
     assert close(run(body()), expected.numpy())
 

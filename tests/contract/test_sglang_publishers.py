@@ -27,7 +27,7 @@ WAYS: dict[str, Callable[[ServerEngine, Path], Transport]] = {
     "disk": lambda engine, folder: Disk(engine, folder, "tiny"),
     "xccl": lambda engine, folder: Xccl(engine, torch.device("cpu"), "127.0.0.1", 20.0, print),
 }
-PUBLISHES, LIVE = 50, 8
+PUBLISHES, LIVE = 20, 8  # more than the server has room for: 12
 
 
 @pytest.fixture(params=KINDS)
@@ -70,7 +70,7 @@ def test_what_a_server_scores_with_is_what_was_published(
 
 
 @pytest.mark.parametrize("name", sorted(WAYS))
-def test_fifty_publishes_in_a_row_each_serve_their_version_and_leave_nothing(
+def test_publishes_in_a_row_each_serve_their_version_and_leave_nothing(
     engine: ServerEngine, folders: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     states = [make_state(folders["llama"], seed) for seed in range(PUBLISHES)]

@@ -20,6 +20,7 @@ from tests.contract.train_engines import GRPO, adapters, assert_equal, gradients
 from tests.episodes import random_group, weighted_batch
 from tests.tiny_models import make_tiny
 
+pytestmark = pytest.mark.slow
 SPEC = AdapterSpec(rank=2, alpha=4, target_modules=("q_proj",))
 
 

@@ -61,8 +61,20 @@ FSDP: dict[str, dict[str, Any]] = {  # the same of FsdpSpec
     "fsdp-sp2": {"workers": 2, "sequence_parallel": 2},
     "fsdp-dp2-tp2": {"workers": 4, "tensor_parallel": 2},
 }
-ARCHON = ("archon", "archon-two-ranks")
-ENGINES = (*ARCHON, *FSDP, pytest.param("megatron", marks=needs("megatron")))
+SEVERAL = tuple(pytest.param(kind, marks=pytest.mark.slow) for kind in ("archon-two-ranks", *FSDP))
+ENGINES = ("archon", *SEVERAL, pytest.param("megatron", marks=needs("megatron")))
+# of which other engines and families of the contract test both halves
+MATRIX = {
+    ("archon-two-ranks", "llama"),
+    ("fsdp", "qwen3_moe"),
+    ("fsdp-dp2", "llama"),
+    ("fsdp-tp2", "qwen3_moe"),
+    ("fsdp-sp2", "qwen3_moe"),
+    ("fsdp-dp2-tp2", "llama"),
+    ("megatron", "llama"),
+    ("sglang", "qwen3"),
+    ("sglang", "qwen3_moe"),
+}
 SMALL = 24  # tokens of a micro-batch: less than most trees of the tests
 
 GRPO = LossSpec(path="lorelei.algo.grpo:plain_loss", params={})

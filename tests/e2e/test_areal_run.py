@@ -57,6 +57,7 @@ def test_a_converted_file_is_not_written_over_another(place):
     assert "--out: 'run.yaml' exists; give another name or remove it" in error
 
 
+@pytest.mark.brief
 @needs("vllm")
 def test_an_example_trains_over_a_server(tmp_path):
     case = CASES["vllm-lora"]

@@ -32,6 +32,7 @@ def final(folder: Path) -> str:
     return manifest.adapters["default"].snapshot
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_resumed_ends_as_one_left_alone(place: Path) -> None:
     write_run(place, "alone", steps=STEPS, train=TWO)
     lorelei(place, "train", "alone.yaml")

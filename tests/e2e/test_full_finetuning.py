@@ -55,6 +55,7 @@ def test_every_weight_moves_and_the_sampler_follows(place: Path) -> None:
     assert steps[-1]["kl_reference"] > 1e-6, "the reference is not the base"
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_resumed_ends_as_one_left_alone(place: Path) -> None:
     folder = place / "runs/killed"
     process = start(place, "train", "alone.yaml", "name=killed")
@@ -73,6 +74,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.0005)
 
 
+@pytest.mark.slow
 def test_two_train_workers_give_the_weights_of_one(place: Path) -> None:
     lorelei(place, "train", "alone.yaml", "name=workers", "train.workers=2", "steps=2")
     lorelei(place, "train", "alone.yaml", "name=worker", "steps=2")
@@ -97,6 +99,7 @@ def test_eval_and_chat_use_the_trained_weights(place: Path) -> None:
     assert lorelei(place, "chat", "alone").startswith(f"default@v{STEPS} answers")
 
 
+@pytest.mark.slow
 def test_an_exported_run_is_a_checkpoint_that_transformers_and_lorelei_read(place: Path) -> None:
     out = place / lorelei(place, "export", "alone", "--out", "exported").strip()
     run = TrainedRun.read(place / "runs/alone")

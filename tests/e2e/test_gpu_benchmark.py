@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.gpu import section
 
+pytestmark = pytest.mark.slow
 Line = dict[str, object]
 
 

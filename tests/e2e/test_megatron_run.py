@@ -28,6 +28,7 @@ def place(
     return folder
 
 
+@pytest.mark.brief
 def test_experts_on_two_ranks_train_asynchronously_under_the_canary(place: Path) -> None:
     write_run(
         place,

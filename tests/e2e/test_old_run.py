@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny_models import make_tiny
 from tests.tiny_runs import lorelei, records
 
+pytestmark = pytest.mark.slow
 FIXTURE = Path(__file__).parents[1] / "fixtures/run_before_jobs"
 MADE_IN = "/workplace"  # where the run was trained
 NAME = "before_jobs"

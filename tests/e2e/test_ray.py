@@ -83,6 +83,7 @@ def raylet_of(nodes: RayNodes, worker: int) -> int:
     return next(raylet for raylet in nodes.raylets if worker in descendants(raylet))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "arguments", "words"),
     [

@@ -197,6 +197,7 @@ def wait_for_step(folder: Path, step: int) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "number"), [("term", signal.SIGTERM), ("int", signal.SIGINT)])
 def test_a_signal_saves_the_run_and_resume_ends_as_if_nothing_had_been(
     place: Path, stopped: Stopped, name: str, number: int
@@ -220,6 +221,7 @@ def test_a_signal_saves_the_run_and_resume_ends_as_if_nothing_had_been(
     assert steps == list(range(1, 26)), "every step is in the log once"
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_of_the_first_is_refused(place: Path, stopped: Stopped) -> None:
     errors = lorelei(place, "train", "long.yaml", "name=alone", code=2)
     assert errors.startswith("error: name: 'runs/alone' holds a run already; go on with")
@@ -294,6 +296,7 @@ def test_recomputed_activations_give_the_same_adapter(place: Path) -> None:
         torch.testing.assert_close(tensor, plain[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_two_train_workers_give_the_adapter_of_one(place: Path) -> None:
     one = TrainedRun.read(train(place, "worker")).state("default").tensors
     folder = train(place, "workers", train={"workers": 2})

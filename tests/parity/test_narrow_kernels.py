@@ -14,6 +14,7 @@ from lorelei.model.kernels.fused import lanes
 TESTS = ("model/test_kernels", "model/test_attention", "inference/test_whole_step")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     library() is None or lanes() == 8, reason="the kernels of this machine are these, or none"
 )

@@ -80,8 +80,10 @@ async def answers(
 CASES = [(0, True), (1, False), (3, True)]
 
 
-@pytest.mark.parametrize("max_running", [5, 64])
-@pytest.mark.parametrize(("adapters", "base"), CASES)
+@pytest.mark.parametrize(
+    ("adapters", "base", "max_running"),
+    [(0, True, 64), (1, False, 5), (1, False, 64), (3, True, 64)],
+)
 def test_the_tables_describe_the_rows(
     adapters: int, base: bool, max_running: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedConfig
 
 from lorelei.inference.embedded.attention import PrefillAttention, PromptRows, StepAttention
 from lorelei.inference.embedded.kv_cache import PromptCache, RowCache
@@ -63,7 +64,7 @@ class Shapes(Mapping[str, Tensor]):
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(tiny_config(family))
+            model = AutoModelForCausalLM.from_config(one_layer(family))
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -76,6 +77,11 @@ class Shapes(Mapping[str, Tensor]):
         return len(self._shapes)
 
 
+def one_layer(family: str) -> PreTrainedConfig:
+    """Layers are alike, and a fake operation takes a millisecond."""
+    return tiny_config(family, num_hidden_layers=1)
+
+
 @contextmanager
 def fake_accelerator() -> Iterator[None]:
     with FakeTensorMode(allow_non_fake_inputs=True), OneDevice():
@@ -83,7 +89,7 @@ def fake_accelerator() -> Iterator[None]:
 
 
 def fake_decoder(tensors: Shapes, family: str, dtype: torch.dtype) -> Decoder:
-    config = DecoderConfig.from_hf(tiny_config(family).to_dict() | {"architectures": None})
+    config = DecoderConfig.from_hf(one_layer(family).to_dict() | {"architectures": None})
     return build_decoder(config, Checkpoint(tensors, Path(), dtype, ACCELERATOR))
 
 
@@ -95,7 +101,7 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen3"])
 def test_a_training_pass_stays_on_the_device(
     family: str, recompute: bool, dtype: torch.dtype
 ) -> None:
@@ -121,7 +127,7 @@ def test_a_training_pass_stays_on_the_device(
 
 
 @pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen3"])
 @torch.no_grad()
 def test_prefill_and_a_decoding_step_stay_on_the_device(
     family: str, merged: bool, dtype: torch.dtype

@@ -74,11 +74,18 @@ def test_another_recipe_or_lock_is_another_folder():
     assert len({recipe.folder for recipe in (SMALL, other, locked)}) == 3
 
 
-def test_an_environment_is_made_once_and_then_found(small):
-    python = install("vllm")
-    assert interpreter("vllm") == python == small.python
+def test_what_broke_off_is_made_again_once_by_two_at_once_and_then_found(small, capfd):
+    small.folder.mkdir(parents=True)
+    (small.folder / "left over").touch()
+    with pytest.raises(ValueError, match="not installed"):
+        interpreter("vllm")
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(install, ["vllm", "vllm"])
+    assert first == second == interpreter("vllm") == small.python
+    assert capfd.readouterr().err.count("installing vllm") == 1
+    assert not (small.folder / "left over").exists()
     look = "import importlib.metadata as m; print(m.version('thing'))"
-    said = subprocess.run([python, "-c", look], capture_output=True, text=True, check=True)
+    said = subprocess.run([first, "-c", look], capture_output=True, text=True, check=True)
     assert said.stdout == "1.5+cpu\n"
     listed = packages("vllm")
     assert listed is not None and listed["thing"] == "1.5+cpu"
@@ -87,16 +94,7 @@ def test_an_environment_is_made_once_and_then_found(small):
     assert (small.folder / "still here").exists()
 
 
-def test_what_broke_off_is_made_again(small):
-    small.folder.mkdir(parents=True)
-    (small.folder / "left over").touch()
-    with pytest.raises(ValueError, match="not installed"):
-        interpreter("vllm")
-    install("vllm")
-    assert interpreter("vllm").exists()
-    assert not (small.folder / "left over").exists()
-
-
+@pytest.mark.slow
 def test_a_step_that_fails_leaves_nothing_usable(monkeypatch):
     broken = Recipe(kind="vllm", build="cpu", text="import nothing_of_this_name\n")
     for module in (recipes, installing):
@@ -104,13 +102,6 @@ def test_a_step_that_fails_leaves_nothing_usable(monkeypatch):
     with pytest.raises(ValueError, match="No module named 'nothing_of_this_name'"):
         install("vllm")
     assert packages("vllm") is None
-
-
-def test_two_that_install_at_once_make_it_once(small, capfd):
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(install, ["vllm", "vllm"])
-    assert first == second == interpreter("vllm")
-    assert capfd.readouterr().err.count("installing vllm") == 1
 
 
 def test_the_command_needs_nothing_but_python(cache, tmp_path):
