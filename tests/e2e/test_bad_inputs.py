@@ -158,7 +158,7 @@ CASES = {
         arguments=(*RUN, "steps.x=1"), expected="steps.x: steps is 3, which has no keys to set"
     ),
     "override of a wrong type": Case(
-        arguments=(*RUN, "algo.lr=fast"), expected="algo.lr: 'fast' is not allowed; it must be a"
+        arguments=(*RUN, "algo.lr=fast"), expected="optimizer.lr: 'fast' is not allowed; it must be a"
     ),
     # the model
     "no model folder": Case(config={"model": "./absent"}, expected="absent'; write a folder or a"),
