@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -245,7 +246,9 @@ def _connect(address: str | None) -> None:
         raise ValueError("cluster.kind: 'ray': this process is connected to a Ray cluster already")
     where = address or os.environ.get("RAY_ADDRESS") or "auto"
     try:
-        ray.init(address=where, namespace="lorelei", log_to_driver=False, logging_level="WARNING")
+        ray.init(
+            address=where, namespace="lorelei", log_to_driver=False, logging_level=logging.WARNING
+        )
     except (ConnectionError, RayError) as error:
         raise ValueError(
             f"cluster.address: no Ray at {where!r} that takes our token ({_last_line(error)}); "

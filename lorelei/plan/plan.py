@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorelei.algo.kinds import short_name
+from lorelei.config.env import AgentEnv, PythonEnv
 from lorelei.config.errors import ConfigError
 from lorelei.config.experiment import Experiment
 from lorelei.config.reward import PythonReward
@@ -202,7 +203,7 @@ def _check_files(config: RunConfig) -> None:
         env = experiment.env
         yours = env.tools if env.kind == "tools" else ()
         files = {
-            "env.path": _file(env.path) if env.kind in ("python", "agent") else None,
+            "env.path": _file(env.path) if isinstance(env, PythonEnv | AgentEnv) else None,
             **{f"env.tools: {tool}": _file(tool) for tool in yours if ".py:" in tool},
             "task.path": task.path if isinstance(task, JsonlTask | ParquetTask) else None,
             "reward.path": _file(reward.path) if isinstance(reward, PythonReward) else None,

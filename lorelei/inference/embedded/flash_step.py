@@ -123,13 +123,13 @@ class FlashStepAttention:
         self._cache, self._arena, self._tables = cache, arena, tables
         self._own_lengths = (tables.fed[1] + 1).int()
 
-    def __call__(self, layer: int, q_BHd: Tensor, k_BKd: Tensor, v_BKd: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
         t = self._tables
-        self._cache.append(layer, t.slots, t.fed[1], k_BKd, v_BKd)
+        self._cache.append(layer, t.slots, t.fed[1], k_TKd, v_TKd)
         own_spans = t.rows, t.own_starts, self._own_lengths, 1
-        own, own_lse_HB = flash_spans(q_BHd, *self._cache.flat(layer), *own_spans)
+        own, own_lse_HB = flash_spans(q_THd, *self._cache.flat(layer), *own_spans)
         spans = t.ends, t.starts, t.lengths, t.places
-        shared, shared_lse_HB = flash_spans(q_BHd, *self._arena.layer(layer), *spans)
+        shared, shared_lse_HB = flash_spans(q_THd, *self._arena.layer(layer), *spans)
         share = torch.sigmoid(shared_lse_HB - own_lse_HB).T[..., None]
         return own.lerp(shared, share.to(own.dtype))
 

@@ -127,7 +127,7 @@ async def _body(request: Request) -> bytes:
 
 async def _unless_gone(request: Request, work: asyncio.Task[Answer]) -> Answer:
     """The answer; nothing is sampled on for a client that went away. Raises Refused."""
-    gone = asyncio.create_task(request.receive())  # after the body comes only the disconnect
+    gone = asyncio.ensure_future(request.receive())  # after the body comes only the disconnect
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():

@@ -42,7 +42,7 @@ def form(group: Group, rank: int) -> Any:
         return ProcessGroupNCCL(store, rank, size, options)
     from torch.distributed import ProcessGroupGloo
 
-    options = ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue] # untyped
     options._timeout = within
     # else gloo takes the interface of this process's other groups, which may be loopback
     options._devices = [ProcessGroupGloo.create_device(hostname=_address_toward(group.host))]

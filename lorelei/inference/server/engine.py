@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,10 +118,7 @@ class ServerEngine:
         self._check_open()
         name = ref.served_name
         self._live[name] = (ref, payload)
-
-        async def bring(replica: Replica) -> str | None:
-            return await self._bring(replica, name)
-
+        bring = partial(self._bring, name)
         try:
             told = await self._everywhere(bring, self.replicas)
         except BaseException:
@@ -181,7 +179,7 @@ class ServerEngine:
 
     # --- adapters
 
-    async def _bring(self, replica: Replica, name: str) -> str | None:
+    async def _bring(self, name: str, replica: Replica) -> str | None:
         """Load one version on one server, waiting for the server. Returns what it holds."""
         attempts = Attempts(f"loading {name}")
         while True:

@@ -157,10 +157,11 @@ class SglangServer:
     async def _on_schedulers(self, order: Any) -> Json:
         manager = self._manager
         async with manager.lora_update_lock:
-            for result in await manager.update_lora_adapter_communicator(order):
-                if not result.success:
-                    raise Refused(422, result.error_message)
-        return result.loaded_adapters or {}
+            results = await manager.update_lora_adapter_communicator(order)
+        for result in results:
+            if not result.success:
+                raise Refused(422, result.error_message)
+        return results[0].loaded_adapters or {}
 
     # --- control
 
