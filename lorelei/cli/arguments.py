@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="RUN.yaml")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Dotted overrides, such as algo.lr=1e-4.", metavar="[KEY=VALUE]..."),
+    typer.Argument(help="Dotted overrides, such as optimizer.lr=1e-4.", metavar="[KEY=VALUE]..."),
 ]
 RunFolder = Annotated[str, typer.Argument(help="A run folder, or a run's name.", metavar="RUN")]
 AdapterName = Annotated[str | None, typer.Option("--adapter", help="Default: the only one.")]
