@@ -108,6 +108,8 @@ async def add(loop: Loop, job: Job, start: AdapterSnapshot | None = None) -> Non
     """
     async with loop.between_steps:
         engine, call = loop.engine, loop.thread.call
+        # an adapter of this name that was just removed may have had the very same version
+        await asyncio.gather(*(t for t in loop.retiring if t.get_name() == job.name))
         rested = loop.resting.get(job.name)
         if start is None and rested is not None:
             start = await asyncio.to_thread(loop.store.load, job.name)
@@ -274,7 +276,7 @@ async def _commit(loop: Loop, pending: Pending, refs: Mapping[str, AdapterRef]) 
 
 def _retire(loop: Loop, ref: AdapterRef) -> None:
     """Forget a replaced version when what is in flight has drained; nobody waits for it."""
-    task = asyncio.create_task(loop.publisher.retire(ref))
+    task = asyncio.create_task(loop.publisher.retire(ref), name=ref.name)
     loop.retiring.add(task)
     task.add_done_callback(loop.retiring.discard)
 

@@ -289,13 +289,22 @@ def test_what_was_trained_on_between_two_checkpoints_is_kept_for_a_crash(
     assert len(seen) == len(set(seen)) == 6 * 2 * 4, "none is trained on twice"
 
 
+class Slow(VersionPublisher):
+    """Takes its time to forget a version, as servers do whose requests have to drain."""
+
+    async def retire(self, ref: AdapterRef) -> None:
+        await asyncio.sleep(0.2)
+        await super().retire(ref)
+
+
 def test_an_adapter_that_is_removed_can_be_added_again_from_the_start(
     tmp_path: Path, place: Path
 ) -> None:
     async def body() -> None:
         async with loop_of(tmp_path / "run", place, adapters={"a": {}, "b": {}}) as loop:
-            await the_loop.begin(loop)
             fresh, engine = digest(loop, "a"), rl(loop, "a").collector.engine
+            loop.publisher = Slow(engine, loop.store.run_id)
+            await the_loop.begin(loop)
             for _ in range(3):
                 old = loop.registry["a"]
                 await the_loop.remove(loop, "a")
