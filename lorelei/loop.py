@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,10 +68,11 @@ async def run(loop: Loop) -> None:
     failed job raised, after the others have ended.
     """
     clock = _Clock()
-    async for works in loop.registry.ready():
-        clock.lap("wait")
-        async with loop.between_steps:
-            await _step(loop, works, clock)
+    async with aclosing(loop.registry.ready()) as ready:
+        async for works in ready:
+            clock.lap("wait")
+            async with loop.between_steps:
+                await _step(loop, works, clock)
     async with loop.between_steps:
         if loop.unsaved:  # stopped between two checkpoints
             await _save(loop)
@@ -106,6 +108,8 @@ async def add(loop: Loop, job: Job, start: AdapterSnapshot | None = None) -> Non
     """
     async with loop.between_steps:
         engine, call = loop.engine, loop.thread.call
+        # an adapter of this name that was just removed may have had the very same version
+        await asyncio.gather(*(t for t in loop.retiring if t.get_name() == job.name))
         rested = loop.resting.get(job.name)
         if start is None and rested is not None:
             start = await asyncio.to_thread(loop.store.load, job.name)
@@ -153,7 +157,7 @@ async def remove(loop: Loop, name: str) -> None:
 
 async def _step(loop: Loop, works: Sequence[Work], clock: _Clock) -> None:
     # a job may have been removed while the loop was between two steps
-    works = [work for work in works if work.adapter in loop.registry]
+    works = [work for work in works if loop.registry.claim(work)]
     if not works:
         return
     results = await loop.thread.call(run_works, loop.engine, works)
@@ -272,7 +276,7 @@ async def _commit(loop: Loop, pending: Pending, refs: Mapping[str, AdapterRef]) 
 
 def _retire(loop: Loop, ref: AdapterRef) -> None:
     """Forget a replaced version when what is in flight has drained; nobody waits for it."""
-    task = asyncio.create_task(loop.publisher.retire(ref))
+    task = asyncio.create_task(loop.publisher.retire(ref), name=ref.name)
     loop.retiring.add(task)
     task.add_done_callback(loop.retiring.discard)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -27,8 +28,9 @@ async def open_loop(
 ) -> AsyncIterator[Loop]:
     """The loop of a new run of this configuration in `folder`, or of the one that is there.
 
-    engine: makes the inference engine instead; who calls closes it.
+    engine: makes the inference engine instead; who calls closes it. No task may be left at the end.
     """
+    before = asyncio.all_tasks()
     config = load_config(path)
     async with AsyncExitStack() as stack:
         if (folder / "run.json").exists():
@@ -48,6 +50,8 @@ async def open_loop(
         for job in loop.registry:
             stack.push_async_callback(job.close)
         yield loop
+    await asyncio.sleep(0)  # what was just cancelled ends
+    assert asyncio.all_tasks() <= before
 
 
 async def whole(loop: Loop) -> Loop:

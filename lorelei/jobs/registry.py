@@ -7,7 +7,7 @@ first of them. A job whose work raises a ValueError is put aside, the others go 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 
 from lorelei.jobs.job import Job
 from lorelei.train.work import Work
@@ -26,13 +26,14 @@ class Registry:
         self._jobs = {job.name: job for job in jobs}
         self._warn, self._stays_open = warn, stays_open
         self._asked: dict[str, asyncio.Task[Work]] = {}
+        self._given: dict[str, Work] = {}  # and not yet claimed
         self._paused: set[str] = set()
         self._failed: dict[str, ValueError] = {}
         self._stopping = False
         self._changed = asyncio.Event()
 
     def __iter__(self) -> Iterator[Job]:
-        return iter(self._jobs.values())
+        return iter(tuple(self._jobs.values()))  # jobs may come and go while a caller awaits
 
     def __contains__(self, name: str) -> bool:
         return name in self._jobs
@@ -81,17 +82,22 @@ class Registry:
         del self._jobs[name]
         self._paused.discard(name)
         self._failed.pop(name, None)
+        self._given.pop(name, None)
         if (task := self._asked.pop(name, None)) is not None:
             task.cancel()
         self._changed.set()
         return job
+
+    def claim(self, work: Work) -> bool:
+        """Whether a work that was given is to be done: not when its job was removed since."""
+        return self._given.pop(work.adapter, None) is work
 
     def stop(self) -> None:
         """Let `ready` end instead of giving works again."""
         self._stopping = True
         self._changed.set()
 
-    async def ready(self) -> AsyncIterator[list[Work]]:
+    async def ready(self) -> AsyncGenerator[list[Work], None]:
         """Works of distinct adapters, in the order of the jobs, until none can give any more.
 
         Whatever is ready comes together; the other jobs go on. Paused jobs are waited for; one
@@ -128,10 +134,12 @@ class Registry:
         works: list[Work] = []
         for name in ready:
             task = self._asked.pop(name)
+            self._changed.set()  # it may have been the last that could give any
             if task.cancelled():  # its job was closed
                 continue
             try:
                 works.append(task.result())
+                self._given[name] = works[-1]
             except ValueError as error:
                 self._failed[name] = error
                 if self._stays_open or any(map(self._alive, self)):
@@ -139,10 +147,10 @@ class Registry:
         return works
 
     async def _wait(self) -> None:
-        self._changed.clear()
         changed = asyncio.create_task(self._changed.wait())
         asked = [task for name, task in self._asked.items() if name not in self._paused]
         try:
             await asyncio.wait([changed, *asked], return_when=asyncio.FIRST_COMPLETED)
         finally:
             changed.cancel()
+            self._changed.clear()  # not before: a change while works were away counts

@@ -57,6 +57,9 @@ class RlJob:
         return self.version >= self.experiment.steps
 
     async def begin(self, ref: AdapterRef) -> None:
+        # a job of this name may have been in the run before, and was removed
+        spool = self.collector.spool
+        spool.remove(self.name, spool.read(self.name))
         if self.evaluator is not None:
             await self._evaluate(self.evaluator, ref)
 

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lorelei import loop as the_loop
+from lorelei.jobs.driven import DrivenJob
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterState
 from lorelei.publish.contract import PublishError
@@ -20,10 +22,13 @@ from lorelei.rollout.collector import RolloutsFail
 from lorelei.store.check import check_run
 from lorelei.store.index import list_runs
 from lorelei.store.manifest import manifest_paths
+from lorelei.store.spool import Spool
 from lorelei.train.work import Work
 from lorelei.types import AdapterRef
 from tests.loops import before_training, digest, open_loop, rl, versions, whole
 from tests.tiny_runs import make_workplace, records, write_run
+
+TOKENS = np.arange(3, 20, dtype=np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +220,108 @@ def test_evaluation_happens_when_it_is_due_and_at_the_end(tmp_path: Path, place:
     asyncio.run(body())
     found = sorted((r["adapter"], r["step"]) for r in records(tmp_path / "run", "eval"))
     assert found == [("a", 0), ("a", 2), ("a", 3), ("c", 0), ("c", 1), ("c", 2)]
+
+
+def test_a_job_that_fails_leaves_the_others_to_finish_and_the_run_ends_with_its_error(
+    tmp_path: Path, place: Path
+) -> None:
+    (place / "fails.py").write_text("def score(completion): return 1 / 0")
+    bad = {"reward": {"path": "fails.py:score"}, "eval": {"every": 0}}
+
+    async def body() -> None:
+        async with loop_of(tmp_path / "run", place, adapters={"bad": bad, "good": {}}) as loop:
+            with pytest.raises(RolloutsFail, match="adapter bad: 64 groups in a row"):
+                await whole(loop)
+            assert versions(loop) == {"bad": 0, "good": 3}
+            assert list(loop.registry.failed) == ["bad"]
+            latest = loop.store.latest
+            assert latest is not None and latest.state["finished"] is False
+            stand = {name: entry.record.version for name, entry in latest.adapters.items()}
+            assert stand == {"bad": 0, "good": 3}
+            assert loop.store.load("good").state.digest() == digest(loop, "good")
+        async with loop_of(
+            tmp_path / "run", place, adapters={"bad": {"eval": {"every": 0}}, "good": {}}
+        ) as loop:
+            await whole(loop)
+            assert versions(loop) == {"bad": 3, "good": 3}
+
+    asyncio.run(body())
+    assert check_run(tmp_path / "run") == []
+
+
+def test_what_was_trained_on_between_two_checkpoints_is_kept_for_a_crash(
+    tmp_path: Path, place: Path
+) -> None:
+    sections = {
+        "checkpoint": {"every": 3},
+        "steps": 6,
+        "rollout": {"max_head_offpolicyness": 1},
+        "eval": {"every": 0},
+    }
+    trained: list[int] = []
+
+    async def body() -> None:
+        async with loop_of(tmp_path / "run", place, **sections) as loop:
+
+            def look(works: Sequence[Work]) -> None:
+                spooled = set(Spool(loop.store.folder).read("default"))
+                assert set(trained) <= spooled, "no checkpoint has these steps"
+                trained.extend(group.index for group in rl(loop).collector.taken)
+                if loop.step == 2:
+                    raise PublishError("as if it had been killed")
+
+            before_training(loop, look)
+            with pytest.raises(PublishError):
+                await whole(loop)
+            assert loop.store.latest is not None and loop.store.latest.step == 0
+        async with loop_of(tmp_path / "run", place, **sections) as loop:
+            collector = rl(loop).collector
+            assert {group.index for group in collector.finished} == {0, 1, 2, 3}
+            assert all(group.newest_version == 0 for group in collector.finished), "a committed one"
+            assert loop.step == 0 and collector.next_index == max(collector.pending()) + 1
+            await whole(loop)
+            assert Spool(loop.store.folder).read("default") == {}
+
+    asyncio.run(body())
+    assert trained == [0, 1, 2, 3, 4, 5]
+    lines = (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()
+    seen = [(r["prompt_id"], r["sample"]) for r in map(json.loads, lines)]
+    assert len(seen) == len(set(seen)) == 6 * 2 * 4, "none is trained on twice"
+
+
+class Slow(VersionPublisher):
+    """Takes its time to forget a version, as servers do whose requests have to drain."""
+
+    async def retire(self, ref: AdapterRef) -> None:
+        await asyncio.sleep(0.2)
+        await super().retire(ref)
+
+
+def test_an_adapter_that_is_removed_can_be_added_again_from_the_start(
+    tmp_path: Path, place: Path
+) -> None:
+    async def body() -> None:
+        async with loop_of(tmp_path / "run", place, adapters={"a": {}, "b": {}}) as loop:
+            fresh, engine = digest(loop, "a"), rl(loop, "a").collector.engine
+            loop.publisher = Slow(engine, loop.store.run_id)
+            await the_loop.begin(loop)
+            for _ in range(3):
+                old = loop.registry["a"]
+                await the_loop.remove(loop, "a")
+                # the same tensors, and so the same name of its version, as before
+                again = DrivenJob("a", old.spec, old.seed)
+                await the_loop.add(loop, again)
+                assert digest(loop, "a") == fresh and again.ref is not None
+                await asyncio.gather(*loop.retiring)
+                (score,) = await engine.score([TOKENS], again.ref)
+                assert len(score) == len(TOKENS) - 1
+            with pytest.raises(ValueError, match="adapter 'a' has a job already"):
+                await the_loop.add(loop, DrivenJob("a", old.spec))
+            await the_loop.remove(loop, "a")
+            await the_loop.run(loop)
+            assert versions(loop) == {"b": 3}
+            served = (await engine.health()).adapters
+            assert [name.split("-")[:2] for name in served] == [["b", "v3"]]
+
+    asyncio.run(body())
+    assert check_run(tmp_path / "run") == []
