@@ -68,11 +68,12 @@ class ForkServer:
 
 
 def main() -> None:
+    from transformers import AutoTokenizer  # noqa: F401
+
     from lorelei.cli.main import main as command
 
     # what the commands import late
     from lorelei.launch import local  # noqa: F401
-    from transformers import AutoTokenizer  # noqa: F401
 
     for line in sys.stdin:
         arguments, folder, out, errors, environment = json.loads(line)

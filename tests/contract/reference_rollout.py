@@ -22,7 +22,6 @@ from lorelei.inference.contract import EngineClosed, Health
 from lorelei.lora.state import AdapterState
 from lorelei.types import AdapterRef, Completion, FinishReason, Floats, GenerateRequest, Ints
 
-
 _made: dict[tuple[Path, str | None], PreTrainedModel] = {}
 
 
