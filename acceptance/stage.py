@@ -20,7 +20,7 @@ from benchmarks.cases import MODEL
 from lorelei.inference.contract import InferenceEngine
 from lorelei.inference.kinds import INFERENCE
 from lorelei.inference.server.engine import ServerEngine
-from lorelei.launch.assemble import build, make_loop, make_trainer
+from lorelei.launch.assemble import build, make_loop, make_thread
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.locate import resolve_model
 from lorelei.model.tokenizer import load_tokenizer
@@ -153,21 +153,21 @@ async def staged(engine: str, size: str) -> AsyncIterator[Stage]:
             plain = _config(engine, size, model, root)
             config = validate(plain)
             parts = await build(config, stack)
-            trainer = make_trainer(config, parts, stack)
+            thread = make_thread(config, parts, stack, None)
             folder = root / "runs" / config.name
             store = RunStore.create(folder, to_plain(config), keep=config.checkpoint.keep)
             stack.callback(store.close)
 
             def make_publisher(kind: str) -> Publisher:
                 through = validate({**plain, "publish": {"kind": kind}})
-                return make_loop(through, parts, trainer, store, Console({NAME: 1})).publisher
+                return make_loop(through, parts, thread, store, Console({NAME: 1})).publisher
 
             yield Stage(
                 size=SIZES[size],
                 model=model,
                 folder=folder,
-                trainer=trainer.engine,
-                rollout=parts.rollout,
+                trainer=thread.engine,
+                rollout=parts.sampler.engine,
                 make_publisher=make_publisher,
                 publisher=make_publisher(PUBLISHERS[engine][-1]),
             )

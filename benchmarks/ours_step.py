@@ -14,7 +14,9 @@ import numpy as np
 
 from benchmarks.cases import ALPHA, LR, MODEL, RANK, STEP_CASES, StepCase, toy_reward
 from benchmarks.meter import Meter
+from lorelei.algo.algorithm import PolicyAlgorithm
 from lorelei.inference.embedded.engine import EmbeddedEngine
+from lorelei.jobs.rl import policy_work
 from lorelei.model.load import load_decoder
 from lorelei.model.locate import resolve_model
 from lorelei.model.tokenizer import load_tokenizer
@@ -22,8 +24,9 @@ from lorelei.publish.publisher import VersionPublisher
 from lorelei.run_file import validate
 from lorelei.train.archon.engine import archon_engine
 from lorelei.train.contract import TrainEngine
-from lorelei.train.step import Trainer
-from lorelei.types import GenerateRequest, Group, Prompt, Rollout, SamplingParams, Turn
+from lorelei.train.engine_thread import EngineThread
+from lorelei.train.step import run_works
+from lorelei.types import AdapterRef, GenerateRequest, Group, Prompt, Rollout, SamplingParams, Turn
 
 
 async def main(
@@ -46,16 +49,22 @@ async def main(
         }
     )
     (experiment,) = config.experiments()
+    algo = experiment.algo
+    assert isinstance(algo, PolicyAlgorithm)
     decoder = load_decoder(folder)
     engine = archon_engine(decoder, max_tokens_per_mb=config.train.max_tokens_per_mb)
     engine.add_adapter("default", experiment.lora.spec())
-    trainer = Trainer(engine, {"default": experiment})
+    thread = EngineThread(engine)
     rollout = EmbeddedEngine(decoder, max_running=64)
     publisher = VersionPublisher(rollout, "bench")
     sampling = SamplingParams(max_new_tokens=case.new_tokens)
     meter = Meter()
-    states = {"default": engine.adapter_state("default")}
-    ref = (await publisher.publish({"default": 0}, states))["default"]
+
+    async def publish(version: int) -> AdapterRef:
+        states = {"default": await thread.call(engine.adapter_state, "default")}
+        return (await publisher.publish({"default": version}, states))["default"]
+
+    ref = await publish(0)
     for step in range(steps):
         with meter.phase("step"):
             prompts = [
@@ -101,16 +110,16 @@ async def main(
                 for p, tokens in enumerate(prompts)
             ]
             with meter.phase("train"):
-                await trainer.step({"default": groups}, {"default": step})
+                work = policy_work(experiment, algo, groups, step)
+                await thread.call(run_works, engine, [work])
             with meter.phase("publish"):
-                states = {"default": engine.adapter_state("default")}
-                old, ref = ref, (await publisher.publish({"default": step + 1}, states))["default"]
+                old, ref = ref, await publish(step + 1)
                 await publisher.retire(old)
         prompt_tokens = sum(len(t) for t in prompts)
         meter.emit(generated=sum(len(c.tokens) for c in completions), prompt=prompt_tokens)
     after(engine, meter)
     await rollout.close()
-    trainer.close()
+    thread.close()
 
 
 if __name__ == "__main__":

@@ -50,8 +50,7 @@ class PolicyAlgorithm(Algorithm):
     loss_aggregation: Aggregation = Field(
         default="token", description="Every token, or every rollout, has the same weight."
     )
-    reward_scaling: float = Field(default=1.0, description="reward = (score + bias) * scaling.")
-    reward_bias: float = Field(default=0.0, description="reward = (score + bias) * scaling.")
+    reward_scaling: float = Field(default=1.0, description="reward = score * scaling.")
     reward_norm: NormConfig | None = Field(default=None, description="Normalise rewards.")
     adv_norm: NormConfig | None = Field(
         default_factory=NormConfig, description="Normalise advantages. Default: by group."
@@ -80,13 +79,17 @@ class PolicyAlgorithm(Algorithm):
     def policies(self) -> Mapping[str, Policy]:
         return {"reference": BASE} if self.kl_ctl > 0 else {}
 
+    def scaled(self, scores_S: Floats) -> Floats:
+        """[S] rewards, of what scorers gave."""
+        return (scores_S * self.reward_scaling).astype(np.float32)
+
     def baseline(self, values_S: Floats, groups_S: Longs) -> Floats:
         """[S] the rewards less what was expected of them; by itself, unchanged."""
         return values_S
 
-    def advantages(self, rewards_S: Floats, groups_S: Longs) -> Floats:
+    def advantages(self, scores_S: Floats, groups_S: Longs) -> Floats:
         """[S] scale and normalise rewards, subtract a baseline, normalise."""
-        values = ((rewards_S + self.reward_bias) * self.reward_scaling).astype(np.float32)
+        values = self.scaled(scores_S)
         if self.reward_norm is not None:
             values = self.reward_norm(values, groups_S)
         values = self.baseline(values, groups_S)

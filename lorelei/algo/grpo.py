@@ -24,7 +24,7 @@ from lorelei.algo.algorithm import PolicyAlgorithm
 from lorelei.algo.loss import LossItems, LossResult, kl_estimate, loss_path
 from lorelei.config.errors import FieldError
 from lorelei.config.section import Section
-from lorelei.types import CURRENT, LossSpec, Policy
+from lorelei.types import CURRENT, Floats, LossSpec, Policy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +66,10 @@ class Grpo(PolicyAlgorithm):
         default=None, description="Leave out tokens that are too far off-policy."
     )
 
+    reward_scaling: float = Field(default=1.0, description="reward = (score + bias) * scaling.")
+    # here only: a baseline of the group's own rewards has the same bias
+    reward_bias: float = Field(default=0.0, description="reward = (score + bias) * scaling.")
+
     @model_validator(mode="after")
     def _has_its_proximal(self) -> Grpo:
         if self.use_decoupled_loss and self.recompute_logprob is False:
@@ -75,6 +79,9 @@ class Grpo(PolicyAlgorithm):
                 "set use_decoupled_loss: false too, or recompute_logprob: true",
             )
         return self
+
+    def scaled(self, scores_S: Floats) -> Floats:
+        return super().scaled(scores_S + self.reward_bias)
 
     @property
     def policies(self) -> Mapping[str, Policy]:

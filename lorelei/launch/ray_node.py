@@ -68,7 +68,7 @@ class Host:
 
     def end_worker(self, grace: float) -> None:
         if self._worker is not None:
-            self._worker.let_go()
+            self._worker.close_channel()
             self._worker.end(grace)
 
     # --- a rollout server

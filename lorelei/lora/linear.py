@@ -45,9 +45,14 @@ class Span:
 
     def mask(self, x_tD: Tensor) -> Tensor:
         """[t, D]: 0 with probability `dropout`, else 1 / (1 - dropout)."""
-        generator = torch.Generator(x_tD.device).manual_seed(self.dropout_seed)
-        draw = torch.rand(x_tD.shape, generator=generator, device=x_tD.device)
-        return (draw >= self.dropout).to(x_tD.dtype) / (1 - self.dropout)
+        return dropout_mask(x_tD, self.dropout, self.dropout_seed)
+
+
+def dropout_mask(x: Tensor, dropout: float, seed: int) -> Tensor:
+    """Like x: 0 with probability `dropout`, else 1 / (1 - dropout)."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    draw = torch.rand(x.shape, generator=generator, device=x.device)
+    return (draw >= dropout).to(x.dtype) / (1 - dropout)
 
 
 def side_by_side(

@@ -6,7 +6,7 @@ Shapes: I items, D hidden, V vocabulary, C items of one chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,30 +27,44 @@ def target_logprobs(
     loss, so it is computed in the forward pass while the chunk's logits are in memory, and the
     backward pass multiplies it by one number an item. The entropy carries no gradient.
     """
-    return _TargetLogprobs.apply(hidden_ID, head, target_I, temperature_I)
+    return TargetLogprobs.apply(hidden_ID, _Whole(head), target_I, temperature_I)
 
 
-class _TargetLogprobs(Function):
+class Logits(Protocol):
+    """The head of a model, whole or as one of the processes that share out the vocabulary."""
+
+    @property
+    def rows(self) -> int: ...  # tokens of the vocabulary that are here
+    def sum_up(self, x: Tensor) -> Tensor: ...  # over the processes, perhaps in place
+    def differentiate(
+        self, hidden_CD: Tensor, target_C: Tensor, scale_C: Tensor, unit_CD: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """log p(target) and entropy [C] of softmax(logits * scale), in the scale's dtype.
+
+        unit_CD: gets the gradient of log p(target) with respect to the hidden state.
+        """
+        ...
+
+
+class TargetLogprobs(Function):
+    """See target_logprobs."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden_ID: Tensor, head: FrozenLinear, target_I: Tensor, temperature_I: Tensor
+        ctx: Any, hidden_ID: Tensor, head: Logits, target_I: Tensor, temperature_I: Tensor
     ) -> tuple[Tensor, Tensor]:
-        wants_grad = ctx.needs_input_grad[0]
         dtype = torch.promote_types(hidden_ID.dtype, torch.float32)
         logprobs = torch.empty(len(target_I), dtype=dtype, device=hidden_ID.device)
         entropy = torch.empty_like(logprobs)
-        unit_ID = torch.empty_like(hidden_ID) if wants_grad else None
-        spare: Tensor | None = None  # page faults of fresh memory cost more than a softmax over it
-        for rows in _chunks(len(target_I), head.weight.shape[0], hidden_ID.device):
+        unit_ID = torch.empty_like(hidden_ID) if ctx.needs_input_grad[0] else None
+        for rows in chunks(len(target_I), head.rows, hidden_ID.device):
             scale_C = temperature_I[rows].to(dtype).reciprocal()
-            out = None if spare is None else spare[: len(scale_C)]
-            logits_CV = head.product(hidden_ID[rows], out).to(dtype)
-            spare = logits_CV if fused.fuses(logits_CV) else None
-            logprobs[rows], entropy[rows] = _differentiate(logits_CV, target_I[rows], scale_C)
-            if unit_ID is not None:
-                unit_ID[rows] = head.weight.transposed_product(logits_CV.to(hidden_ID.dtype))
+            unit_CD = None if unit_ID is None else unit_ID[rows]
+            logprobs[rows], entropy[rows] = head.differentiate(
+                hidden_ID[rows], target_I[rows], scale_C, unit_CD
+            )
         if unit_ID is not None:
-            ctx.save_for_backward(unit_ID)
+            ctx.save_for_backward(head.sum_up(unit_ID))
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -58,6 +72,30 @@ class _TargetLogprobs(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (unit_ID,) = ctx.saved_tensors
         return unit_ID * grads[0][:, None].to(unit_ID.dtype), None, None, None
+
+
+class _Whole:
+    """Implements Logits."""
+
+    def __init__(self, head: FrozenLinear) -> None:
+        self._head = head
+        self.rows = head.weight.shape[0]
+        self._spare: Tensor | None = None  # fresh memory costs more than a softmax over it
+
+    def differentiate(
+        self, hidden_CD: Tensor, target_C: Tensor, scale_C: Tensor, unit_CD: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        out = None if self._spare is None else self._spare[: len(scale_C)]
+        logits_CV = self._head.product(hidden_CD, out).to(scale_C.dtype)
+        self._spare = logits_CV if fused.fuses(logits_CV) else None
+        found = _differentiate(logits_CV, target_C, scale_C)
+        if unit_CD is not None:
+            slope_CV = logits_CV.to(hidden_CD.dtype)
+            unit_CD.copy_(self._head.weight.transposed_product(slope_CV))
+        return found
+
+    def sum_up(self, x: Tensor) -> Tensor:
+        return x
 
 
 def _differentiate(logits_CV: Tensor, target_C: Tensor, scale_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +130,7 @@ def routed_target_logprobs(
     """The same where an adapter acts on the head itself: chunks are recomputed in the backward."""
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
-    for rows in _chunks(len(target_I), head.weight.shape[0], hidden_ID.device):
+    for rows in chunks(len(target_I), head.weight.shape[0], hidden_ID.device):
         index = torch.arange(rows.start, rows.stop, device=hidden_ID.device)
         logprob, entropy = checkpoint(
             _chunk_logprobs,
@@ -118,7 +156,8 @@ def _chunk_logprobs(
     return logprobs_CV.gather(1, target_C[:, None])[:, 0], entropy
 
 
-def _chunks(items: int, vocab: int, device: torch.device) -> Iterator[slice]:
-    size = max(CHUNK_ELEMENTS * logits_factor(device) // vocab, 1)
+def chunks(items: int, vocab: int, device: torch.device) -> Iterator[slice]:
+    """Of items, so many that their logits over `vocab` tokens may be held at once."""
+    size = max(CHUNK_ELEMENTS * logits_factor(device) // max(vocab, 1), 1)
     for start in range(0, items, size):
         yield slice(start, min(start + size, items))

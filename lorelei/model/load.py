@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -94,13 +94,18 @@ def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
         if gguf := sorted(folder.glob("*.gguf")):
             return _read_gguf(folder, gguf[0].name)
         raise CheckpointError(f"model: {folder} has no .safetensors or .gguf file")
+    return open_tensors(found, files)
+
+
+def open_tensors(paths: Iterable[Path], files: ExitStack) -> dict[str, Any]:
+    """{tensor name: open safetensors file}. Raises CheckpointError for a file that is none."""
     tensors: dict[str, Any] = {}
-    for shard in found:
+    for path in paths:
         try:
-            file: Any = files.enter_context(cast(Any, safe_open)(shard, framework="pt"))
+            file: Any = files.enter_context(cast(Any, safe_open)(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"model: {shard} is not a readable safetensors file: {error}"
+                f"model: {path} is not a readable safetensors file: {error}"
             ) from None
         tensors.update(dict.fromkeys(file.keys(), file))
     return tensors

@@ -56,6 +56,7 @@ class EvalRecord:
     seconds: float = nan
 
 
+_PHASES = {"rollout": "wait"}  # the names of earlier runs
 _NUMBERS = tuple(f.name for f in fields(StepRecord) if f.type == "float")
 
 
@@ -67,7 +68,7 @@ def step_record(raw: Mapping[str, Any]) -> StepRecord:
         version=int(raw.get("version") or 0),
         failed_rollouts=int(raw.get("failed_rollouts") or 0),
         **{name: _number(raw.get(name)) for name in _NUMBERS},
-        seconds={name: _number(value) for name, value in _mapping(raw, "seconds").items()},
+        seconds={_PHASES.get(k, k): _number(v) for k, v in _mapping(raw, "seconds").items()},
         errors={name: int(count) for name, count in _mapping(raw, "errors").items() if count},
     )
 

@@ -1,6 +1,6 @@
 """Exchanges between the processes of an axis, with their gradients.
 
-An axis of one exchanges nothing.
+A single process exchanges nothing.
 """
 # pyright: reportUnknownMemberType=false
 # torch.distributed declares no types
@@ -18,7 +18,7 @@ from lorelei.parallel.mesh import Axis
 
 
 def spread(x: Tensor, axis: Axis) -> Tensor:
-    """x, the same everywhere, where each process goes on with other parts of a matrix."""
+    """x, the same everywhere, before each process multiplies with its part of a matrix."""
     return x if axis.size == 1 else _Spread.apply(x, axis)
 
 

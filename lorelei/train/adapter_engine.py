@@ -43,67 +43,32 @@ LossOf = Callable[[Piece, Tensor, Tensor], Tensor]
 
 
 class Bank(Protocol):
-    """Adapters by name, as this rank holds them."""
+    """Adapters by name, as this rank holds them; see lora.bank.AdapterBank."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of every adapter tensor."""
-        ...
-
+    def dtype(self) -> torch.dtype: ...
     def __contains__(self, name: str, /) -> bool: ...
-
     def __iter__(self) -> Iterator[str]: ...
-
-    def __getitem__(self, name: str, /) -> Any:
-        """An adapter, which has a `spec`. Raises KeyError, naming those there are."""
-        ...
-
-    def add(self, name: str, spec: AdapterSpec, seed: int = 0) -> object:
-        """A fresh adapter. Raises ValueError when the name is taken or a target matches nothing."""
-        ...
-
+    def __getitem__(self, name: str, /) -> Any: ...  # an adapter, which has a `spec`
+    def add(self, name: str, spec: AdapterSpec, seed: int = 0) -> object: ...
     def drop(self, name: str) -> None: ...
-
-    def check(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Raises ValueError unless these full tensors are those of the adapter."""
-        ...
-
-    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite an adapter with full tensors. Raises like `check`."""
-        ...
-
-    def state(self, name: str) -> AdapterState:
-        """A copy, full on the first rank."""
-        ...
+    def check(self, name: str, tensors: Mapping[str, Tensor]) -> None: ...
+    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None: ...
+    def state(self, name: str) -> AdapterState: ...  # full on the first rank
 
 
 class Optimizer(Protocol):
-    """AdamW of one adapter, over all ranks that hold a part of it."""
+    """AdamW of one adapter over all ranks that hold a part of it; see adam.AdapterOptimizer."""
 
     @property
     def step_count(self) -> int: ...
-
-    def grad_norm(self) -> Tensor | None:
-        """Sum the gradients over the ranks. Returns their norm, None when there are none."""
-        ...
-
-    def step(self, hyper: AdamHyper, norm: Tensor) -> OptimStats:
-        """Clip from `norm` to hyper.max_grad_norm; step; clear."""
-        ...
-
-    def clear(self) -> None:
-        """Drop all gradients."""
-        ...
-
-    def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Copies of (exp_avg, exp_avg_sq) by name, full on the first rank."""
-        ...
-
+    def grad_norm(self) -> Tensor | None: ...
+    def step(self, hyper: AdamHyper, norm: Tensor) -> OptimStats: ...
+    def clear(self) -> None: ...
+    def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]: ...  # full on the first rank
     def restore(
         self, exp_avg: Mapping[str, Tensor], exp_avg_sq: Mapping[str, Tensor], step: int
-    ) -> None:
-        """Replace the moments and the step count, and drop all gradients."""
-        ...
+    ) -> None: ...
 
 
 B = TypeVar("B", bound=Bank)
@@ -113,16 +78,9 @@ class Passes(Protocol[B]):
     """The model of an engine, in this process alone or split over several."""
 
     @property
-    def reports_outputs(self) -> bool:
-        """Whether this rank's outputs are counted: of ranks with the same items, one's are."""
-        ...
-
-    def make_bank(self) -> B:
-        """An empty bank of adapters on the model."""
-        ...
-
+    def reports_outputs(self) -> bool: ...  # of ranks with the same items, one does
+    def make_bank(self) -> B: ...
     def make_optimizer(self, bank: B, name: str) -> Optimizer: ...
-
     def run(self, batch: Batch, bank: B, loss_of: LossOf, steps: Mapping[str, int] | None) -> None:
         """Put this rank's share of a batch through the model, micro-batch by micro-batch.
 
@@ -132,13 +90,8 @@ class Passes(Protocol[B]):
         """
         ...
 
-    def offload(self) -> None:
-        """Free device memory until `onload`."""
-        ...
-
-    def onload(self) -> None:
-        """Undo `offload`."""
-        ...
+    def offload(self) -> None: ...
+    def onload(self) -> None: ...
 
 
 class AdapterEngine(Generic[B]):

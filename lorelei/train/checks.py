@@ -1,4 +1,4 @@
-"""What every train engine refuses, in the same words."""
+"""What every train engine refuses: one text for each error."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def check_losses(batch: Batch, losses: Mapping[str, LossSpec]) -> None:
         if lacking := [s for s in losses[name].streams if s not in batch.items.streams]:
             raise ValueError(
                 f"losses: that of adapter {name!r} reads the stream {lacking[0]!r}, which the "
-                f"batch has not; it has: {', '.join(batch.items.streams) or 'none'}"
+                f"batch does not have; it has: {', '.join(batch.items.streams) or 'none'}"
             )
 
 
 def check_policy(policy: Policy) -> None:
     """Raises ValueError for a name that is taken."""
     if policy in (CURRENT, BASE):
-        raise ValueError(f"policy: {policy!r} has a meaning of its own; give another name")
+        raise ValueError(f"policy: {policy!r} is reserved; give another name")
 
 
 def check_held(policy: Policy, held: Iterable[str]) -> None:

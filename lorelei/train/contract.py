@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from collections.abc import Mapping
+from typing import Protocol
 
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.types import (
@@ -29,23 +29,6 @@ class WorkersLost(EngineFailed):
     """A worker crashed or timed out, and all were stopped: new ones may succeed."""
 
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def changes_adapters(method: F) -> F:
-    """Marks calls that are made again, in order, when workers are lost (see remote.restarting).
-
-    The first argument says which adapters a call changes: a name, a mapping by name, or a batch.
-    """
-    setattr(method, "changes_adapters", True)  # noqa: B010  (a function has no such attribute)
-    return method
-
-
-def is_change(method: Callable[..., Any]) -> bool:
-    """Whether a method is marked."""
-    return getattr(method, "changes_adapters", False)
-
-
 class TrainEngine(Protocol):
     """One frozen base model and the adapters trained on it.
 
@@ -53,7 +36,6 @@ class TrainEngine(Protocol):
     KeyError naming the adapters there are.
     """
 
-    @changes_adapters
     def add_adapter(self, name: str, spec: AdapterSpec, seed: int = 0) -> None:
         """Create an adapter: A kaiming-uniform from `seed`, B zero, fresh optimizer.
 
@@ -61,7 +43,6 @@ class TrainEngine(Protocol):
         """
         ...
 
-    @changes_adapters
     def drop_adapter(self, name: str) -> None:
         """Forget an adapter and its optimizer state."""
         ...
@@ -85,7 +66,6 @@ class TrainEngine(Protocol):
         """
         ...
 
-    @changes_adapters
     def forward_backward(self, batch: Batch, losses: Mapping[str, LossSpec]) -> TrainOutputs:
         """Add the gradient of each adapter's loss to its gradient buffers.
 
@@ -94,7 +74,6 @@ class TrainEngine(Protocol):
         """
         ...
 
-    @changes_adapters
     def optim_step(self, hyper: Mapping[str, AdamHyper]) -> Mapping[str, OptimStats]:
         """Clip, step AdamW and clear the gradients of the named adapters, and of no other.
 
@@ -111,7 +90,6 @@ class TrainEngine(Protocol):
         """A copy of everything needed to go on training this adapter, here or elsewhere."""
         ...
 
-    @changes_adapters
     def restore(self, name: str, snapshot: AdapterSnapshot) -> None:
         """Replace an existing adapter's tensors and optimizer state, and drop its gradients."""
         ...
@@ -130,3 +108,7 @@ class TrainEngine(Protocol):
     def close(self) -> None:
         """Stop worker processes and free memory. Idempotent."""
         ...
+
+
+# the calls that change adapters, which their first argument names; see remote.restarting
+CHANGES = frozenset({"add_adapter", "drop_adapter", "forward_backward", "optim_step", "restore"})

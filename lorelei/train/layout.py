@@ -30,6 +30,13 @@ def starts(segments: Sequence[Segment]) -> Longs:
     return np.concatenate([[0], np.cumsum([len(s.tokens) for s in segments])]).astype(np.int64)
 
 
+def token_columns(segments: Sequence[Segment]) -> tuple[Longs, Longs]:
+    """Token ids and their positions in their sequences, [T] each."""
+    tokens_T = np.concatenate([s.tokens for s in segments]).astype(np.int64)
+    positions_T = np.concatenate([np.arange(s.start, s.start + len(s.tokens)) for s in segments])
+    return tokens_T, positions_T
+
+
 def take_items(items: Items, index: Longs, source: Longs) -> Items:
     """The items at `index`, with new sources."""
     return Items(
@@ -115,8 +122,8 @@ def join(parts: Sequence[Piece]) -> Piece:
     )
 
 
-def idle(batch: Batch) -> Piece:
-    """A piece of one token and no items: for a rank that must keep step with others."""
+def padding_piece(batch: Batch) -> Piece:
+    """A padding piece of one token and no items, which keeps ranks in lockstep."""
     first = batch.segments[0]
     segment = replace(first, tokens=first.tokens[:1], parent=-1)
     nothing = np.arange(0)

@@ -10,7 +10,6 @@ from collections.abc import Container, Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,25 +18,24 @@ from lorelei.model.attention import Block, tree_blocks
 from lorelei.parallel.ranks import Ranks
 from lorelei.train.adapter_engine import LossOf
 from lorelei.train.items import dropout_seed
-from lorelei.train.layout import Piece, idle, micro_batches, packed, pieces, share
+from lorelei.train.layout import (
+    Piece,
+    micro_batches,
+    packed,
+    padding_piece,
+    pieces,
+    share,
+    token_columns,
+)
 from lorelei.types import Batch, Items
 
 
 class MixedModel(Protocol):
     """A model that takes a row of tokens of several adapters."""
 
-    @property
-    def ranks(self) -> Ranks: ...
-
-    @property
-    def max_tokens(self) -> int:
-        """Of a micro-batch."""
-        ...
-
-    @property
-    def lockstep(self) -> bool:
-        """Whether a pass takes all ranks at once, so that all must make as many."""
-        ...
+    ranks: Ranks
+    max_tokens: int  # of a micro-batch
+    lockstep: bool  # whether a pass takes all ranks at once, so that all must make as many
 
     def item_logprobs(
         self, batch: Batch, bank: AdapterBank[Any], dropout_seed: int | None
@@ -53,7 +51,7 @@ def run_mixed(
     loss_of: LossOf,
     steps: Mapping[str, int] | None,
 ) -> None:
-    """See adapter_engine.Passes.run."""
+    """Implements adapter_engine.Passes.run."""
     trains = steps is not None
     with torch.set_grad_enabled(trains):
         for part in _own_pieces(model, batch):
@@ -69,7 +67,7 @@ def run_mixed(
 
 
 def _own_pieces(model: MixedModel, batch: Batch) -> list[Piece]:
-    """This rank's, with empty ones behind them where others have more and wait for it."""
+    """This rank's; padded to the largest number of any rank where they run in lockstep."""
     ranks, limit = model.ranks, model.max_tokens
     if ranks.shares == 1:
         return micro_batches(batch, limit)
@@ -77,15 +75,13 @@ def _own_pieces(model: MixedModel, batch: Batch) -> list[Piece]:
     mine = packed(shares[ranks.share], limit)
     if model.lockstep:
         most = max(len(packed(theirs, limit)) for theirs in shares)
-        mine += [idle(batch)] * (most - len(mine))
+        mine += [padding_piece(batch)] * (most - len(mine))
     return mine
 
 
 def token_tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and their positions in their sequences, [T] each."""
-    segments = batch.segments
-    tokens_T = np.concatenate([s.tokens for s in segments]).astype(np.int64)
-    positions_T = np.concatenate([np.arange(s.start, s.start + len(s.tokens)) for s in segments])
+    tokens_T, positions_T = token_columns(batch.segments)
     return torch.from_numpy(tokens_T).to(device), torch.from_numpy(positions_T).to(device)
 
 

@@ -222,7 +222,7 @@ def test_a_loss_that_is_missing_is_refused(engine: TrainEngine) -> None:
 def test_a_stream_that_is_missing_is_refused_before_any_pass(engine: TrainEngine) -> None:
     dies = LossSpec(path="tests.contract.losses:dies", params={}, streams=("teacher",))
     with adapters(engine, a=SPEC):
-        words = "that of adapter 'a' reads the stream 'teacher'.* it has: .*behaviour"
+        words = "that of adapter 'a' reads the stream .teacher.*it has: .*behaviour"
         with pytest.raises(ValueError, match=words):
             engine.forward_backward(some_batch(1), {"a": dies})
 

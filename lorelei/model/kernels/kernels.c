@@ -503,8 +503,8 @@ void product(float *x, long x_row, long x_column, float *p, long p_row, long p_p
     shares(left, right, p_panel, out, y_panel, T, D, O, scale, add);
 }
 
-/* y [T, D] = x [T, O] times W [O, D]. `some` rows of W at a time are transposed, and multiplied while
- * they are in the cache. transposed [some, D padded to panels]: scratch; some: a multiple of PANEL */
+/* y [T, D] = x [T, O] times W [O, D]. `some` rows of W at a time are transposed, and multiplied
+ * while they are in the cache. transposed [some, D padded to panels]: scratch; some: a multiple of PANEL */
 void transposed_product(float *x, long x_row, float *panels, float *transposed, float *y, long T,
                         long O, long D, long some) {
     matrix out = {y, D, 0};
@@ -541,7 +541,7 @@ void add_low_rank(float *x, long x_row, float *a, float *b, float *low, float *y
 enum { QKV, OUT, GATE_UP, DOWN, LINEARS };
 
 typedef struct {
-    const float *input_norm, *q_norm, *k_norm, *mlp_norm; /* [D], [d], [d], [D]; q_norm and k_norm may be NULL */
+    const float *input_norm, *q_norm, *k_norm, *mlp_norm; /* q_norm and k_norm [d], or NULL */
     float *weights[LINEARS];                              /* panels */
     const float *qkv_bias;                                /* [(H + 2K) d], or NULL */
 } block;

@@ -5,7 +5,7 @@ Shapes: T tokens, I items, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from lorelei.model.decoder import Decoder
 from lorelei.model.head import routed_target_logprobs, target_logprobs
 from lorelei.parallel.ranks import Ranks
 from lorelei.train.adam import AdapterOptimizer
-from lorelei.train.adapter_engine import AdapterEngine, LossOf
+from lorelei.train.adapter_engine import AdapterEngine
 from lorelei.train.mixed import blocks, item_tensors, run_mixed, spans, token_tensors
 from lorelei.types import Batch
 
@@ -41,21 +41,13 @@ class _DecoderPasses:
     def __init__(self, decoder: Decoder, recompute: bool, max_tokens: int, ranks: Ranks) -> None:
         self._decoder, self._recompute = decoder, recompute
         self.max_tokens, self.ranks = max_tokens, ranks
+        self.run = partial(run_mixed, self)
 
     def make_bank(self) -> AdapterBank[Decoder]:
         return AdapterBank(self._decoder)
 
     def make_optimizer(self, bank: AdapterBank[Decoder], name: str) -> AdapterOptimizer:
         return AdapterOptimizer(bank[name].tensors(), self.ranks)
-
-    def run(
-        self,
-        batch: Batch,
-        bank: AdapterBank[Decoder],
-        loss_of: LossOf,
-        steps: Mapping[str, int] | None,
-    ) -> None:
-        run_mixed(self, batch, bank, loss_of, steps)
 
     def item_logprobs(
         self, batch: Batch, bank: AdapterBank[Decoder], dropout_seed: int | None

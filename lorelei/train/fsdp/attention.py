@@ -1,4 +1,4 @@
-"""Attention for transformers' modules: packed sequences that share prefixes, none sees another.
+"""Attention for transformers' modules: packed sequences that share prefixes and see no others.
 
 Modules call it with queries, keys and values of a flat row of tokens; a pass hands it down to them
 as the argument `attend`.
@@ -81,8 +81,8 @@ def attention(
     if not getattr(module, "is_causal", True):
         raise ValueError(f"model: the attention of {name} is not causal")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return attend(q, k, v, scaling, sliding_window, softcap)[None], None
+    factor = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return attend(q, k, v, factor, sliding_window, softcap)[None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attention)

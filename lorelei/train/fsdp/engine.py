@@ -9,8 +9,8 @@ Shapes: T tokens, t of this rank, I items, i of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from lorelei.parallel.ranks import Ranks
 from lorelei.parallel.ulysses import of_all_items
 from lorelei.process import give_large_blocks_back
 from lorelei.train.adam import AdapterOptimizer
-from lorelei.train.adapter_engine import AdapterEngine, LossOf
+from lorelei.train.adapter_engine import AdapterEngine
 from lorelei.train.fsdp.attention import Attend
 from lorelei.train.fsdp.full import HostedWeights
 from lorelei.train.fsdp.kind import FsdpSpec
@@ -65,6 +65,7 @@ class _HostedPasses:
         self._model = HostedModel(source, mesh)
         self._sequence = mesh.sequence
         self.max_tokens, self.ranks = spec.max_tokens_per_mb, ranks
+        self.run = partial(run_mixed, self)
         self.lockstep, self.reports_outputs = ranks.size > 1, ranks.is_leader
         heads = self._model.lm.config.num_attention_heads
         if heads % mesh.sequence.size:
@@ -78,11 +79,6 @@ class _HostedPasses:
 
     def make_optimizer(self, bank: HostedBank, name: str) -> AdapterOptimizer:
         return AdapterOptimizer(bank[name].tensors(), self.ranks)
-
-    def run(
-        self, batch: Batch, bank: HostedBank, loss_of: LossOf, steps: Mapping[str, int] | None
-    ) -> None:
-        run_mixed(self, batch, bank, loss_of, steps)
 
     def item_logprobs(
         self, batch: Batch, bank: AdapterBank[Any], dropout_seed: int | None

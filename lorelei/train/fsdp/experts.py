@@ -6,9 +6,9 @@ Shapes: T tokens, D hidden, F intermediate, k experts of a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class HostedExperts(nn.ModuleList):
         x_TD, weights_Tk = spread(x_TD, self._axis), spread(weights_Tk, self._axis)
         out_TD = torch.zeros_like(x_TD)
         route = self._binding.route
-        for number, expert in enumerate(self):
+        for number, expert in enumerate(cast(Iterable[nn.ModuleDict], self)):
             tokens, slot = (chosen_Tk == number).nonzero(as_tuple=True)  # ascending: see take()
             if len(tokens) == 0 and not expert["down_proj"].weight.requires_grad:
                 continue

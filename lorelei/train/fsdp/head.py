@@ -47,13 +47,14 @@ def is_plain(lm: PreTrainedModel, head: HostedLinear) -> bool:
 
 def _logits(lm: PreTrainedModel, hidden_CD: Tensor, **replaced: Any) -> Tensor:
     """[C, V]: the model's forward without its blocks."""
-    found = MoeModelOutputWithPast(last_hidden_state=hidden_CD[None])
+    hidden: Any = hidden_CD[None]  # transformers names a legacy class of tensors
+    found = MoeModelOutputWithPast(last_hidden_state=hidden)
     parts = {lm.base_model_prefix: lambda *args, **kwargs: found, **replaced}
-    return type(lm).forward(_Beheaded(lm, parts), use_cache=False).logits[0]
+    return type(lm).forward(_Replaced(lm, parts), use_cache=False).logits[0]
 
 
-class _Beheaded:
-    """A model in which some parts are replaced."""
+class _Replaced:
+    """A model some of whose attributes are replaced: `forward` of its class then runs on those."""
 
     def __init__(self, lm: nn.Module, parts: dict[str, Any]) -> None:
         self._lm, self._parts = lm, parts

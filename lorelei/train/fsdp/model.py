@@ -22,7 +22,7 @@ from lorelei.train.fsdp.attention import Attend
 from lorelei.train.fsdp.binding import recomputed
 from lorelei.train.fsdp.head import HeadRoute, is_plain
 from lorelei.train.fsdp.skeleton import build_skeleton
-from lorelei.train.fsdp.weights import load_weights, places
+from lorelei.train.fsdp.weights import load_weights, stored_parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class HostedModel(nn.Module):
         skeleton = build_skeleton(source.folder, source.dtype, mesh.tensor)
         self.lm, self._skeleton, self._source, self.mesh = skeleton.lm, skeleton, source, mesh
         self.lm.requires_grad_(trained)
-        held = places(self.lm)
+        held = stored_parameters(self.lm)
         if source.recompute:
             for block in skeleton.blocks:
                 recomputed(block, skeleton.binding)
@@ -61,7 +61,7 @@ class HostedModel(nn.Module):
             self._shard(_policy(source))
         load_weights(self.lm, held, source.folder, source.home, source.device, mesh.shard)
         # FSDP puts other tensors into the modules while they are gathered
-        self._named = {place.names[0]: place.parameter for place in held}
+        self._named = {stored.names[0]: stored.parameter for stored in held}
         self.lm.get_input_embeddings().register_forward_hook(_differentiable)
         self._plain_head = is_plain(self.lm, skeleton.head)
 

@@ -1,4 +1,4 @@
-"""The outline of a model that transformers builds, from its modules on the meta device."""
+"""The sizes of a model that transformers builds, from its modules on the meta device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from lorelei.lora.targets import HEAD
 from lorelei.model.config import ModelInfo, ModelSizes, MoeConfig
-from lorelei.parallel.mesh import Axis
+from lorelei.parallel.mesh import ALONE, Axis
 from lorelei.train.fsdp.skeleton import Skeleton, build_skeleton
 
 _PARTS = ("embeddings", "attention", "mlp", "norms", "lm_head")
@@ -24,8 +24,9 @@ def hosted_info(folder: Path, tensor_parallel: int = 1) -> ModelInfo:
     Raises UnsupportedModel for what the engine would refuse, over this many tensor-parallel
     processes too.
     """
-    for size in sorted({tensor_parallel, 1}, reverse=True):
-        skeleton = build_skeleton(folder, torch.float32, Axis(rank=0, size=size, group=None))
+    if tensor_parallel > 1:  # raises what the engine would
+        build_skeleton(folder, torch.float32, Axis(rank=0, size=tensor_parallel, group=None))
+    skeleton = build_skeleton(folder, torch.float32, ALONE)
     layers = [module.layer for module in skeleton.hosted]
     linears = {layer.parts[0].name: layer.weight.shape for layer in layers}
     return ModelInfo(
@@ -96,7 +97,7 @@ def _parameters(skeleton: Skeleton) -> dict[str, int]:
     embedding = {id(p) for p in lm.get_input_embeddings().parameters()}
     head = {id(p) for p in skeleton.head.parameters()} - embedding
     blocks = {id(p) for block in skeleton.blocks for p in block.parameters()}
-    counts = Counter(dict.fromkeys(_PARTS, 0))
+    counts: Counter[str] = Counter(dict.fromkeys(_PARTS, 0))
     for name, parameter in lm.named_parameters():
         if id(parameter) in head:
             part = "lm_head"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -107,11 +107,11 @@ def _config(folder: Path) -> Any:
         )
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModel(f"model: {config.model_type} is no causal language model")
-    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
     if not getattr(kind, "_supports_attention_backend", False):
         raise UnsupportedModel(
-            f"model: {kind.__name__} has an attention of its own, and train.kind fsdp must give it "
-            "one that keeps packed sequences apart"
+            f"model: {kind.__name__} does not let its attention be replaced, and train.kind fsdp "
+            "needs one that keeps packed sequences apart"
         )
     return config
 
@@ -160,7 +160,7 @@ def _style(name: str, plan: Mapping[re.Pattern[str], str]) -> Style:
 def _replace(
     lm: PreTrainedModel, plan: Mapping[re.Pattern[str], str], tensor: Axis, binding: Binding
 ) -> list[HostedLinear]:
-    """Put our layers in the place of linear layers and of experts, and list them."""
+    """Replace linear layers and experts by ours, and list them."""
     head = lm.get_output_embeddings()
     found: list[HostedLinear] = []
     for name, module in list(lm.named_modules()):
@@ -176,7 +176,7 @@ def _replace(
                 raise UnsupportedModel(f"train.tensor_parallel: {name}: {error}") from error
             ours = HostedLinear(HEAD if module is head else name, module, cut, binding)
             if module is head:
-                ours.weight = module.weight  # which may be the embedding's
+                ours.weight = cast(nn.Parameter, module.weight)  # which may be the embedding's
                 lm.set_output_embeddings(ours)
             else:
                 lm.set_submodule(name, ours)

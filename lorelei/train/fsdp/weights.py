@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from lorelei.model.load import CheckpointError, shards
+from lorelei.model.load import CheckpointError, open_tensors, shards
 from lorelei.train.fsdp.linear import HostedLinear
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Place:
+class StoredParameter:
     """A parameter, the modules that hold it, and its part of the checkpoint's tensor."""
 
     names: tuple[str, ...]
@@ -37,7 +36,7 @@ class Place:
             setattr(module, name, parameter)
 
 
-def places(lm: nn.Module) -> list[Place]:
+def stored_parameters(lm: nn.Module) -> list[StoredParameter]:
     """Of every parameter, once; called before anything is sharded."""
     names: dict[int, list[str]] = {}
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -51,12 +50,12 @@ def places(lm: nn.Module) -> list[Place]:
             if isinstance(module, HostedLinear):
                 whole, region = module.place(name)
             regions.setdefault(key, (whole, region))
-    return [Place(tuple(names[key]), tuple(holders[key]), *regions[key]) for key in names]
+    return [StoredParameter(tuple(names[key]), tuple(holders[key]), *regions[key]) for key in names]
 
 
 def load_weights(
     lm: PreTrainedModel,
-    held: list[Place],
+    held: list[StoredParameter],
     folder: Path,
     home: torch.device,
     device: torch.device,
@@ -67,53 +66,40 @@ def load_weights(
     Raises CheckpointError for a tensor that does not fit.
     """
     with ExitStack() as files:
-        checkpoint = _open(folder, files)
-        for place in held:
-            file, name = _find(checkpoint, place, lm.base_model_prefix, folder)
-            tensor = _read(file, name, place, shard, folder)
-            place.set(_filled(place.parameter, tensor.to(home)))
+        checkpoint = open_tensors(shards(folder), files)
+        if not checkpoint:
+            raise CheckpointError(
+                f"model: {folder} has no .safetensors file, as train.kind fsdp needs it"
+            )
+        for wanted in held:
+            file, name = _find(checkpoint, wanted, lm.base_model_prefix, folder)
+            tensor = _read(file, name, wanted, shard, folder)
+            wanted.set(_filled(wanted.parameter, tensor.to(home)))
         _load_buffers(lm, checkpoint, device)
 
 
-def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
-    """{tensor name: open safetensors file}."""
-    found = shards(folder)
-    if not found:
-        raise CheckpointError(
-            f"model: {folder} has no .safetensors file, as train.kind fsdp needs it"
-        )
-    tensors: dict[str, Any] = {}
-    for path in found:
-        try:
-            file = files.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"model: {path} is not a readable safetensors file: {error}"
-            ) from None
-        tensors.update(dict.fromkeys(file.keys(), file))
-    return tensors
-
-
-def _find(checkpoint: dict[str, Any], place: Place, prefix: str, folder: Path) -> tuple[Any, str]:
+def _find(
+    checkpoint: dict[str, Any], wanted: StoredParameter, prefix: str, folder: Path
+) -> tuple[Any, str]:
     """The tensor of a parameter; checkpoints of base models lack the prefix."""
-    for name in place.names:
+    for name in wanted.names:
         for spelled in (name, name.removeprefix(f"{prefix}.")):
             if spelled in checkpoint:
                 return checkpoint[spelled], spelled
     raise CheckpointError(
-        f"model: {folder} has no tensor {place.names[0]!r}; is it complete? (train.kind fsdp reads "
-        "checkpoints that name tensors as transformers' modules do)"
+        f"model: {folder} has no tensor {wanted.names[0]!r}; is it complete? (train.kind fsdp "
+        "reads checkpoints that name tensors as transformers' modules do)"
     )
 
 
-def _read(file: Any, name: str, place: Place, shard: int, folder: Path) -> Tensor:
+def _read(file: Any, name: str, wanted: StoredParameter, shard: int, folder: Path) -> Tensor:
     """This process's part."""
     stored = file.get_slice(name)
-    parameter, region = place.parameter, place.region
-    if tuple(stored.get_shape()) != place.whole:
+    parameter, region = wanted.parameter, wanted.region
+    if tuple(stored.get_shape()) != wanted.whole:
         raise CheckpointError(
             f"model: tensor {name!r} of {folder} has shape {list(stored.get_shape())}, "
-            f"config.json asks for {list(place.whole)}"
+            f"config.json asks for {list(wanted.whole)}"
         )
     if isinstance(parameter, DTensor):  # shards of rows, as torch.chunk makes them
         rows, size = region[0], parameter.device_mesh.size()
@@ -123,7 +109,7 @@ def _read(file: Any, name: str, place: Place, shard: int, folder: Path) -> Tenso
     if not region:
         return file.get_tensor(name).to(parameter.dtype)
     if region[0].start == region[0].stop:  # fewer rows than shards
-        return torch.empty(0, *place.whole[1:], dtype=parameter.dtype)
+        return torch.empty(0, *wanted.whole[1:], dtype=parameter.dtype)
     return stored[region].to(parameter.dtype).contiguous()
 
 
@@ -151,14 +137,14 @@ def _load_buffers(lm: PreTrainedModel, checkpoint: dict[str, Any], device: torch
         fresh = torch.empty_like(buffer, device=device)
         if name in checkpoint:
             fresh = checkpoint[name].get_tensor(name).to(device, buffer.dtype)
-            fresh._is_hf_initialized = True
+            _mark_initialised(fresh)
         else:
             if fresh.is_floating_point():
                 fresh.fill_(float("nan"))
             computed.append((name, fresh))
         setattr(holder, leaf, fresh)
     for parameter in lm.parameters():
-        parameter._is_hf_initialized = True
+        _mark_initialised(parameter)
     lm.initialize_weights()
     for name, buffer in computed:
         if buffer.is_floating_point() and buffer.isnan().any():
@@ -166,3 +152,8 @@ def _load_buffers(lm: PreTrainedModel, checkpoint: dict[str, Any], device: torch
                 f"model: {type(lm).__name__} has a buffer {name!r} that is neither in the "
                 "checkpoint nor computed by transformers' _init_weights"
             )
+
+
+def _mark_initialised(tensor: Tensor) -> None:
+    """transformers then leaves it as it is."""
+    setattr(tensor, "_is_hf_initialized", True)  # noqa: B010  (no declared attribute of tensors)

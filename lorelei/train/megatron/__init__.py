@@ -1,1 +1,1 @@
-"""The train engine on Megatron-Core and Megatron-Bridge; runs in an interpreter of its own."""
+"""The train engine on Megatron-Core and Megatron-Bridge; runs in a separate virtual environment."""

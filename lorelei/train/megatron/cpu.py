@@ -1,4 +1,8 @@
-"""What Megatron-Core expects of a machine with CUDA; nothing is touched where it is there."""
+"""Shims for tests and development: Megatron-Core, which is written for CUDA, on a CPU.
+
+They replace functions of torch.cuda and of the core for the whole process. Where CUDA is there
+they do nothing, and no training on GPUs goes through any of them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange")
 
 
 def run_on_cpu() -> None:
-    """Let Megatron-Core build and run models without CUDA. Before `megatron.core` is imported."""
+    """Shim: let the core build and run models without CUDA. Before `megatron.core` is imported."""
     if torch.cuda.is_available():
         return
     cuda: Any = torch.cuda
@@ -39,13 +43,13 @@ def run_on_cpu() -> None:
 
 
 def run_core_on_cpu() -> None:
-    """The same inside Megatron-Core, once it is imported."""
+    """Shim: the same inside the core, once it is imported."""
     if torch.cuda.is_available():
         return
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     # the splits of an all-to-all stay tensors unless they come from a GPU
-    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
     dispatcher.maybe_move_tensor_to_cpu = _splits
 
 
@@ -68,7 +72,7 @@ def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _nothing() -> Callable[..., None]:
-    """A function of its own each time: torch refuses one under two names."""
+    """A new function each time: torch refuses one under two names."""
     return lambda *_, **__: None
 
 

@@ -69,8 +69,8 @@ class _PipelinePasses:
     ) -> Iterator[Row]:
         """This rank's rows; those of one adapter stand together.
 
-        Where ranks meet within a layer all have as many rows of each adapter: experts apply the
-        adapter of their own rank's row to the tokens of others.
+        Where experts span ranks, all have equally many rows of each adapter, in the same order:
+        an expert applies the adapter of its own rank's row to the tokens that others send it.
         """
         data, device, limit = self._mesh.data, self._pipeline.device, self._spec.max_tokens_per_mb
         parts = pieces(batch, limit)

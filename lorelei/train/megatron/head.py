@@ -5,7 +5,6 @@ Shapes: I items, C items of one chunk, D hidden, V vocabulary of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,7 @@ from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lorelei.model.backend import logits_factor
-from lorelei.model.head import CHUNK_ELEMENTS
+from lorelei.model.head import TargetLogprobs, chunks
 from lorelei.parallel.mesh import Axis
 from lorelei.train.megatron.adapter import Adapter, Part
 from lorelei.train.megatron.linear import masked
@@ -26,14 +24,27 @@ from lorelei.train.megatron.row import Row
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Vocabulary:
-    """This rank's rows of the head: W [V, D], its first token, and the ranks with the others."""
+    """Implements model.head.Logits: W [V, D] of this rank's tokens, and the ranks with others."""
 
     weight: Tensor
-    first: int
+    first: int  # token
     axis: Axis
 
+    @property
+    def rows(self) -> int:
+        return self.weight.shape[0]
+
+    def differentiate(
+        self, hidden_CD: Tensor, target_C: Tensor, scale_C: Tensor, unit_CD: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        logits_CV = (hidden_CD @ self.weight.T).to(scale_C.dtype).mul_(scale_C[:, None])
+        logprobs_C, entropy_C, slope_CV = _statistics(logits_CV, target_C, self)
+        if unit_CD is not None:
+            slope_CV.mul_(scale_C[:, None])
+            unit_CD.copy_(slope_CV.to(hidden_CD.dtype) @ self.weight)
+        return logprobs_C, entropy_C
+
     def sum_up(self, x: Tensor) -> Tensor:
-        """Over the ranks, in place."""
         if self.axis.size > 1:
             dist.all_reduce(x, group=self.axis.group)
         return x
@@ -62,36 +73,7 @@ def item_logprobs(
     if row.adapter is not None and module in row.adapter.targets:
         _, (part,) = row.adapter.targets[module]
         return _adapted(hidden_ID, row, row.adapter, part, vocabulary, mesh.context.rank)
-    return _TargetLogprobs.apply(hidden_ID, vocabulary, row.target_i, row.temperature_i)  # type: ignore[no-any-return]
-
-
-class _TargetLogprobs(torch.autograd.Function):
-    """The gradient with respect to a hidden state is computed while its logits are at hand."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_ID: Tensor, head: Vocabulary, target_I: Tensor, temperature_I: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(hidden_ID.dtype, torch.float32)
-        logprobs = torch.empty(len(target_I), dtype=dtype, device=hidden_ID.device)
-        entropy = torch.empty_like(logprobs)
-        unit_ID = torch.zeros_like(hidden_ID) if ctx.needs_input_grad[0] else None
-        for rows in _chunks(len(target_I), head.weight.shape[0], hidden_ID.device):
-            scale_C = temperature_I[rows].to(dtype).reciprocal()
-            logits_CV = (hidden_ID[rows] @ head.weight.T).to(dtype).mul_(scale_C[:, None])
-            logprobs[rows], entropy[rows], slope_CV = _statistics(logits_CV, target_I[rows], head)
-            if unit_ID is not None:
-                slope_CV.mul_(scale_C[:, None])
-                unit_ID[rows] = slope_CV.to(hidden_ID.dtype) @ head.weight
-        if unit_ID is not None:
-            ctx.save_for_backward(head.sum_up(unit_ID))
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (unit_ID,) = ctx.saved_tensors
-        return unit_ID * grads[0][:, None].to(unit_ID.dtype), None, None, None
+    return TargetLogprobs.apply(hidden_ID, vocabulary, row.target_i, row.temperature_i)
 
 
 def _statistics(
@@ -118,7 +100,7 @@ def _statistics(
 
 
 class _OfLogits(torch.autograd.Function):
-    """The same from scaled logits that have a gradient of their own."""
+    """The same from scaled logits, for which it gives a gradient."""
 
     @staticmethod
     def forward(
@@ -151,13 +133,15 @@ def _adapted(
         low = mappings.copy_to_tensor_model_parallel_region(low, group=head.axis.group)
         added = low @ part.b.T.to(low.dtype) * adapter.spec.scale
         logits_CV = (base @ head.weight.T + added).to(dtype) / heat.to(dtype)[:, None]
-        return _OfLogits.apply(logits_CV, head, target)  # type: ignore[no-any-return]
+        return _OfLogits.apply(logits_CV, head, target)
 
     x = masked(hidden_ID, row, adapter, (part.name, ordinal))
     low_IR = x @ part.a.T.to(x.dtype)
     logprobs: list[Tensor] = []
     entropies: list[Tensor] = []
-    for rows in _chunks(len(hidden_ID), head.weight.shape[0], hidden_ID.device):
+    # the items of a row may all be predicted on other ranks, and this one's pass must go on
+    parts = [*chunks(len(hidden_ID), head.rows, hidden_ID.device)] or [slice(0)]
+    for rows in parts:
         logprob, entropy = checkpoint(
             chunk,
             *(hidden_ID[rows], low_IR[rows], row.target_i[rows], row.temperature_i[rows]),
@@ -166,9 +150,3 @@ def _adapted(
         logprobs.append(logprob)
         entropies.append(entropy.detach())
     return torch.cat(logprobs), torch.cat(entropies)
-
-
-def _chunks(items: int, vocab: int, device: torch.device) -> Iterator[slice]:
-    size = max(CHUNK_ELEMENTS * logits_factor(device) // max(vocab, 1), 1)
-    for start in range(0, items, size):
-        yield slice(start, min(start + size, items))

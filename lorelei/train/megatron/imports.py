@@ -1,7 +1,8 @@
-"""Imports Megatron-Core and Megatron-Bridge where Transformer Engine and triton are missing.
+"""Shims for tests and development: Megatron without Transformer Engine and triton.
 
-Where they are installed nothing is stood in for. Written for megatron-core 0.19.2 and
-megatron-bridge 0.6.2.
+They put empty stand-ins into sys.modules for what Megatron-Core and Megatron-Bridge name at import
+and never call here. Where the packages are installed, as on GPUs, nothing is replaced. Written for
+megatron-core 0.19.2 and megatron-bridge 0.6.2.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def import_megatron() -> None:
     if not hasattr(typing, "override"):  # new in Python 3.12, and all that they need of it
         import typing_extensions
 
-        typing.override = typing_extensions.override  # type: ignore[attr-defined]
+        setattr(typing, "override", typing_extensions.override)  # noqa: B010  (3.11 has none)
     if importlib.util.find_spec("triton") is None:
         _stand_in_for_triton_kernels()
     if importlib.util.find_spec("transformer_engine") is not None:

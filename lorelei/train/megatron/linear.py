@@ -15,6 +15,7 @@ import torch
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 
+from lorelei.lora.linear import dropout_mask
 from lorelei.lora.state import stable_seed
 from lorelei.train.megatron.adapter import Adapter, Part, TargetLinear
 from lorelei.train.megatron.mesh import MegatronMesh
@@ -99,6 +100,4 @@ def masked(x: Tensor, row: Row, adapter: Adapter, where: tuple[object, ...]) -> 
     if row.dropout_seed is None or dropout == 0:
         return x
     seed = stable_seed(adapter.seed, row.dropout_seed, *where)
-    generator = torch.Generator(x.device).manual_seed(seed)
-    draw = torch.rand(x.shape, generator=generator, device=x.device)
-    return x * ((draw >= dropout).to(x.dtype) / (1 - dropout))
+    return x * dropout_mask(x, dropout, seed)

@@ -1,4 +1,4 @@
-"""Where this rank stands: its coordinates in Megatron's parallel groups, and the groups."""
+"""This rank's coordinates in Megatron's parallel groups, and the groups."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class MegatronMesh:
 
     tensor: Axis
     pipeline: Axis
-    data: Axis  # ranks that get batches of their own
+    data: Axis  # ranks that get different shares of a batch
     context: Axis  # ranks that get parts of the same rows
     replicas: Axis  # data x context: they hold the same tensors
     expert: Axis
@@ -52,7 +52,7 @@ class MegatronMesh:
 
     @property
     def reports_outputs(self) -> bool:
-        """Whether what this rank says of its items counts: one rank for each."""
+        """Whether this rank's outputs are counted: of the ranks with the same items, one's are."""
         return self.last_stage and self.tensor.rank == 0 and self.context.rank == 0
 
     @property

@@ -29,7 +29,7 @@ from lorelei.train.megatron.kind import MegatronSpec
 from lorelei.train.megatron.mesh import MegatronMesh
 from lorelei.train.megatron.row import Row
 
-_NORMS = {  # where layers have norms of their own; with Transformer Engine they are in the linears
+_NORMS = {  # of layers with separate norms; Transformer Engine fuses them into the linears
     "decoder.layers.*.input_layernorm.weight": "model.layers.*.input_layernorm.weight",
     "decoder.layers.*.pre_mlp_layernorm.weight": "model.layers.*.post_attention_layernorm.weight",
 }
@@ -87,7 +87,7 @@ def _provider(bridge: Any, spec: MegatronSpec, config: DecoderConfig) -> Any:
         "calculate_per_token_loss": True,  # our weights hold every normaliser
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "moe_grouped_gemm": False,  # every expert is a layer of its own, with its own adapter
+        "moe_grouped_gemm": False,  # separate layers, so that each expert has its adapter
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_token_dispatcher_type": "alltoall",

@@ -37,8 +37,9 @@ class Pipeline:
         for target in self.targets:
             if not mesh.last_stage or target.module is not model.output_layer:
                 AdaptedLinear(target, mesh, bound)
-        # ranks that meet within a layer must all come back through it; and a recomputed layer has
-        # no gradients to give where its input has none
+        # where experts span ranks, the backward pass of a layer is collective: no rank may skip it
+        # because nothing below its adapters needs gradients; and a recomputed layer gives no
+        # gradients where its input has none
         if mesh.experts_span_ranks or recompute:
             _want_gradients(model)
 
@@ -49,7 +50,8 @@ class Pipeline:
         errors: list[Exception] = []
 
         def loss(row: Row, logprobs_I: Tensor, entropy_I: Tensor) -> Tensor:
-            # the other stages and ranks wait for this row to come back, whatever happens here
+            # the schedule is fixed: other stages and ranks wait for this row's backward pass, so an
+            # error is kept until all rows are through
             if row.piece is not None and not errors:
                 try:
                     return loss_of(row.piece, logprobs_I, entropy_I)
@@ -68,7 +70,7 @@ class Pipeline:
             )
             if not self._mesh.last_stage:
                 return output, None
-            return loss(row, *output), _as_it_is
+            return loss(row, *output), _already_summed
 
         with torch.set_grad_enabled(trains):
             get_forward_backward_func()(
@@ -101,8 +103,8 @@ class Pipeline:
         return of_all_items(outputs, row.here_i, count, self._mesh.context)
 
 
-def _as_it_is(loss: Tensor) -> tuple[Tensor, Tensor, None]:
-    """To Megatron: a loss that is a sum already."""
+def _already_summed(loss: Tensor) -> tuple[Tensor, Tensor, None]:
+    """Tells Megatron's schedule not to divide the loss: it is a sum."""
     return loss, torch.ones((), dtype=torch.int), None
 
 

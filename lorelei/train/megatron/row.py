@@ -1,4 +1,4 @@
-"""One micro-batch as Megatron gets it: a row of tokens, and everything that belongs to it.
+"""One micro-batch for Megatron: a row of tokens, and everything that belongs to it.
 
 Megatron hands its `packed_seq_params` to every layer, in the recomputed forward pass too, so the
 row is an argument there; linear layers, which get nothing but x, find it in `Bound`.
@@ -7,7 +7,6 @@ Shapes: T tokens of the row, padding included, t of them on this rank; i items p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +16,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from lorelei.model.attention import PackedAttention, tree_blocks
-from lorelei.train.layout import Piece
+from lorelei.train.layout import Piece, token_columns
 from lorelei.train.megatron.adapter import Adapter
 from lorelei.train.megatron.mesh import MegatronMesh
-from lorelei.types import Segment
 
 
 @dataclass(kw_only=True, eq=False)
@@ -58,7 +56,7 @@ def make_row(
 ) -> Row:
     """This rank's part of the row of a piece."""
     segments, items = piece.batch.segments, piece.batch.items
-    tokens, positions = _columns(segments)
+    tokens, positions = token_columns(segments)
     lengths, parents = [len(s.tokens) for s in segments], [s.parent for s in segments]
     if padding := -len(tokens) % mesh.multiple:
         tokens = np.concatenate([tokens, np.zeros(padding, dtype=np.int64)])
@@ -101,10 +99,3 @@ def padding_row(adapter: Adapter | None, mesh: MegatronMesh, device: Any) -> Row
         target_i=zeros[:1],
         temperature_i=torch.ones(1, device=device),
     )
-
-
-def _columns(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and positions [T]."""
-    tokens = np.concatenate([s.tokens for s in segments]).astype(np.int64)
-    positions = np.concatenate([np.arange(s.start, s.start + len(s.tokens)) for s in segments])
-    return tokens, positions

@@ -1,4 +1,4 @@
-"""RemoteEngine: a train engine whose ranks are worker processes, seen as one object."""
+"""RemoteEngine: a train engine whose ranks are worker processes, behind one object."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from lorelei.train.contract import TrainEngine, is_change
+from lorelei.train.contract import TrainEngine
 
 # all but close(), which ends the object itself
 CALLS: Mapping[str, inspect.Signature] = {
@@ -18,33 +18,24 @@ CALLS: Mapping[str, inspect.Signature] = {
     for name, method in vars(TrainEngine).items()
     if inspect.isfunction(method) and not name.startswith("_") and name != "close"
 }
-CHANGES = frozenset(name for name in CALLS if is_change(getattr(TrainEngine, name)))
+
+T = TypeVar("T")
 
 
-class Forwarder(Protocol):
-    """What passes calls on."""
+def forwards(engine: type[T]) -> type[T]:
+    """Give a class the calls that it does not write out: each is `forward(method, args)`.
 
-    def forward(self, method: str, args: tuple[Any, ...]) -> Any:
-        """Make a call, its arguments by position with defaults filled in."""
-        ...
-
-
-F = TypeVar("F", bound=Forwarder)
-
-
-def forwards(engine: type[F]) -> type[F]:
-    """Give a class the calls that it does not write itself: each becomes one of `forward`."""
-    for name, signature in CALLS.items():
-        if name not in vars(engine):
-            setattr(engine, name, _forwarding(name, signature))
+    args: by position, with defaults filled in.
+    """
+    for name in CALLS.keys() - vars(engine).keys():
+        setattr(engine, name, _forwarding(name))
     return engine
 
 
-def _forwarding(name: str, signature: inspect.Signature) -> Callable[..., Any]:
-    def call(self: Forwarder, *args: Any, **named: Any) -> Any:
-        bound = signature.bind(self, *args, **named)
+def _forwarding(name: str) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **named: Any) -> Any:
+        bound = CALLS[name].bind(self, *args, **named)
         bound.apply_defaults()
         return self.forward(name, bound.args[1:])
 
-    call.__name__ = name
     return call

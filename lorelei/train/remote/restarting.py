@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorelei.lora.state import AdapterSnapshot, AdapterState
-from lorelei.train.contract import EngineFailed, TrainEngine, WorkersLost
-from lorelei.train.remote.forwarding import CHANGES, forwards
+from lorelei.train.contract import CHANGES, EngineFailed, TrainEngine, WorkersLost
+from lorelei.train.remote.forwarding import forwards
 from lorelei.types import (
     AdamHyper,
     AdapterSpec,
@@ -52,7 +52,7 @@ class Restarting:
         self.engine = make()
 
     def forward(self, method: str, args: tuple[Any, ...]) -> Any:
-        """Make a call, on as many engines as it takes; its marks decide whether it is kept."""
+        """Make a call, on as many engines as it takes; one that changes adapters is kept."""
         return self._change(method, args) if method in CHANGES else self._call(method, args)
 
     # What follows is written out because a restart has to know more of it than its call.
@@ -66,7 +66,7 @@ class Restarting:
         self._journal.forget(name)
 
     def hold(self, policy: Policy, state: AdapterState) -> None:
-        self._held.pop(policy, None)  # as in an engine, whatever comes of the call
+        self._held.pop(policy, None)  # as in an engine, which drops it before it takes the new one
         self._call("hold", (policy, state))
         self._held[policy] = state
 

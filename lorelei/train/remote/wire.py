@@ -89,7 +89,7 @@ def encode(value: Any) -> bytes:
     Raises WireError for a value that cannot travel.
     """
     tensors = _Tensors({}, {})
-    header: bytes = msgpack.packb(_plain(value, tensors))  # type: ignore[assignment]
+    header = bytes(msgpack.packb(_plain(value, tensors)) or b"")  # typed as if it may be None
     body = safetensors.torch.save(tensors.by_key)
     return _LENGTHS.pack(len(header), len(body)) + header + body
 

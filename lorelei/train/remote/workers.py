@@ -85,7 +85,7 @@ class RankInfo:
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there; no rank opens one
             "GLOO_SOCKET_IFNAME": self.interface,
             "OMP_NUM_THREADS": str(self.threads),
-            "MALLOC_ARENA_MAX": "1",  # see config.threads
+            "MALLOC_ARENA_MAX": "1",  # see lorelei.process
         }
         if self.host != LOOPBACK:
             found["NCCL_SOCKET_IFNAME"] = f"={self.interface}"
@@ -99,19 +99,19 @@ class RankInfo:
 
 
 class WorkerProcess:
-    """One worker as a child of this process, in a session of its own.
+    """One worker as a child of this process, in a new session.
 
     Ctrl-C is the controller's to handle.
     """
 
-    def __init__(self, seat: RankInfo, python: str) -> None:
+    def __init__(self, rank_info: RankInfo, python: str) -> None:
         self._channel, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [python, "-m", "lorelei.train.remote.worker", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, **seat.environment(python)},
+                env={**os.environ, **rank_info.environment(python)},
                 start_new_session=True,
             )
 
@@ -125,9 +125,9 @@ class WorkerProcess:
             self._channel.sendall(frame)
             return read_frame(self._channel)
         except (EOFError, OSError) as error:
-            raise WorkerGone(self._last_words()) from error
+            raise WorkerGone(self._failure_message()) from error
 
-    def let_go(self) -> None:
+    def close_channel(self) -> None:
         """Close the channel, which tells the worker to end and wakes who waits for an answer."""
         try:
             self._channel.shutdown(socket.SHUT_RDWR)
@@ -144,7 +144,7 @@ class WorkerProcess:
             self._process.kill()
             self._process.wait()
 
-    def _last_words(self) -> str:
+    def _failure_message(self) -> str:
         """How the process ended, when its end of the channel is closed."""
         try:
             code = self._process.wait(GRACE)
@@ -164,7 +164,7 @@ class LocalWorkers:
         self._threads = ThreadPoolExecutor(size, thread_name_prefix="worker")
         threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or physical_cores()
         for rank in range(size):
-            seat = RankInfo(
+            rank_info = RankInfo(
                 rank=rank,
                 size=size,
                 local_rank=rank,
@@ -174,7 +174,7 @@ class LocalWorkers:
                 port=port,
                 interface=interface_toward(LOOPBACK),
             )
-            self._processes.append(WorkerProcess(seat, python))
+            self._processes.append(WorkerProcess(rank_info, python))
 
     @property
     def pids(self) -> Sequence[int]:
@@ -189,7 +189,7 @@ class LocalWorkers:
 
     def end(self, grace: float) -> None:
         for process in self._processes:
-            process.let_go()
+            process.close_channel()
         deadline = time.monotonic() + grace
         for process in self._processes:
             process.end(max(deadline - time.monotonic(), 0))

@@ -26,7 +26,7 @@ def test_records_come_back_typed_and_by_adapter(tmp_path: Path) -> None:
     full = {
         **step(1, 0.25, "spelling"),
         "version": 3,
-        "seconds": {"step": 2.5, "train": 1},
+        "seconds": {"step": 2.5, "rollout": 1.5, "train": 1},
         "errors": {"timeout": 2, "parse": 0},
         "staleness_max": 1,
         "staleness_histogram": {"0": 8},
@@ -35,6 +35,7 @@ def test_records_come_back_typed_and_by_adapter(tmp_path: Path) -> None:
     assert history.adapters == ("spelling", "default")
     (record,) = history.steps["spelling"]
     assert (record.version, record.reward, record.step_seconds) == (3, 0.25, 2.5)
+    assert record.seconds == {"step": 2.5, "wait": 1.5, "train": 1.0}, "as later runs name them"
     assert record.errors == {"timeout": 2}
     assert record.staleness_max == 1.0
     assert history.evals["default"][0].scores == {"strict": 0.1}

@@ -28,7 +28,7 @@ def make_run(folder: Path, adapters: tuple[str, ...] = ("default",), steps: int 
                 scores = {"lenient": score + 0.1, "strict": score}
                 lines.append({"kind": "eval", **at, "scores": scores})
             if step:
-                seconds = {"step": 3.0, "rollout": 2.0, "train": 0.5}
+                seconds = {"step": 3.0, "wait": 2.0, "train": 0.5}
                 values = {"reward": score, "kl_sampler": 1e-4 * step, "grad_norm": 1.0}
                 lines.append({"kind": "step", **at, **values, "seconds": seconds})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))

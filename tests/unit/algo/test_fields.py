@@ -1,0 +1,188 @@
+"""Every field of every algorithm changes what a job asks of the train engine, or of sampling."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+from lorelei.algo.algorithm import PolicyAlgorithm
+from lorelei.algo.kinds import KINDS, class_of
+from lorelei.algo.loss import load_loss
+from lorelei.config.experiment import Experiment
+from lorelei.config.section import Section
+from lorelei.data.examples import ExampleSource
+from lorelei.jobs.rl import RlJob
+from lorelei.jobs.sft import SftJob
+from lorelei.rollout.collector import unfit
+from lorelei.run_file import validate
+from lorelei.train.items import loss_items
+from lorelei.train.work import Round, Work
+from lorelei.types import Example, Floats, Group, Prompt
+from tests.episodes import random_group
+
+EXAMPLE = f"{Path(__file__).parents[3] / 'docs' / 'extend' / 'example_algorithm.py'}:Awr"
+
+Fields = dict[str, Any]
+
+LEVELS = {"mean_level": "none", "std_level": "none"}
+RAW: Fields = {"adv_norm": None}  # what is normalised forgets its scale and its mean
+TWO: Fields = {"ppo_n_minibatches": 2}  # then the policy moves within a step
+# {field: (another value, the fields beside it with which it has an effect)}
+OTHER: dict[str, tuple[Any, Fields]] = {
+    "batch_size": (2, {}),
+    "ppo_n_minibatches": (2, {}),
+    "kl_ctl": (0.5, {}),
+    "loss_aggregation": ("sequence", {}),
+    "reward_scaling": (2.0, RAW),
+    "reward_bias": (2.0, RAW),
+    "reward_norm": ({"std_level": "batch"}, RAW),
+    "reward_norm.mean_level": ("batch", {**RAW, "reward_norm": LEVELS}),
+    "reward_norm.std_level": ("group", {**RAW, "reward_norm": LEVELS}),
+    "adv_norm": ({"std_level": "batch"}, {}),
+    "adv_norm.mean_level": ("batch", {"adv_norm": LEVELS}),
+    "adv_norm.std_level": ("group", {"adv_norm": LEVELS}),
+    "drop_zero_variance_groups": (True, {}),
+    "eps_clip": (0.05, TWO),
+    "eps_clip_higher": (0.6, TWO),
+    "use_decoupled_loss": (False, {}),
+    "recompute_logprob": (True, {**TWO, "use_decoupled_loss": False}),
+    "rejection_sampling": ({"upper": 1.05}, TWO),
+    "rejection_sampling.upper": (1.2, {**TWO, "rejection_sampling": {"upper": 1.05}}),
+    "rejection_sampling.lower": (0.9, {**TWO, "rejection_sampling": {"upper": 1.05}}),
+    "beta": (0.5, {}),
+    "max_weight": (1.1, {}),
+    "discount": (0.5, {}),
+}
+BASELINE = "leave-one-out advantages of a group have mean zero, whatever mean was subtracted before"
+WITHOUT = {  # {(kind, field): why it needs no effect}
+    ("rloo", "reward_norm.mean_level"): BASELINE,
+    ("rloo", "adv_norm.mean_level"): BASELINE,
+    ("grpo", "rejection_sampling.metric"): "it has one value",
+}
+ALGORITHMS = {**{kind: kind for kind in KINDS}, "example": EXAMPLE}
+
+
+def paths(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """The dotted fields of a section and of those in it."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for below in (field.annotation, *get_args(field.annotation)):
+            if inspect.isclass(below) and issubclass(below, Section):
+                yield from paths(below, f"{prefix}{name}.")
+
+
+FIELDS = [
+    (kind, path)
+    for kind, name in ALGORITHMS.items()
+    for path in paths(class_of(name))
+    if path != "kind"  # which algorithm it is
+]
+
+
+class Collected:
+    """Groups that are there, for a job that asks its collector for a batch."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = list(groups)
+
+    async def batch(self) -> list[Group]:
+        return self.groups
+
+
+def groups_of(count: int) -> list[Group]:
+    """Groups of three rollouts."""
+    draw = np.random.default_rng(0)
+    prompt = Prompt(id="p", tokens=np.zeros(3, np.int32), messages=(), data={})
+    return [
+        Group(adapter="a", index=i, prompt=prompt, rollouts=random_group(draw, 3, [4, 2, 3]))
+        for i in range(count)
+    ]
+
+
+def examples_of(count: int) -> list[tuple[str, Example]]:
+    """Six tokens each, three of them to learn."""
+    tokens = np.random.default_rng(0).integers(0, 300, (count, 6)).astype(np.int32)
+    learnt = np.arange(6) > 2
+    return [(str(i), Example(id=str(i), tokens=t, predicted=learnt)) for i, t in enumerate(tokens)]
+
+
+def work_of(e: Experiment) -> Work:
+    """What the job of an adapter would have done next."""
+    # of a job only what `work` asks is there
+    common: Fields = {"experiment": e, "algo": e.algo, "evaluations": None, "watched": None}
+    if isinstance(e.algo, PolicyAlgorithm):
+        collected: Any = Collected(groups_of(e.algo.batch_size))
+        return asyncio.run(RlJob(collector=collected, evaluator=None, store=None, **common).work())
+    source = ExampleSource(examples_of(16), name="rows", eval_size=0, seed=0)
+    return asyncio.run(SftJob(source=source, thread=None, **common).work())
+
+
+def total(one: Round, policies: Collection[str]) -> float:
+    """The loss of a round, of log-probabilities that are near those of the rollouts."""
+    items, draw = one.batch.items, np.random.default_rng(1)
+    sampled = items.streams.get("behaviour", np.full(len(items), -3.0))
+
+    def near() -> Floats:
+        return (sampled + draw.normal(size=len(items)) * 0.3).astype(np.float32)
+
+    current, others = torch.from_numpy(near()).double(), {"proximal": near(), "reference": near()}
+    filled = {name: others[name] for name in policies}
+    items = replace(items, streams={**items.streams, **filled})
+    read = loss_items(items, slice(0, len(items)), current)
+    return load_loss(one.loss)(current, read, **one.loss.params).total.item()
+
+
+def effects(kind: str, fields: Fields) -> list[Any]:
+    """What follows from the settings of an algorithm."""
+    sampled = class_of(kind).job == "rl"
+    config = validate(
+        {
+            "model": "m/m",
+            "task": {"kind": "jsonl", "path": "rows.jsonl"},
+            "algo": {"kind": kind, **fields},
+            **({"reward": {"kind": "math_verify"}} if sampled else {}),
+        }
+    )
+    (experiment,) = config.experiments()
+    work = work_of(experiment)
+    group = groups_of(1)[0]
+    equal = replace(group, rollouts=tuple(replace(r, reward=1.0) for r in group.rollouts))
+    return [
+        experiment.max_concurrent,
+        unfit(equal, getattr(experiment.algo, "drop_zero_variance_groups", False)),
+        work.policies,
+        [len(one.batch.items) for one in work.rounds],
+        [round(total(one, work.policies), 4) for one in work.rounds],
+    ]
+
+
+def with_field(fields: Fields, path: str, value: Any) -> Fields:
+    name, _, below = path.partition(".")
+    if not below:
+        return {**fields, name: value}
+    return {**fields, name: with_field(fields[name], below, value)}
+
+
+@pytest.mark.parametrize(("kind", "path"), FIELDS)
+def test_every_field_has_an_effect(kind: str, path: str) -> None:
+    name, excused = ALGORITHMS[kind], (kind, path) in WITHOUT
+    if excused and path not in OTHER:
+        return
+    value, beside = OTHER[path]
+    known = class_of(name).model_fields
+    beside = {key: held for key, held in beside.items() if key in known}
+    usual, changed = (effects(name, f) for f in (beside, with_field(beside, path, value)))
+    assert (usual == changed) == excused
+
+
+def test_only_fields_that_are_there_are_excused() -> None:
+    assert set(WITHOUT) <= set(FIELDS)
+    assert set(OTHER) <= {path for _, path in FIELDS}
