@@ -101,7 +101,7 @@ def expected(undisturbed: TrainEngine) -> dict[str, AdapterSnapshot]:
 
 @pytest.mark.parametrize("engine", [2], indirect=True)
 @pytest.mark.parametrize(
-    "moment", [("gradients 0", "saved"), ("gradients 1", "changed", "the end")]
+    "moment", [("gradients 0", "saved", "the end"), ("gradients 1", "changed")]
 )
 def test_lost_workers_are_started_again_and_the_step_is_redone(
     engine: Restarting, expected: dict[str, AdapterSnapshot], moment: tuple[str, ...]
