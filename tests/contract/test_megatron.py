@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -196,6 +197,21 @@ def test_a_head_that_is_split_is_adapted(engine: TrainEngine, folder: Path) -> N
     with adapters(engine, a=spec), adapters(archon, a=spec):
         expected = gradients(archon, some_batch(1), {"a": GRPO})["a"]
         assert_close(gradients(engine, some_batch(1), {"a": GRPO})["a"], expected, FP32)
+
+
+def test_a_rank_that_predicts_none_of_a_rows_items_takes_part(tmp_path: Path) -> None:
+    """Under context parallelism the prompt may be all that a rank has of a row."""
+    place = make_tiny("llama", tmp_path)
+    spec = AdapterSpec(rank=2, alpha=4, target_modules=("o_proj", "lm_head"))
+    batch = weighted_batch("a", [random_group(np.random.default_rng(2), 15, [3])])
+    archon = archon_engine(load_decoder(place))
+    with (
+        closing(make_engine("megatron-cp2", place)) as engine,
+        adapters(engine, a=spec),
+        adapters(archon, a=spec),
+    ):
+        expected = gradients(archon, batch, {"a": GRPO})["a"]
+        assert_close(gradients(engine, batch, {"a": GRPO})["a"], expected, FP32)
 
 
 def test_a_model_that_cannot_be_built_says_why(tmp_path: Path) -> None:
