@@ -22,7 +22,7 @@ from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.obs.console import Console
 from lorelei.publish.canary import Canary, Watched
 from lorelei.publish.contract import Publisher
-from lorelei.store.manifest import AdapterRecord
+from lorelei.store.manifest import AdapterEntry, AdapterRecord
 from lorelei.store.run import Pending, RunStore
 from lorelei.train.contract import TrainEngine
 from lorelei.train.engine_thread import EngineThread
@@ -248,7 +248,8 @@ async def _save(loop: Loop) -> None:
 async def _stage(
     loop: Loop, snapshots: Mapping[str, AdapterSnapshot], published: Mapping[str, int]
 ) -> Pending:
-    latest = loop.store.latest.adapters if loop.store.latest else {}
+    manifest = loop.store.latest
+    latest: Mapping[str, AdapterEntry] = manifest.adapters if manifest else {}
     records = {
         job.name: AdapterRecord(
             version=published.get(job.name, job.version),

@@ -13,8 +13,9 @@ import torch
 from lorelei.config.cluster import RayCluster
 from lorelei.config.experiment import Experiment
 from lorelei.config.publish import DiskPublish, HttpPublish, MemoryPublish, XcclPublish
-from lorelei.config.rollout import EmbeddedRollout, SglangRollout, VllmRollout
+from lorelei.config.rollout import EmbeddedRollout, ServerRollout, SglangRollout, VllmRollout
 from lorelei.config.run import RunConfig
+from lorelei.config.task import ReasoningGymTask
 from lorelei.config.train import MegatronTrain
 from lorelei.data.chat import ChatTemplate
 from lorelei.env.contract import Endpoint
@@ -115,13 +116,13 @@ async def build(
 def _cluster(config: RunConfig, training: bool) -> Cluster | None:
     """The connection to Ray, with places for all processes of the run, if it has any there."""
     rollout = config.rollout
-    attached = rollout.kind == "embedded" or bool(rollout.urls)
-    workers, servers = config.train.workers if training else 0, 0 if attached else rollout.replicas
+    workers, servers, cpus = config.train.workers if training else 0, 0, 1
+    if isinstance(rollout, ServerRollout) and not rollout.urls:
+        servers, cpus = rollout.replicas, rollout.threads * rollout.tensor_parallel_size
     match config.cluster:
         case RayCluster() as ray if workers + servers:
             from lorelei.launch.ray_cluster import Cluster
 
-            cpus = 1 if attached else rollout.threads * rollout.tensor_parallel_size
             return Cluster(ray, workers, servers, cpus)
         case _:
             return None
@@ -301,9 +302,6 @@ def decoder_of(tokenizer: Tokenizer) -> Callable[[Ints], str]:
 
 def task_words(e: Experiment) -> str:
     """A task in a few words."""
-    match e.task.kind:
-        case "reasoning_gym":
-            names = [e.task.name] if e.task.name else [item.name for item in e.task.mixture or ()]
-            return " + ".join(str(name) for name in names)
-        case "jsonl" | "parquet" | "hf":
-            return e.task.path
+    if not isinstance(e.task, ReasoningGymTask):
+        return e.task.path
+    return e.task.name or " + ".join(item.name for item in e.task.mixture or ())

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -56,11 +57,15 @@ class Mesh:
         mesh = DeviceMesh(
             device.type, everyone.view(shards, tensor), mesh_dim_names=("shards", "tensor")
         )
+        sequences = cast(
+            list[list[int]], everyone.view(-1, sequence, tensor).mT.flatten(0, 1).tolist()
+        )
+        tensors = cast(list[list[int]], everyone.view(-1, tensor).tolist())
         return cls(
             shards=mesh["shards"] if shards > 1 or offloaded else None,
             shard=rank // tensor,
-            sequence=_axis(rank, everyone.view(-1, sequence, tensor).mT.flatten(0, 1).tolist()),
-            tensor=_axis(rank, everyone.view(-1, tensor).tolist()),
+            sequence=_axis(rank, sequences),
+            tensor=_axis(rank, tensors),
         )
 
 

@@ -5,6 +5,9 @@ the row, i whose sources are here.
 Source: Jacobs et al., 2023 (DeepSpeed Ulysses, arXiv 2309.14509).
 """
 
+# pyright: reportUnknownMemberType=false
+# torch.distributed declares no types
+
 from __future__ import annotations
 
 import torch

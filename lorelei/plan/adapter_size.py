@@ -10,8 +10,10 @@ from lorelei.lora.targets import Shape
 from lorelei.model.config import ModelSizes
 
 # projections of one input are one layer, see model.linear
-_FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv"}
-_FUSED |= {"gate_proj": "gate_up", "up_proj": "gate_up"}
+_FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
