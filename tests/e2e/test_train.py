@@ -156,7 +156,7 @@ def test_an_exported_adapter_gives_the_trainers_logprobs_in_peft(
         engine.logprobs(batch, "current").logprobs, np.concatenate(expected), atol=1e-4
     )
     moved = np.abs(
-        engine.logprobs(batch, "current").logprobs - engine.logprobs(batch, "reference").logprobs
+        engine.logprobs(batch, "current").logprobs - engine.logprobs(batch, "base").logprobs
     )
     assert moved.max() > 1e-3, "an adapter that does nothing would pass"
 
