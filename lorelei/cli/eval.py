@@ -14,7 +14,7 @@ from lorelei.cli.arguments import Json, RunFolder, prepare_run
 
 if TYPE_CHECKING:
     from lorelei.cli.trained_run import TrainedRun
-    from lorelei.rollout.evaluate import Evaluator
+    from lorelei.rollout.evaluate import Evaluator, LossEvaluator
 
 Scores = dict[str, dict[str, dict[str, float]]]  # adapter: {"base" or version: {score: mean}}
 
@@ -54,6 +54,8 @@ async def _scores(run: TrainedRun, n_prompts: int | None, base: bool) -> Scores:
         logs = cache_folder() / "logs" / run.folder.name  # the run folder is only read
         parts = await build(run.config, stack, logs, training=False)
         for name, evaluator in evaluators(run.config, parts).items():
+            if name not in run.manifest.adapters:  # it was removed while the run went on
+                continue
             if n_prompts is not None:
                 evaluator = _on_first(evaluator, n_prompts)
             state = run.state(name)
@@ -64,7 +66,7 @@ async def _scores(run: TrainedRun, n_prompts: int | None, base: bool) -> Scores:
     return found
 
 
-def _on_first(evaluator: Evaluator, n: int) -> Evaluator:
+def _on_first(evaluator: Evaluator | LossEvaluator, n: int) -> Evaluator | LossEvaluator:
     held_out = len(evaluator.prompts)
     if n > held_out:
         raise ValueError(f"-n: {n} is more than the {held_out} problems that are held out")

@@ -18,6 +18,7 @@ from lorelei.config.run import RunConfig
 from lorelei.config.task import ReasoningGymTask
 from lorelei.config.train import MegatronTrain
 from lorelei.data.chat import ChatTemplate
+from lorelei.data.examples import ExampleSource
 from lorelei.env.contract import Endpoint
 from lorelei.inference.contract import InferenceEngine
 from lorelei.inference.embedded.engine import EmbeddedEngine
@@ -38,7 +39,7 @@ from lorelei.obs.console import Console
 from lorelei.plan.model_info import model_info
 from lorelei.publish.canary import Canary
 from lorelei.publish.publisher import Transport, VersionPublisher
-from lorelei.rollout.evaluate import Evaluator
+from lorelei.rollout.evaluate import Evaluator, LossEvaluator
 from lorelei.rollout.meter import Meter
 from lorelei.store.run import RunStore
 from lorelei.store.spool import Spool
@@ -256,13 +257,18 @@ def _transport(
             return Xccl(engine, parts.device, publish.host or known, publish.timeout, warn)
 
 
-def evaluators(config: RunConfig, parts: RunComponents) -> dict[str, Evaluator]:
-    """The evaluator of every adapter that samples and holds problems out."""
-    return {
-        e.name: parts.sampler.evaluator(e, data, Meter())
-        for e in config.experiments()
-        if e.eval.every and isinstance(data := parts.data[e.name], Problems)
-    }
+def evaluators(config: RunConfig, parts: RunComponents) -> dict[str, Evaluator | LossEvaluator]:
+    """The evaluator of every adapter that holds problems or examples out."""
+    found: dict[str, Evaluator | LossEvaluator] = {}
+    for e in config.experiments():
+        match parts.data[e.name]:
+            case Problems() as problems if e.eval.every:
+                found[e.name] = parts.sampler.evaluator(e, problems, Meter())
+            case ExampleSource(held_out=[_, *_] as examples):
+                found[e.name] = LossEvaluator(engine=parts.sampler.engine, prompts=examples)
+            case _:
+                pass
+    return found
 
 
 def warm_starts(config: RunConfig) -> dict[str, AdapterSnapshot]:

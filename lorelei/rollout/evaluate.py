@@ -7,11 +7,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from lorelei.env.contract import Env, Episode
 from lorelei.inference.contract import EngineClosed, InferenceEngine
 from lorelei.rollout.meter import Meter
 from lorelei.rollout.sampler import EngineSampler, Policy
-from lorelei.types import AdapterRef, Prompt
+from lorelei.types import AdapterRef, Example, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +24,27 @@ class Scores:
     n: int
     errors: tuple[str, ...]  # why episodes have no reward
     seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossEvaluator:
+    """Evaluates an adapter that learns from examples, by what an inference engine makes of them."""
+
+    engine: InferenceEngine
+    prompts: Sequence[Example]
+
+    async def run(self, ref: AdapterRef | None) -> Scores:
+        """Mean negative log-likelihood of the tokens to be learnt, in nats."""
+        start = time.perf_counter()
+        scored = await self.engine.score([example.tokens for example in self.prompts], ref)
+        pairs = zip(self.prompts, scored, strict=True)
+        learnt = np.concatenate([own_T[example.predicted[1:]] for example, own_T in pairs])
+        return Scores(
+            means={"loss": -float(learnt.mean())},
+            n=len(self.prompts),
+            errors=(),
+            seconds=time.perf_counter() - start,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,6 +50,11 @@ def test_a_supervised_run_learns_is_published_when_it_is_evaluated_and_can_be_us
     assert [(s["step"], s["version"]) for s in steps] == [(1, 0), (2, 1), (3, 1), (4, 2)]
     assert "taught" in lorelei(place, "runs")
     lorelei(place, "check", "runs/taught")
+    scored = lorelei(place, "eval", "runs/taught", "--base").split()
+    assert scored[:3] == ["default", "base", "loss"] and scored[4:7] == ["default", "v2", "loss"]
+    # the inference engine and the train engine say the same of it
+    assert float(scored[7]) == pytest.approx(losses[-1], abs=1e-3)
+    assert float(scored[3]) == pytest.approx(losses[0], abs=1e-3)
     assert lorelei(place, "export", "runs/taught").strip().endswith("default-v2")
 
 
