@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import typer
@@ -34,7 +35,8 @@ def train(run: ConfigFile, overrides: Overrides = None) -> None:
         typer.echo(f"warning: {warning}", err=True)
     from lorelei.launch import local
 
-    _until_stopped(lambda: local.train(config))
+    with _exit_code_of_a_signal():
+        local.train(config)
 
 
 def resume(run: RunFolder) -> None:
@@ -42,14 +44,16 @@ def resume(run: RunFolder) -> None:
     folder = prepare_run(run)
     from lorelei.launch import local
 
-    _until_stopped(lambda: local.resume(folder))
+    with _exit_code_of_a_signal():
+        local.resume(folder)
 
 
-def _until_stopped(work: Callable[[], None]) -> None:
+@contextmanager
+def _exit_code_of_a_signal() -> Generator[None]:
     """Exit as the shell expects of a program that a signal ended."""
     from lorelei.launch.local import Stopped
 
     try:
-        work()
+        yield
     except Stopped as stopped:
         raise typer.Exit(128 + stopped.signal) from None

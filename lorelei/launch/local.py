@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
@@ -89,7 +89,9 @@ async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None
         console.resumed(read_metrics(folder / "metrics.jsonl"))
         console.started(_opening(config, parts, loop))
         try:
-            stopped = await _run(loop)
+            with _stopping_on_signals(loop) as received:
+                await the_loop.begin(loop)
+                await the_loop.run(loop)
         except (ValueError, EngineClosed, EngineFailed, PublishError, ServerTrouble) as error:
             if isinstance(error, CanaryFailed):
                 console.page(error.page)
@@ -100,8 +102,8 @@ async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None
             raise error if isinstance(error, ValueError) else Broken(str(error)) from error
         finished = loop.registry.finished
         console.finished(_closing(store, finished))
-        if stopped is not None and not finished:
-            raise Stopped(stopped)
+        if received and not finished:
+            raise Stopped(received[0])
 
 
 def _restore(engine: TrainEngine, starts: Mapping[str, AdapterSnapshot], origin: str) -> None:
@@ -112,8 +114,9 @@ def _restore(engine: TrainEngine, starts: Mapping[str, AdapterSnapshot], origin:
             raise ValueError(f"{origin}: {error}") from error
 
 
-async def _run(loop: Loop) -> int | None:
-    """Run to the end or to the first signal, which is returned; a second one kills."""
+@contextlib.contextmanager
+def _stopping_on_signals(loop: Loop) -> Generator[list[int]]:
+    """The first signal lets the loop end after its step, and is in the list; a second one kills."""
     received: list[int] = []
     events = asyncio.get_running_loop()
 
@@ -126,13 +129,11 @@ async def _run(loop: Loop) -> int | None:
     for number in (signal.SIGINT, signal.SIGTERM):
         events.add_signal_handler(number, stop, number)
     try:
-        await the_loop.begin(loop)
-        await the_loop.run(loop)
+        yield received
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):
                 events.remove_signal_handler(number)
-    return received[0] if received else None
 
 
 def _opening(config: RunConfig, parts: RunComponents, loop: Loop) -> list[str]:

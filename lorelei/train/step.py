@@ -22,40 +22,33 @@ def run_works(engine: TrainEngine, works: Sequence[Work]) -> list[Result]:
     Round k of all works is one mixed pass, after which each adapter steps alone. When it raises,
     no adapter of the round holds gradients.
     """
-    start = time.perf_counter()
+    begun = time.perf_counter()
     # every policy that the losses compare with is evaluated before the first update
     rounds = [[_with_policies(engine, work, one) for one in work.rounds] for work in works]
     results: list[list[RoundResult]] = [[] for _ in works]
     for number in range(max(map(len, rounds))):
         present = [i for i, own in enumerate(rounds) if number < len(own)]
-        found = _run_round(engine, [(works[i].adapter, rounds[i][number]) for i in present])
-        for i, result in zip(present, found, strict=True):
-            results[i].append(result)
-    seconds = time.perf_counter() - start
+        ones = {works[i].adapter: rounds[i][number] for i in present}
+        outputs = engine.forward_backward(
+            concatenate([one.batch for one in ones.values()]),
+            {name: one.loss for name, one in ones.items()},
+        )
+        hyper = {name: one.step for name, one in ones.items() if one.step is not None}
+        taken = engine.optim_step(hyper) if hyper else {}
+        start = 0
+        for i, (name, one) in zip(present, ones.items(), strict=True):
+            rows = slice(start, start + len(one.batch.items))
+            start = rows.stop
+            found = ItemOutputs(
+                logprobs=outputs.items.logprobs[rows], entropy=outputs.items.entropy[rows]
+            )
+            metrics = outputs.metrics[name]
+            results[i].append(RoundResult(outputs=found, metrics=metrics, step=taken.get(name)))
+    seconds = time.perf_counter() - begun
     return [
         Result(work=work, rounds=tuple(own), seconds=seconds)
         for work, own in zip(works, results, strict=True)
     ]
-
-
-def _run_round(engine: TrainEngine, present: Sequence[tuple[str, Round]]) -> list[RoundResult]:
-    outputs = engine.forward_backward(
-        concatenate([one.batch for _, one in present]), {name: one.loss for name, one in present}
-    )
-    hyper = {name: one.step for name, one in present if one.step is not None}
-    taken = engine.optim_step(hyper) if hyper else {}
-    results: list[RoundResult] = []
-    start = 0
-    for name, one in present:
-        rows = slice(start, start + len(one.batch.items))
-        start = rows.stop
-        own = ItemOutputs(
-            logprobs=outputs.items.logprobs[rows], entropy=outputs.items.entropy[rows]
-        )
-        results.append(
-            RoundResult(outputs=own, metrics=outputs.metrics[name], step=taken.get(name))
-        )
-    return results
 
 
 def _with_policies(engine: TrainEngine, work: Work, one: Round) -> Round:
