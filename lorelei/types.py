@@ -104,7 +104,7 @@ class GenerateRequest:
     """One completion of one prompt. Requests with equal adapter and tokens share a prefill."""
 
     tokens: Ints  # [P]
-    adapter: AdapterRef | None  # none: the base model
+    adapter: AdapterRef | None  # None: the base model
     sampling: SamplingParams
     key: str  # names the random stream with sampling.seed: the same key draws the same numbers
     position: int = 0  # how many of `tokens`, at their end, were drawn from this stream before

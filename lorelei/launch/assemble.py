@@ -59,11 +59,11 @@ class RunComponents:
     """What a run is made of, before its state is known."""
 
     folder: Path  # of the model
-    decoder: Decoder | None  # none: no engine in this process computes with the model
+    decoder: Decoder | None  # None: no engine in this process computes with the model
     device: torch.device  # of this process
     data: Mapping[str, Data]  # by adapter
     sampler: Sampler
-    cluster: Cluster | None  # none: this machine alone
+    cluster: Cluster | None  # None: this machine alone
 
 
 async def build(
@@ -71,7 +71,7 @@ async def build(
 ) -> RunComponents:
     """Check data and rewards, load the model, make the rollout engine on it.
 
-    The stack closes what was started. logs: for what servers print; none: logs/ of the
+    The stack closes what was started. logs: for what servers print; None: logs/ of the
     run folder. training: whether a trainer is to be made of these parts too.
     Raises ValueError with one line for a user-fixable error.
     """

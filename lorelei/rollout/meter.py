@@ -12,7 +12,7 @@ class Meter:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._since: float | None = clock()  # none: a request is in flight
+        self._since: float | None = clock()  # None: a request is in flight
         self._running = 0
         self._idle = 0.0
 

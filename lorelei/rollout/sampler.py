@@ -17,7 +17,7 @@ from lorelei.types import AdapterRef, Completion, GenerateRequest, Ints, Samplin
 class Policy:
     """Which version to sample from, and how; `ref` moves on when a version is published."""
 
-    ref: AdapterRef | None  # none: the base model
+    ref: AdapterRef | None  # None: the base model
     sampling: SamplingParams
     stream: str  # distinguishes random streams: the adapter's name, "eval", ...
     decode: Callable[[Ints], str]

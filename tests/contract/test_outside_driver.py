@@ -1,4 +1,4 @@
-"""A train engine driven from outside the loop, as a training service will: two users' adapters."""
+"""A train engine driven by calls alone; through a loop: tests/unit/jobs/test_live.py."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ def sentence_batch(adapter: str, tokens: list[int], advantage: float) -> Batch:
             source=np.arange(count),
             target=np.array(tokens[1:], dtype=np.int64),
             weight=ones / count,
-            advantage=ones * advantage,
-            behaviour=ones * -5.7,
             temperature=ones,
             sequence=np.zeros(count, dtype=np.int64),
+            streams={"advantage": ones * advantage, "behaviour": ones * -5.7},
         ),
     )
 
