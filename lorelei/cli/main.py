@@ -17,7 +17,7 @@ from lorelei.cli.run_folder import check, report, runs, samples
 from lorelei.cli.train import resume, train
 
 app = typer.Typer(
-    help="Train LoRA adapters of language models by reinforcement learning.",
+    help="Train LoRA adapters of language models, by reinforcement learning and from examples.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
