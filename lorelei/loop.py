@@ -176,10 +176,12 @@ async def _step(loop: Loop, works: Sequence[Work], clock: _Clock) -> None:
     clock.lap("canary")
     metrics = {r.adapter: await _tell(loop, r, refs, served) for r in results}
     clock.lap("eval")
-    _log_step(loop, metrics, clock.reset())
+    records = _log_step(loop, metrics, clock.reset())
     if pending is not None:
         await _commit(loop, pending, refs)  # the commit makes the step true
     clock.lap("checkpoint")
+    for record in records:  # nobody is shown a step that may not have happened
+        loop.console.step(record)
     replaced = [loop.refs[name] for name in refs if name in loop.refs]
     loop.refs |= refs
     for result in results:  # opens room: what they sample next is of the new versions
@@ -284,19 +286,21 @@ def _retire(loop: Loop, ref: AdapterRef) -> None:
 
 def _log_step(
     loop: Loop, metrics: Mapping[str, Mapping[str, Any]], seconds: Mapping[str, float]
-) -> None:
+) -> list[dict[str, Any]]:
+    """The record of each adapter's step, which the next commit keeps."""
     shared = {
         "trainer_idle": seconds["wait"] / seconds["step"],
         **loop.gauges(seconds["step"]),
         **loop.publisher.metrics,
         "seconds": dict(seconds),
     }
+    records: list[dict[str, Any]] = []
     for name, own in metrics.items():
         version = loop.registry[name].version
         who = {"kind": "step", "adapter": name, "version": version, "time": time.time()}
-        record = {**who, **own, **shared}
-        loop.store.append_metrics(record)
-        loop.console.step(record)
+        records.append({**who, **own, **shared})
+        loop.store.append_metrics(records[-1])
+    return records
 
 
 class _Clock:
