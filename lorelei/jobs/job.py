@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lorelei.config.experiment import Experiment
 from lorelei.publish.canary import Watched
 from lorelei.train.work import Result, Work
 from lorelei.types import AdapterRef, AdapterSpec
@@ -87,3 +89,22 @@ class Job(Protocol):
     async def close(self) -> None:
         """Stop what runs. Idempotent."""
         ...
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class OfExperiment:
+    """What a job has of the experiment that it runs."""
+
+    experiment: Experiment
+
+    @property
+    def name(self) -> str:
+        return self.experiment.name
+
+    @property
+    def spec(self) -> AdapterSpec:
+        return self.experiment.lora.spec()
+
+    @property
+    def seed(self) -> int:
+        return self.experiment.seed

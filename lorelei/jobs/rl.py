@@ -17,20 +17,20 @@ from lorelei.algo.algorithm import PolicyAlgorithm
 from lorelei.algo.loss import item_weights
 from lorelei.config.experiment import Experiment
 from lorelei.jobs.evaluation import EvaluationLog, due
+from lorelei.jobs.job import OfExperiment
 from lorelei.publish.canary import Watched
 from lorelei.rollout.collector import Collector, RolloutsFail
 from lorelei.rollout.evaluate import Evaluator
 from lorelei.store.run import RunStore
 from lorelei.train.batch import rollout_batch
 from lorelei.train.work import Result, Round, RoundResult, Work
-from lorelei.types import AdapterRef, AdapterSpec, Batch, Group, Rollout
+from lorelei.types import AdapterRef, Batch, Group, Rollout
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class RlJob:
+class RlJob(OfExperiment):
     """Implements Job."""
 
-    experiment: Experiment
     algo: PolicyAlgorithm
     collector: Collector
     evaluator: Evaluator | None  # None: no problems are held out
@@ -39,18 +39,6 @@ class RlJob:
     store: RunStore
     version: int = 0
     reward: float | None = None  # of the last batch
-
-    @property
-    def name(self) -> str:
-        return self.experiment.name
-
-    @property
-    def spec(self) -> AdapterSpec:
-        return self.experiment.lora.spec()
-
-    @property
-    def seed(self) -> int:
-        return self.experiment.seed
 
     @property
     def done(self) -> bool:

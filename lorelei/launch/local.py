@@ -79,7 +79,9 @@ async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None
         if store is None:  # last: what is refused before leaves nothing behind
             store = RunStore.create(folder, to_plain(config), keep=config.checkpoint.keep)
             stack.callback(store.close)
-        console = stack.enter_context(Console({e.name: e.steps for e in config.experiments()}))
+        console = stack.enter_context(
+            closing(Console({e.name: e.steps for e in config.experiments()}))
+        )
         if isinstance(thread.engine, Restarting):
             thread.engine.tell = console.warn
         loop = make_loop(config, parts, thread, store, console)

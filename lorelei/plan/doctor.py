@@ -74,29 +74,20 @@ def kinds(section: Any) -> tuple[str, ...]:
 
 def doctor_table(found: Diagnosis) -> Group:
     """Tables of what is installed, what can run and what is missing."""
-    missing = [part for part in found.parts if part.found is None]
-    tables = [_found(found.parts), _runs(found.combinations)]
+    installed = [(part.name, part.found) for part in found.parts if part.found is not None]
+    missing = [(part.name, part.fix) for part in found.parts if part.found is None]
+    tables = [_words("installed", "", installed), _runs(found.combinations)]
     if missing:
-        tables.append(_missing(missing))
+        tables.append(_words("missing", "what to do", missing))
     return Group(*tables)
 
 
-def _missing(parts: Sequence[Component]) -> Table:
+def _words(what: str, then: str, rows: Sequence[tuple[str, str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("missing", no_wrap=True)
-    table.add_column("what to do")
-    for part in parts:
-        table.add_row(Text(part.name), Text(part.fix))
-    return table
-
-
-def _found(parts: Sequence[Component]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("installed", no_wrap=True)
-    table.add_column("", overflow="fold")
-    for part in parts:
-        if part.found is not None:
-            table.add_row(Text(part.name), Text(part.found))
+    table.add_column(what, no_wrap=True)
+    table.add_column(then, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -119,7 +110,9 @@ def _parts() -> Iterator[Component]:
     yield Component(name="python", found=platform.python_version())
     yield Component(name="torch", found=torch.__version__)
     yield Component(name="device", found=_device())
-    yield _compiler()
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    fix = "a C compiler (`apt install gcc`) makes training on a CPU faster"
+    yield Component(name="C compiler", found=compiler, fix=fix)
     yield _kernels()
     for kind in KINDS:
         yield _environment(kind)
@@ -145,12 +138,6 @@ def _short(path: Path) -> str:
     """With ~ for the home folder."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
-
-
-def _compiler() -> Component:
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    fix = "a C compiler (`apt install gcc`) makes training on a CPU faster"
-    return Component(name="C compiler", found=compiler, fix=fix)
 
 
 def _kernels() -> Component:

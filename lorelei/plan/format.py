@@ -10,8 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lorelei.plan.memory import PROMPT_SHARE
-from lorelei.plan.memory_item import ProcessGroup
+from lorelei.plan.memory import PROMPT_SHARE, ProcessGroup
 from lorelei.plan.plan import AdapterPlan, Plan
 
 _GIB = 1024**3

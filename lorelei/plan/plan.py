@@ -23,8 +23,7 @@ from lorelei.model.config import BYTES, ModelInfo, ModelSizes
 from lorelei.model.shapes import find_shape
 from lorelei.plan.adapter_size import AdapterSize, full_size, lora_size, trained_size
 from lorelei.plan.hardware import Hardware, this_machine
-from lorelei.plan.memory import Footprint, estimate_memory
-from lorelei.plan.memory_item import ProcessGroup
+from lorelei.plan.memory import Footprint, ProcessGroup, estimate_memory
 from lorelei.plan.model_info import model_info
 from lorelei.plan.processes import process_groups
 from lorelei.train.kinds import TRAIN

@@ -7,8 +7,15 @@ from collections.abc import Mapping, Sequence
 from lorelei.config.rollout import ServerRollout
 from lorelei.lora.targets import Shape
 from lorelei.plan.hardware import Hardware, seat
-from lorelei.plan.memory import CONTROLLER, Footprint, Parts, reward_bytes, sampler_parts
-from lorelei.plan.memory_item import MemoryItem, ProcessGroup
+from lorelei.plan.memory import (
+    CONTROLLER,
+    Footprint,
+    MemoryItem,
+    Parts,
+    ProcessGroup,
+    reward_bytes,
+    sampler_parts,
+)
 from lorelei.plan.rank_memory import Counts, rank_parts
 from lorelei.plan.server_memory import server_parts
 from lorelei.train.kinds import trains_here

@@ -8,8 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from lorelei.model.config import BYTES, CHUNK_ELEMENTS, GPU_LOGITS
-from lorelei.plan.memory import Footprint, block_elements, intermediate, micro_batch_tokens
-from lorelei.plan.memory_item import MemoryItem
+from lorelei.plan.memory import (
+    Footprint,
+    MemoryItem,
+    block_elements,
+    intermediate,
+    micro_batch_tokens,
+)
 from lorelei.train.kind import BaseModel, RankShare
 from lorelei.train.kinds import TRAIN
 

@@ -14,8 +14,7 @@ from lorelei.inference.server.options import largest_rank, versions_in_use
 from lorelei.lora.targets import HEAD, Shape
 from lorelei.model.config import BYTES
 from lorelei.plan.hardware import Hardware
-from lorelei.plan.memory import Footprint, intermediate
-from lorelei.plan.memory_item import MemoryItem
+from lorelei.plan.memory import Footprint, MemoryItem, intermediate
 
 _FP32 = 4
 _GIB = 1 << 30
