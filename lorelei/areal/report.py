@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, cast
 
-from lorelei.areal.file import BELOW, rule_of
+from lorelei.areal.file import BELOW, leaves, rule_of
 from lorelei.areal.rule import Rule
 from lorelei.areal.rules import REPEATED, RULES
 from lorelei.areal.translate import Translation
 from lorelei.config.errors import shown
-from lorelei.config.section import is_mapping
 
 Raw = dict[str, Any]
 
@@ -35,7 +34,7 @@ class KeyOutcome:
 
 def fates(translation: Translation) -> tuple[KeyOutcome, ...]:
     """Of all keys of the file in its order, then of AReaL's defaults that count."""
-    ours = dict(_leaves(translation.config, ""))
+    ours = dict(leaves(translation.config))
     file = translation.file
     found = [_fate(key, value, ours, translation) for key, value in file.values.items()]
     other = _unused(translation)
@@ -111,14 +110,6 @@ def _became(rule: Rule, ours: Raw) -> Raw:
     """What of our configuration comes from it."""
     patterns = [pattern for name in rule.ours for pattern in (name, f"{name}.*")]
     return {k: v for k, v in ours.items() if any(fnmatch(k, pattern) for pattern in patterns)}
-
-
-def _leaves(config: Raw, prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if is_mapping(value) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _line(fate: KeyOutcome) -> str:

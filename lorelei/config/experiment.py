@@ -177,7 +177,12 @@ def resolve(name: str, defaults: ExperimentDefaults, overrides: AdapterOverrides
     reward = merged.reward
     if merged.algo.job != "rl":
         refuse_unused(overrides if prefix else defaults, merged.algo.kind, dotted)
-        _check_answers(merged.task, merged.algo.kind, dotted)
+        if isinstance(merged.task, ReasoningGymTask):
+            raise ConfigError(
+                f"{dotted}task.kind: 'reasoning_gym' makes problems to be scored, without answers "
+                f"that a model could imitate, which algo.kind: {merged.algo.kind} learns from; use "
+                "jsonl, parquet or hf"
+            )
         reward = None
     elif reward is None:
         if isinstance(merged.task, ReasoningGymTask):
@@ -251,14 +256,6 @@ def refuse_unused(given: Section, kind: str, dotted: str = "") -> None:
                 f"{dotted}{key}: has no effect with algo.kind: {kind}, which samples nothing; "
                 "remove it"
             )
-
-
-def _check_answers(task: TaskConfig, kind: str, dotted: str) -> None:
-    if isinstance(task, ReasoningGymTask):
-        raise ConfigError(
-            f"{dotted}task.kind: 'reasoning_gym' makes problems to be scored, without answers that "
-            f"a model could imitate, which algo.kind: {kind} learns from; use jsonl, parquet or hf"
-        )
 
 
 def _check_statistics(algo: PolicyAlgorithm, rollout: RolloutConfig) -> None:
