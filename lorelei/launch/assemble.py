@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorelei.config.cluster import RayCluster
 from lorelei.config.experiment import Experiment
 from lorelei.config.publish import DiskPublish, HttpPublish, MemoryPublish, XcclPublish
 from lorelei.config.rollout import EmbeddedRollout, ServerRollout, SglangRollout, VllmRollout
@@ -104,12 +103,16 @@ async def build(
     stack.push_async_callback(rollout.close)
     if isinstance(rollout, ServerEngine):
         await rollout.start()
+
+    def decode(tokens: Ints) -> str:
+        return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+
     return RunComponents(
         folder=folder,
         decoder=decoder,
         device=device,
         data=data,
-        sampler=Sampler(engine=rollout, decode=decoder_of(tokenizer), stop_token_ids=stops),
+        sampler=Sampler(engine=rollout, decode=decode, stop_token_ids=stops),
         cluster=cluster,
     )
 
@@ -120,13 +123,11 @@ def _cluster(config: RunConfig, training: bool) -> Cluster | None:
     workers, servers, cpus = config.train.workers if training else 0, 0, 1
     if isinstance(rollout, ServerRollout) and not rollout.urls:
         servers, cpus = rollout.replicas, rollout.threads * rollout.tensor_parallel_size
-    match config.cluster:
-        case RayCluster() as ray if workers + servers:
-            from lorelei.launch.ray_cluster import Cluster
+    if config.cluster.kind == "local" or not workers + servers:
+        return None
+    from lorelei.launch.ray_cluster import Cluster
 
-            return Cluster(ray, workers, servers, cpus)
-        case _:
-            return None
+    return Cluster(config.cluster, workers, servers, cpus)
 
 
 async def _endpoint(
@@ -274,13 +275,13 @@ def evaluators(config: RunConfig, parts: RunComponents) -> dict[str, Evaluator |
 def warm_starts(config: RunConfig) -> dict[str, AdapterSnapshot]:
     """The adapters of `lora.init_from`. Raises ValueError for one of another shape."""
     return {
-        e.name: _untrained(_warm_start(e, e.lora.init_from))
+        e.name: _warm_start(e, e.lora.init_from)
         for e in config.experiments()
         if e.lora.init_from is not None
     }
 
 
-def _warm_start(e: Experiment, folder: str) -> AdapterState:
+def _warm_start(e: Experiment, folder: str) -> AdapterSnapshot:
     state = read_peft_folder(Path(folder))
     wanted = e.lora.spec()
     for field, here, there in (
@@ -293,17 +294,9 @@ def _warm_start(e: Experiment, folder: str) -> AdapterState:
                 f"lora.init_from: {folder!r} has {field} {there}, adapter {e.name!r} "
                 f"has {here}; set lora.{field}: {str(there).lower()}"
             )
-    return AdapterState(spec=wanted, tensors=state.tensors)
-
-
-def _untrained(state: AdapterState) -> AdapterSnapshot:
+    state = AdapterState(spec=wanted, tensors=state.tensors)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in state.tensors.items()}
     return AdapterSnapshot(state=state, exp_avg=zeros, exp_avg_sq=zeros, step=0)
-
-
-def decoder_of(tokenizer: Tokenizer) -> Callable[[Ints], str]:
-    """Token ids to text, without special tokens."""
-    return lambda tokens: str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
 
 
 def task_words(e: Experiment) -> str:

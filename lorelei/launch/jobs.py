@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorelei.algo.algorithm import PolicyAlgorithm
@@ -152,28 +152,26 @@ class Sampler:
 
     def evaluator(self, e: Experiment, problems: Problems, meter: Meter) -> Evaluator:
         """What scores an adapter on its held-out problems."""
-        sampling = SamplingParams(
+        policy = self.policy(e)
+        sampling = replace(
+            policy.sampling,
             temperature=e.eval.temperature,
             max_new_tokens=e.eval.max_new_tokens or e.rollout.max_new_tokens,
-            stop_token_ids=self.stop_token_ids,
-            stop_strings=e.rollout.stop_strings,
-            seed=e.seed,
             top_k=e.eval.top_k,
             top_p=e.eval.top_p,
             min_p=e.eval.min_p,
-        )
-        policy = Policy(
-            ref=None,
-            sampling=sampling,
-            stream=f"{e.name}/eval",
-            decode=self.decode,
-            training=False,
         )
         return Evaluator(
             engine=self.engine,
             prompts=problems.held_out,
             env=problems.env,
-            policy=policy,
+            policy=replace(
+                policy,
+                sampling=sampling,
+                stream=f"{e.name}/eval",
+                interruptible=False,
+                training=False,
+            ),
             meter=meter,
         )
 

@@ -12,7 +12,6 @@ from lorelei.config.rollout import AnyServer
 from lorelei.config.run import RunConfig
 from lorelei.inference.kinds import SERVERS
 from lorelei.inference.limits import Limits
-from lorelei.inference.server.backend import ServerBackend
 from lorelei.inference.server.engine import ServerEngine
 from lorelei.inference.server.launcher import LOCAL, Launcher
 from lorelei.inference.server.options import ServerOptions, largest_rank, versions_in_use
@@ -46,8 +45,11 @@ def make_server_engine(
     launcher: starts them. device: of its machines; None: this machine's.
     """
     context = model.sizes.context(rollout.max_context)
+    options = None
+    if not rollout.urls:
+        options = server_options(config, rollout, folder, model, device or device_here())
     return ServerEngine(
-        _backend(config, rollout, folder, model, device or device_here()),
+        SERVERS[rollout.kind].backend(options),
         Limits(vocab=model.sizes.vocab, context=context, decodes_text=True),
         logs,
         tokenizer=tokenizer,
@@ -72,25 +74,13 @@ def serve(config: RunConfig, host: str, port: int) -> NoReturn:
         )
     folder = resolve_model(config.model)
     model = model_info(config, folder, read_config(folder))
-    rollout = rollout.model_copy(update={"urls": ()})
-    backend = _backend(config, rollout, folder, model, device_here())
-    launch = backend.launch(0, port, token, Path.cwd(), host)
+    options = server_options(config, rollout, folder, model, device_here())
+    launch = SERVERS[rollout.kind].backend(options).launch(0, port, token, Path.cwd(), host)
     os.execvpe(launch.command[0], launch.command, {**os.environ, **launch.environment})
 
 
 def device_here() -> Device:
     return "cuda" if has_accelerator() else "cpu"
-
-
-def _backend(
-    config: RunConfig,
-    rollout: AnyServer,
-    folder: Path,
-    model: ModelInfo,
-    device: Device,
-) -> ServerBackend:
-    options = None if rollout.urls else server_options(config, rollout, folder, model, device)
-    return SERVERS[rollout.kind].backend(options)
 
 
 def server_options(
