@@ -83,7 +83,6 @@ async def build(
     stops = stop_token_ids(folder, tokenizer)
     chat = ChatTemplate(tokenizer=tokenizer, stop_token_ids=stops)
     maker = DataMaker(
-        tokenizer=tokenizer,
         chat=chat,
         model=known.sizes,
         max_context=config.rollout.max_context,

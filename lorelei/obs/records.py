@@ -73,7 +73,9 @@ def eval_record(raw: Mapping[str, Any]) -> EvalRecord:
         step=int(_required(raw, "step")),
         adapter=str(_required(raw, "adapter")),
         # A score that is null or NaN was not measured: absent, so that nobody draws or averages it.
-        scores={str(k): float(v) for k, v in _required(raw, "scores").items() if _measured(v)},
+        scores={
+            str(k): float(v) for k, v in _required(raw, "scores").items() if isfinite(_number(v))
+        },
     )
 
 
@@ -83,10 +85,6 @@ def _number(value: Any) -> float:
 
 def _mapping(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return raw.get(key) or {}
-
-
-def _measured(value: Any) -> bool:
-    return isfinite(_number(value))
 
 
 def _required(raw: Mapping[str, Any], key: str) -> Any:
