@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import Any
 
 from lorelei.areal.file import ArealFile, rule_of
 from lorelei.config.errors import ConfigError, nearest
 from lorelei.config.extra_args import DERIVED
 from lorelei.config.parallel import Allocation, Backend, parse_allocation, parse_backend
-
-Raw = dict[str, Any]
+from lorelei.config.section import Raw
 
 TRAIN = ("archon", "fsdp", "megatron")
 ROLLOUT = ("sglang", "vllm")

@@ -9,9 +9,7 @@ from typing import Any
 from lorelei.areal.rule import Rule
 from lorelei.areal.rules import REPEATED, RULES
 from lorelei.config.errors import ConfigError, nearest
-from lorelei.config.section import is_mapping
-
-Raw = dict[str, Any]
+from lorelei.config.section import Raw, is_mapping
 
 BELOW = ".*"  # at the end of a rule's key: for all keys there that have none of their own
 _BY_KEY = {rule.key: rule for rule in RULES}

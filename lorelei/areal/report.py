@@ -11,8 +11,7 @@ from lorelei.areal.rule import Rule
 from lorelei.areal.rules import REPEATED, RULES
 from lorelei.areal.translate import Translation
 from lorelei.config.errors import shown
-
-Raw = dict[str, Any]
+from lorelei.config.section import Raw
 
 REPLACED = {  # by what takes its place
     "total_train_epochs": "total_train_steps",

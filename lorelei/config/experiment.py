@@ -23,7 +23,7 @@ from lorelei.config.rollout import (
     SglangRollout,
     VllmRollout,
 )
-from lorelei.config.section import Section, is_mapping
+from lorelei.config.section import Raw, Section, is_mapping
 from lorelei.config.task import ReasoningGymTask, TaskConfig
 
 _OWN_REWARD = frozenset({"python", "agent"})  # environments that may give the reward themselves
@@ -32,8 +32,6 @@ _FOR_THE_RUN = "belongs to the whole run, not to one adapter; move it to the top
 _ROLLOUT_FIELDS = {
     f for kind in (EmbeddedRollout, VllmRollout, SglangRollout) for f in kind.model_fields
 }
-
-Raw = dict[str, Any]
 
 
 class ExperimentDefaults(Section):

@@ -10,6 +10,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, mod
 
 from lorelei.config.errors import FieldError, nearest, shown, unknown_key
 
+Raw = dict[str, Any]  # plain values, as YAML and JSON have them
+
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # safe as a path component
 
 

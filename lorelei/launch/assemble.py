@@ -14,7 +14,6 @@ from lorelei.config.experiment import Experiment
 from lorelei.config.publish import DiskPublish, HttpPublish, MemoryPublish, XcclPublish
 from lorelei.config.rollout import EmbeddedRollout, ServerRollout, SglangRollout, VllmRollout
 from lorelei.config.run import RunConfig
-from lorelei.config.task import ReasoningGymTask
 from lorelei.config.train import MegatronTrain
 from lorelei.data.chat import ChatTemplate
 from lorelei.data.examples import ExampleSource
@@ -296,10 +295,3 @@ def _warm_start(e: Experiment, folder: str) -> AdapterSnapshot:
     state = AdapterState(spec=wanted, tensors=state.tensors)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in state.tensors.items()}
     return AdapterSnapshot(state=state, exp_avg=zeros, exp_avg_sq=zeros, step=0)
-
-
-def task_words(e: Experiment) -> str:
-    """A task in a few words."""
-    if not isinstance(e.task, ReasoningGymTask):
-        return e.task.path
-    return e.task.name or " + ".join(item.name for item in e.task.mixture or ())

@@ -9,19 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lorelei.config.publish import PublishConfig
-from lorelei.config.rollout import RolloutConfig
-from lorelei.config.train import TrainConfig
 from lorelei.inference.kinds import INFERENCE, SERVERS
 from lorelei.model.locate import cache_folder
 from lorelei.process import physical_cores
+from lorelei.train.kinds import TRAIN
 from lorelei.venvs.recipe import KINDS, PACKAGE, command, packages, recipe
 
 _SMOLLM2 = "HuggingFaceTB--SmolLM2-135M-Instruct"
@@ -61,15 +58,6 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Look at this machine. Compiles the decoder's kernels where that has not been done."""
     return Diagnosis(parts=tuple(_parts()), combinations=tuple(_combinations()))
-
-
-def kinds(section: Any) -> tuple[str, ...]:
-    """The kinds that a tagged section of the configuration may have, in its order."""
-    members = get_args(section)
-    if not members:
-        return get_args(section.model_fields["kind"].annotation)
-    sections = (m for m in members if hasattr(m, "model_fields") or get_args(m))
-    return tuple(kind for member in sections for kind in kinds(member))
 
 
 def doctor_table(found: Diagnosis) -> Group:
@@ -168,14 +156,12 @@ def _package(name: str, without: str) -> Component:
 
 
 def _combinations() -> Iterator[Combination]:
-    known = kinds(PublishConfig)
-    for train in kinds(TrainConfig):
-        for rollout in kinds(RolloutConfig):
-            publishers = tuple(p for p in INFERENCE[rollout].publishers if p in known)
+    for train in TRAIN:
+        for rollout, kind in INFERENCE.items():
             yield Combination(
                 train=train,
                 rollout=rollout,
-                publishers=publishers,
+                publishers=kind.publishers,
                 fix=_obstacle(train) or _obstacle(rollout),
             )
 

@@ -138,7 +138,7 @@ def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
 def _adapter_plan(
     experiment: Experiment, config: RunConfig, model: ModelInfo
 ) -> tuple[AdapterPlan, AdapterSize]:
-    spec, shapes = experiment.lora.spec(), model.linears
+    spec, shapes, task = experiment.lora.spec(), model.linears, experiment.task
     try:
         modules = (
             list(shapes) if spec.full else match_targets(shapes, spec, model.sizes.architecture)
@@ -153,7 +153,7 @@ def _adapter_plan(
         size = lora_size(model.sizes, shapes, modules, spec.rank, tied)
     adapter = AdapterPlan(
         name=experiment.name,
-        task=_task_name(experiment),
+        task=task.title if task.kind == "reasoning_gym" else f"{task.kind} {Path(task.path).name}",
         reward=experiment.reward.kind if experiment.reward else None,
         algo=short_name(experiment.algo.kind),
         steps=experiment.steps,
@@ -171,13 +171,6 @@ def _stored(hf_config: Mapping[str, Any]) -> str:
     """The dtype of the checkpoint's tensors; older files name it torch_dtype, or not at all."""
     named = hf_config.get("dtype") or hf_config.get("torch_dtype")
     return named if named in BYTES else "float32"
-
-
-def _task_name(experiment: Experiment) -> str:
-    task = experiment.task
-    if task.kind != "reasoning_gym":
-        return f"{task.kind} {Path(task.path).name}"
-    return task.name or " + ".join(item.name for item in task.mixture or ())
 
 
 def _check_context(config: RunConfig, model: ModelSizes) -> None:
