@@ -12,12 +12,12 @@ from lorelei.algo.grpo import Grpo
 from lorelei.algo.kinds import AlgoConfig, fields_of
 from lorelei.config.env import EnvConfig, SingleTurnEnv
 from lorelei.config.errors import ConfigError, FieldError, describe
-from lorelei.config.evaluation import EvalConfig
 from lorelei.config.lora import LoraConfig
 from lorelei.config.optimizer import OptimizerConfig, from_algo
 from lorelei.config.reward import EnvReward, ReasoningGymReward, RewardConfig
 from lorelei.config.rollout import (
     EmbeddedRollout,
+    EvalConfig,
     RolloutConfig,
     Sampling,
     SglangRollout,

@@ -1,4 +1,4 @@
-"""The rollout engine, and how completions are sampled for training."""
+"""The rollout engine, and how completions are sampled, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -163,6 +163,24 @@ class SglangRollout(ServerRollout):
     derived: ClassVar[Mapping[str, str]] = SGLANG
 
     kind: Literal["sglang"] = Field(description="Which rollout engine.")
+
+
+class EvalConfig(Section):
+    """How often, how much, and how completions are sampled for it."""
+
+    every: int = Field(default=5, ge=0, description="Steps between evaluations; 0: never.")
+    n_prompts: int = Field(default=128, ge=1, description="Held-out problems of one evaluation.")
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="Longest completion. Default: rollout.max_new_tokens."
+    )
+    temperature: float = Field(default=0.0, ge=0, description="0: greedy.")
+    top_k: int = Field(default=0, ge=0, description="Sample from the k likeliest tokens; 0: all.")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Sample from the likeliest tokens of this total mass."
+    )
+    min_p: float = Field(
+        default=0.0, ge=0, lt=1, description="Drop tokens below this share of the likeliest one's."
+    )
 
 
 AnyServer = VllmRollout | SglangRollout

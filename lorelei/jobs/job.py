@@ -108,3 +108,15 @@ class OfExperiment:
     @property
     def seed(self) -> int:
         return self.experiment.seed
+
+
+def step_metrics(result: Result) -> dict[str, float]:
+    """What a step's record says of the optimizer step of the last round."""
+    asked, done = result.work.rounds[-1].step, result.rounds[-1].step
+    assert asked is not None and done is not None, "every round steps"
+    return {
+        "grad_norm": done.grad_norm,
+        "optimizer_step": done.step,
+        "lr": asked.lr,
+        "train_seconds": result.seconds,
+    }

@@ -17,7 +17,7 @@ from lorelei.algo.algorithm import PolicyAlgorithm
 from lorelei.algo.loss import item_weights
 from lorelei.config.experiment import Experiment
 from lorelei.jobs.evaluation import EvaluationLog, due
-from lorelei.jobs.job import OfExperiment
+from lorelei.jobs.job import OfExperiment, step_metrics
 from lorelei.publish.canary import Watched
 from lorelei.rollout.collector import Collector, RolloutsFail
 from lorelei.rollout.evaluate import Evaluator
@@ -178,18 +178,11 @@ def _rollout_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
 
 
 def _train_metrics(result: Result) -> dict[str, float]:
-    first, last = result.rounds[0], result.rounds[-1]
-    metrics = _mismatch(result.work.rounds[0].batch, first)  # later rounds: the policy has moved
+    # later rounds: the policy has moved
+    metrics = _mismatch(result.work.rounds[0].batch, result.rounds[0])
     for one in result.rounds:
         metrics |= one.metrics
-    step = result.work.rounds[-1].step
-    assert last.step is not None and step is not None, "every round steps"
-    return metrics | {
-        "grad_norm": last.step.grad_norm,
-        "optimizer_step": last.step.step,
-        "lr": step.lr,
-        "train_seconds": result.seconds,
-    }
+    return metrics | step_metrics(result)
 
 
 def _mismatch(batch: Batch, result: RoundResult) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import Any
 from lorelei.algo.algorithm import Algorithm
 from lorelei.data.examples import ExampleSource
 from lorelei.jobs.evaluation import EvaluationLog, due
-from lorelei.jobs.job import OfExperiment
+from lorelei.jobs.job import OfExperiment, step_metrics
 from lorelei.publish.canary import Watched
 from lorelei.rollout.evaluate import Scores
 from lorelei.train.batch import example_batch
@@ -60,7 +60,6 @@ class SftJob(OfExperiment):
 
     async def tell(self, result: Result, ref: AdapterRef | None) -> Mapping[str, Any]:
         (one,), (asked,) = result.rounds, result.work.rounds
-        assert one.step is not None and asked.step is not None, "the round steps"
         self.step += 1
         if ref is not None:
             self.version = ref.version
@@ -72,10 +71,7 @@ class SftJob(OfExperiment):
             "entropy": float(one.outputs.entropy.mean()),
             "trained_tokens": float(len(asked.batch.items)),
             "read_tokens": float(tokens),
-            "grad_norm": one.step.grad_norm,
-            "optimizer_step": one.step.step,
-            "lr": asked.step.lr,
-            "train_seconds": result.seconds,
+            **step_metrics(result),
         }
 
     async def admit(self, ref: AdapterRef | None) -> None:

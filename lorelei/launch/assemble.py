@@ -228,10 +228,7 @@ def _rollout_engine(
         case VllmRollout() | SglangRollout() as servers:
             from lorelei.launch.servers import make_server_engine
 
-            built = (config, servers, folder, model, tokenizer, logs)
-            if cluster is None:
-                return make_server_engine(*built)
-            return make_server_engine(*built, cluster, "cuda" if cluster.gpus else "cpu")
+            return make_server_engine(config, servers, folder, model, tokenizer, logs, cluster)
 
 
 def _transport(

@@ -13,7 +13,7 @@ from lorelei.config.run import RunConfig
 from lorelei.inference.kinds import SERVERS
 from lorelei.inference.limits import Limits
 from lorelei.inference.server.engine import ServerEngine
-from lorelei.inference.server.launcher import LOCAL, Launcher
+from lorelei.inference.server.launcher import LOCAL
 from lorelei.inference.server.options import ServerOptions, largest_rank, versions_in_use
 from lorelei.lora.targets import match_targets
 from lorelei.model.config import ModelInfo
@@ -23,6 +23,7 @@ from lorelei.plan.hardware import has_accelerator
 from lorelei.plan.model_info import model_info
 
 if TYPE_CHECKING:
+    from lorelei.launch.ray_cluster import Cluster
     from lorelei.model.tokenizer import Tokenizer
 
 TOKEN = "LORELEI_SERVER_TOKEN"
@@ -37,17 +38,17 @@ def make_server_engine(
     model: ModelInfo,
     tokenizer: Tokenizer,
     logs: Path,
-    launcher: Launcher = LOCAL,
-    device: Device | None = None,
+    cluster: Cluster | None,
 ) -> ServerEngine:
     """Not started yet. folder: of the model. logs: a folder for what the servers print.
 
-    launcher: starts them. device: of its machines; None: this machine's.
+    cluster: where they are started; None: on this machine.
     """
     context = model.sizes.context(rollout.max_context)
     options = None
     if not rollout.urls:
-        options = server_options(config, rollout, folder, model, device or device_here())
+        device = device_here() if cluster is None else "cuda" if cluster.gpus else "cpu"
+        options = server_options(config, rollout, folder, model, device)
     return ServerEngine(
         SERVERS[rollout.kind].backend(options),
         Limits(vocab=model.sizes.vocab, context=context, decodes_text=True),
@@ -57,7 +58,7 @@ def make_server_engine(
         urls=rollout.urls,
         token=os.environ.get(TOKEN),
         max_running=rollout.max_running,
-        launcher=launcher,
+        launcher=cluster or LOCAL,
     )
 
 
