@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -23,7 +24,6 @@ from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.inference.server.engine import ServerEngine
 from lorelei.jobs.registry import Registry
 from lorelei.launch.jobs import Data, DataMaker, JobMaker, Problems, Sampler
-from lorelei.launch.train_engine import make_train_engine
 from lorelei.loop import Loop
 from lorelei.lora.peft_folder import read_peft_folder
 from lorelei.lora.state import AdapterSnapshot, AdapterState
@@ -41,9 +41,12 @@ from lorelei.rollout.evaluate import Evaluator, LossEvaluator
 from lorelei.rollout.meter import Meter
 from lorelei.store.run import RunStore
 from lorelei.store.spool import Spool
+from lorelei.train.contract import TrainEngine
 from lorelei.train.engine_thread import EngineThread
-from lorelei.train.kinds import trains_here
-from lorelei.train.remote.workers import LOOPBACK
+from lorelei.train.kinds import TRAIN, trains_here
+from lorelei.train.remote.engine import RemoteEngine
+from lorelei.train.remote.restarting import Restarting
+from lorelei.train.remote.workers import LOOPBACK, Launcher, LocalWorkers
 from lorelei.types import Ints
 from lorelei.venvs.recipe import interpreter
 
@@ -155,6 +158,26 @@ def make_thread(
     for e in _trained(config, store):
         engine.add_adapter(e.name, e.lora.spec(), e.seed)
     return thread
+
+
+def make_train_engine(
+    config: RunConfig, folder: Path, decoder: Decoder | None, cluster: Cluster | None
+) -> TrainEngine:
+    """folder: of the model. decoder: for an engine in this process; None: in workers."""
+    train = config.train
+    kind = TRAIN[train.kind]
+    if kind.here is not None and trains_here(config):
+        assert decoder is not None, "loaded for it"
+        return kind.here(train, decoder)
+    launcher: Launcher = LocalWorkers if cluster is None else cluster.launch_workers
+    spec = kind.make_spec(train, folder, config.dtype)
+    python = sys.executable if kind.venv is None else str(interpreter(kind.venv))
+
+    # casts: both have the protocol's calls, but only at run time (see remote.forwarding)
+    def make() -> TrainEngine:
+        return cast(TrainEngine, RemoteEngine(spec, train.workers, python, launcher=launcher))
+
+    return cast(TrainEngine, Restarting(make, config.cluster.restarts))
 
 
 def _trained(config: RunConfig, store: RunStore | None) -> list[Experiment]:
