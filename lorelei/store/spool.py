@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -26,8 +25,7 @@ class Spool:
         """Make a finished group durable."""
         path = self._path(group.adapter, group.index)
         make_folder(path.parent)
-        plain = json.dumps(asdict(group), default=np.ndarray.tolist)
-        write_file(path, record_bytes(json.loads(plain)))
+        write_file(path, record_bytes(_plain(asdict(group))))
 
     def read(self, adapter: str) -> dict[int, Group]:
         """The groups of an adapter, by rising index. A damaged one is deleted, with a warning."""
@@ -49,6 +47,17 @@ class Spool:
 
     def _path(self, adapter: str, index: int) -> Path:
         return self._folder / adapter / f"{index:08d}.json"
+
+
+def _plain(value: Any) -> Any:
+    """Arrays as lists, at any depth."""
+    if isinstance(value, np.ndarray):
+        return cast(Any, value).tolist()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in cast(dict[str, Any], value).items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in cast(list[Any], value)]
+    return value
 
 
 def _group(raw: dict[str, Any]) -> Group:
