@@ -6,7 +6,7 @@ Or one model that is trained as a whole, see lora.full.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Generic, Protocol, TypeVar
@@ -76,6 +76,11 @@ class Named(dict[str, T]):
         if name in self:
             raise ValueError(f"adapter {name!r} exists already; drop it first")
 
+    def drop(self, name: str) -> None:
+        """Forget an adapter."""
+        self[name]
+        del self[name]
+
 
 B = TypeVar("B", bound=Base)
 M = TypeVar("M", bound=Base, covariant=True)
@@ -118,7 +123,7 @@ class Adapter:
         return dict(sorted(found.items()))
 
 
-class AdapterBank(Generic[B]):
+class AdapterBank(Named["Adapter | Trained[Any]"], Generic[B]):
     """Holds adapters and makes the routes that apply them.
 
     Adapter tensors are fp32 over a base of any narrower dtype, and on the base's device.
@@ -126,23 +131,9 @@ class AdapterBank(Generic[B]):
 
     def __init__(self, decoder: B, copy: Copy[Any] = FullWeights.copy_of) -> None:
         """copy: makes the full weights of a base."""
+        super().__init__()
         self.decoder, self._copy = decoder, copy
-        self._dtype = torch.promote_types(decoder.dtype, torch.float32)
-        self._adapters = Named[Adapter | Trained[B]]()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of every adapter tensor."""
-        return self._dtype
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._adapters
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._adapters)
-
-    def __getitem__(self, name: str) -> Adapter | Trained[B]:
-        return self._adapters[name]
+        self.dtype = torch.promote_types(decoder.dtype, torch.float32)
 
     def lora(self, name: str) -> Adapter:
         """An adapter that is not full weights."""
@@ -156,15 +147,15 @@ class AdapterBank(Generic[B]):
         Raises ValueError when the name is taken, a target matches nothing or full weights would
         not be alone.
         """
-        self._adapters.check_free(name)
-        if self._adapters and (spec.full or self._full() is not None):
+        self.check_free(name)
+        if self and (spec.full or self._full() is not None):
             raise ValueError(
                 f"adapter {name!r}: full fine-tuning trains one model and nothing beside it, and "
-                f"{min(self._adapters)!r} is there; drop it first, or use LoRA"
+                f"{min(self)!r} is there; drop it first, or use LoRA"
             )
         if spec.full:
-            self._adapters[name] = self._copy(self.decoder, self._dtype)
-            return self._adapters[name]
+            self[name] = self._copy(self.decoder, self.dtype)
+            return self[name]
         linears = self.decoder.linears()
         parts = {part.name: layer for layer in linears for part in layer.parts}
         targets = match_targets(list(parts), spec, self.decoder.architecture)
@@ -175,11 +166,11 @@ class AdapterBank(Generic[B]):
             for layer in linears
             if (chosen := self._fresh_parts(layer, tied, spec.rank, seed, shared))
         }
-        self._adapters[name] = Adapter(spec, seed, layers, tied)
-        return self._adapters[name]
+        self[name] = Adapter(spec, seed, layers, tied)
+        return self[name]
 
     def _full(self) -> Trained[B] | None:
-        alone = next(iter(self._adapters.values()), None)
+        alone = next(iter(self.values()), None)
         return None if isinstance(alone, Adapter) else alone
 
     def _fresh_parts(
@@ -197,17 +188,12 @@ class AdapterBank(Generic[B]):
             called = tied[part.name]
             if called not in shared:
                 a = fresh_a(called, seed, rank, layer.in_features)
-                shared[called] = a.to(device, self._dtype).requires_grad_()
-            b = torch.zeros(part.stop - part.start, rank, dtype=self._dtype, device=device)
+                shared[called] = a.to(device, self.dtype).requires_grad_()
+            b = torch.zeros(part.stop - part.start, rank, dtype=self.dtype, device=device)
             made.append(
                 LoraPart(part.name, shared[called], b.requires_grad_(), part.start, part.stop)
             )
         return tuple(made)
-
-    def drop(self, name: str) -> None:
-        """Forget an adapter."""
-        self[name]
-        del self._adapters[name]
 
     def state(self, name: str) -> AdapterState:
         """A copy of an adapter's tensors."""
