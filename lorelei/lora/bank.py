@@ -14,8 +14,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lorelei.lora.full import FullWeights
-from lorelei.lora.linear import LoraPart, Span, lora_linear, side_by_side
+from lorelei.lora.full import FullWeights, trained_copy
+from lorelei.lora.linear import LoraPart, ModelRoute, Span, lora_linear, side_by_side
 from lorelei.lora.sharded import set_from
 from lorelei.lora.state import (
     AdapterState,
@@ -28,7 +28,7 @@ from lorelei.lora.state import (
 )
 from lorelei.lora.targets import match_targets, tied_names
 from lorelei.model.backend import Weight
-from lorelei.model.linear import FrozenLinear, FusedInput, Route, transformed
+from lorelei.model.linear import FrozenLinear, FusedInput, transformed
 from lorelei.types import AdapterSpec
 
 
@@ -54,16 +54,6 @@ class Base(Protocol):
 T = TypeVar("T")
 
 
-class ModelRoute(Route, Protocol):
-    """A route that knows which layers it changes."""
-
-    def adapts(self, layer: FrozenLinear) -> bool:
-        """Whether any adapter of the row acts on this layer."""
-        ...
-
-    def take(self, index: Tensor) -> ModelRoute: ...
-
-
 class Named(dict[str, T]):
     """Adapters by name."""
 
@@ -83,26 +73,7 @@ class Named(dict[str, T]):
 
 
 B = TypeVar("B", bound=Base)
-M = TypeVar("M", bound=Base, covariant=True)
-
-
-class Trained(Protocol[M]):
-    """A copy of a base model that is trained as a whole."""
-
-    @property
-    def spec(self) -> AdapterSpec: ...
-
-    @property
-    def decoder(self) -> M: ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The live tensors by the checkpoint's names, sorted."""
-        ...
-
-    def route(self) -> ModelRoute: ...
-
-
-Copy = Callable[[B, torch.dtype], Trained[B]]
+Copy = Callable[[B, torch.dtype], FullWeights[B]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,13 +94,13 @@ class Adapter:
         return dict(sorted(found.items()))
 
 
-class AdapterBank(Named["Adapter | Trained[Any]"], Generic[B]):
+class AdapterBank(Named["Adapter | FullWeights[Any]"], Generic[B]):
     """Holds adapters and makes the routes that apply them.
 
     Adapter tensors are fp32 over a base of any narrower dtype, and on the base's device.
     """
 
-    def __init__(self, decoder: B, copy: Copy[Any] = FullWeights.copy_of) -> None:
+    def __init__(self, decoder: B, copy: Copy[Any] = trained_copy) -> None:
         """copy: makes the full weights of a base."""
         super().__init__()
         self.decoder, self._copy = decoder, copy
@@ -141,7 +112,7 @@ class AdapterBank(Named["Adapter | Trained[Any]"], Generic[B]):
         assert isinstance(adapter, Adapter), f"{name} is full weights"
         return adapter
 
-    def add(self, name: str, spec: AdapterSpec, seed: int = 0) -> Adapter | Trained[B]:
+    def add(self, name: str, spec: AdapterSpec, seed: int = 0) -> Adapter | FullWeights[B]:
         """A fresh adapter: A kaiming-uniform, B zero. Full weights: those of the base.
 
         Raises ValueError when the name is taken, a target matches nothing or full weights would
@@ -169,7 +140,7 @@ class AdapterBank(Named["Adapter | Trained[Any]"], Generic[B]):
         self[name] = Adapter(spec, seed, layers, tied)
         return self[name]
 
-    def _full(self) -> Trained[B] | None:
+    def _full(self) -> FullWeights[B] | None:
         alone = next(iter(self.values()), None)
         return None if isinstance(alone, Adapter) else alone
 
@@ -220,7 +191,7 @@ class AdapterBank(Named["Adapter | Trained[Any]"], Generic[B]):
         """The decoder that a row of tokens goes through, and its route; see `route`."""
         full = self._full()
         if full is not None and all(name is not None for name, _ in spans):
-            return full.decoder, full.route()
+            return full.decoder, full.route
         return self.decoder, self.route(spans, dropout_seed)
 
     def route(

@@ -30,7 +30,7 @@ def collect(shards: Mapping[Shard, Tensor], mesh: MegatronMesh) -> dict[str, Ten
     tensor. Every shard travels once.
     """
     mine = {s: t for s, t in shards.items() if _sends(s, mesh)}
-    listed = [[s.names, s.shard, s.axis, list(t.shape)] for s, t in mine.items()]
+    listed = [[s.names, s.target.shard, s.axis, list(t.shape)] for s, t in mine.items()]
     ranks = mesh.world
     lists: list[Any] = ranks.gather_json(listed) if ranks.size > 1 else [listed]
     flat = [t.detach().to("cpu", torch.float32).reshape(-1) for t in mine.values()]
@@ -53,8 +53,8 @@ def collect(shards: Mapping[Shard, Tensor], mesh: MegatronMesh) -> dict[str, Ten
 
 
 def _sends(shard: Shard, mesh: MegatronMesh) -> bool:
-    first = mesh.repeating(shard.expert).rank == 0
-    return first and (shard.axis is not None or shard.shard == 0)
+    first = mesh.repeating(shard.target.expert).rank == 0
+    return first and (shard.axis is not None or shard.target.shard == 0)
 
 
 def _joined(pieces: list[_Piece]) -> dict[str, Tensor]:
