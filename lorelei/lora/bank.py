@@ -131,40 +131,25 @@ class AdapterBank(Named["Adapter | FullWeights[Any]"], Generic[B]):
         parts = {part.name: layer for layer in linears for part in layer.parts}
         targets = match_targets(list(parts), spec, self.decoder.architecture)
         tied = tied_names(targets, spec)
-        shared: dict[str, Tensor] = {}
-        layers = {
-            layer: chosen
-            for layer in linears
-            if (chosen := self._fresh_parts(layer, tied, spec.rank, seed, shared))
-        }
+        shared: dict[str, Tensor] = {}  # every A so far by its name
+        layers: dict[FrozenLinear, tuple[LoraPart, ...]] = {}
+        for layer in linears:
+            made: list[LoraPart] = []
+            for part in (p for p in layer.parts if p.name in tied):
+                called = tied[part.name]
+                if called not in shared:
+                    a = fresh_a(called, seed, spec.rank, layer.in_features)
+                    shared[called] = a.to(self.decoder.device, self.dtype).requires_grad_()
+                b = shared[called].new_zeros(part.stop - part.start, spec.rank, requires_grad=True)
+                made.append(LoraPart(part.name, shared[called], b, part.start, part.stop))
+            if made:
+                layers[layer] = tuple(made)
         self[name] = Adapter(spec, seed, layers, tied)
         return self[name]
 
     def _full(self) -> FullWeights[B] | None:
         alone = next(iter(self.values()), None)
         return None if isinstance(alone, Adapter) else alone
-
-    def _fresh_parts(
-        self,
-        layer: FrozenLinear,
-        tied: Mapping[str, str],
-        rank: int,
-        seed: int,
-        shared: dict[str, Tensor],
-    ) -> tuple[LoraPart, ...]:
-        """shared: every A so far by its name; those that are missing are added."""
-        device = self.decoder.device
-        made: list[LoraPart] = []
-        for part in (p for p in layer.parts if p.name in tied):
-            called = tied[part.name]
-            if called not in shared:
-                a = fresh_a(called, seed, rank, layer.in_features)
-                shared[called] = a.to(device, self.dtype).requires_grad_()
-            b = torch.zeros(part.stop - part.start, rank, dtype=self.dtype, device=device)
-            made.append(
-                LoraPart(part.name, shared[called], b.requires_grad_(), part.start, part.stop)
-            )
-        return tuple(made)
 
     def state(self, name: str) -> AdapterState:
         """A copy of an adapter's tensors."""
