@@ -232,7 +232,7 @@ def _rollout_engine(
             built = (config, servers, folder, model, tokenizer, logs)
             if cluster is None:
                 return make_server_engine(*built)
-            return make_server_engine(*built, cluster, "cuda" if cluster.gpus else "cpu")
+            return make_server_engine(*built, cluster.start, "cuda" if cluster.gpus else "cpu")
 
 
 def _transport(

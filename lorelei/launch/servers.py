@@ -14,8 +14,8 @@ from lorelei.inference.kinds import SERVERS
 from lorelei.inference.limits import Limits
 from lorelei.inference.server.backend import ServerBackend
 from lorelei.inference.server.engine import ServerEngine
-from lorelei.inference.server.launcher import LOCAL, Launcher
 from lorelei.inference.server.options import ServerOptions, largest_rank, versions_in_use
+from lorelei.inference.server.process import Launcher, LocalServer
 from lorelei.lora.targets import match_targets
 from lorelei.model.config import ModelInfo
 from lorelei.model.load import read_config
@@ -38,7 +38,7 @@ def make_server_engine(
     model: ModelInfo,
     tokenizer: Tokenizer,
     logs: Path,
-    launcher: Launcher = LOCAL,
+    launcher: Launcher = LocalServer,
     device: Device | None = None,
 ) -> ServerEngine:
     """Not started yet. folder: of the model. logs: a folder for what the servers print.
@@ -74,7 +74,7 @@ def serve(config: RunConfig, host: str, port: int) -> NoReturn:
     model = model_info(config, folder, read_config(folder))
     rollout = rollout.model_copy(update={"urls": ()})
     backend = _backend(config, rollout, folder, model, device_here())
-    launch = backend.launch(0, port, token, Path.cwd(), host)
+    launch = backend.launch(0, port, token, host)
     os.execvpe(launch.command[0], launch.command, {**os.environ, **launch.environment})
 
 

@@ -58,10 +58,6 @@ class Decoder:
     rotary: RotaryTable
 
     @property
-    def architecture(self) -> str:
-        return self.config.architecture
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
 

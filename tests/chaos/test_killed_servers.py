@@ -17,7 +17,6 @@ import torch
 from lorelei.inference.limits import Limits
 from lorelei.inference.server.client import Client, Sampled
 from lorelei.inference.server.engine import ServerEngine
-from lorelei.inference.server.process import wait_gone
 from lorelei.inference.server.replicas import Replica
 from lorelei.inference.sglang.backend import SglangBackend
 from lorelei.lora.state import AdapterState
@@ -29,6 +28,7 @@ from tests.contract.servers import VOCAB, sglang_options
 from tests.contract.test_rollout_contract import PROMPT, ask, make_ref, make_state
 from tests.contract.vllm_server import CONTEXT
 from tests.environments import needs
+from tests.processes import wait_gone
 
 pytestmark = needs("sglang")
 T = TypeVar("T")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from lorelei.inference.server.client import Client
@@ -37,10 +36,8 @@ class ServerBackend(Protocol):
         """Seconds without a byte of an answer after which a connection counts as stuck."""
         ...
 
-    def launch(
-        self, number: int, port: int, token: str, folder: Path, host: str = LOOPBACK
-    ) -> Launch:
-        """How replica `number` is started at host:port; its private files go to `folder`."""
+    def launch(self, number: int, port: int, token: str, host: str = LOOPBACK) -> Launch:
+        """How replica `number` is started at host:port. Raises ValueError without `make KIND`."""
         ...
 
     async def facts(self, client: Client) -> Facts:

@@ -14,8 +14,8 @@ from lorelei.inference.contract import EngineClosed, Health
 from lorelei.inference.limits import Limits
 from lorelei.inference.server.backend import ServerBackend
 from lorelei.inference.server.client import Client, ServerTrouble, served_name
-from lorelei.inference.server.launcher import LOCAL, Launcher
 from lorelei.inference.server.payload import Bytes, Payload, pack
+from lorelei.inference.server.process import Launcher, LocalServer
 from lorelei.inference.server.replicas import Replica, Router
 from lorelei.inference.server.requests import Attempts, Requests
 from lorelei.inference.server.supervisor import Supervisor
@@ -44,7 +44,7 @@ class ServerEngine:
         urls: Sequence[str] = (),
         token: str | None = None,
         max_running: int = 64,
-        launcher: Launcher = LOCAL,
+        launcher: Launcher = LocalServer,
     ) -> None:
         """Nothing is started before `start` or the first call.
 

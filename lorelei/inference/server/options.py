@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorelei.config.rollout import AnyServer, Scalar
 from lorelei.config.run import RunConfig
+from lorelei.inference.server.process import Launch
 from lorelei.model.config import ModelSizes
+from lorelei.venvs.recipe import import_path, interpreter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,3 +66,23 @@ def binding(options: ServerOptions, number: int) -> str:
         for worker in workers
     ]
     return "|".join(",".join(map(str, sorted(set(each)))) for each in own)
+
+
+def launch(
+    kind: str, module: str, arguments: Iterable[str], token: str, own: Mapping[str, str]
+) -> Launch:
+    """`python -m module arguments` in the virtual environment of a kind of server.
+
+    own: environment variables of the kind. Raises ValueError without `make KIND`.
+    """
+    return Launch(
+        # -P: no module of the folder that we happen to be in is taken for the server's
+        command=(str(interpreter(kind)), "-P", "-m", module, *arguments),
+        environment={
+            "LORELEI_SERVER_TOKEN": token,
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(import_path()),
+            "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+            **own,
+        },
+    )

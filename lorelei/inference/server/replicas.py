@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from lorelei.inference.server.backend import Facts, ServerBackend
 from lorelei.inference.server.client import Client
-from lorelei.inference.server.launcher import RunningServer
+from lorelei.inference.server.process import RunningServer
 
 HOMES = 4096  # prompts whose replica is remembered
 SLACK = 4  # requests that a prompt's replica may be ahead of the least busy one

@@ -12,7 +12,7 @@ from pathlib import Path
 from lorelei.inference.contract import EngineClosed
 from lorelei.inference.server.backend import Facts
 from lorelei.inference.server.client import Client, ServerTrouble
-from lorelei.inference.server.launcher import Launcher
+from lorelei.inference.server.process import Launcher
 from lorelei.inference.server.replicas import Replica
 
 START = 600.0  # seconds for a server to come up: a large model is read, kernels are compiled
@@ -82,7 +82,7 @@ class Supervisor:
             token = secrets.token_hex(16)
             await replica.client.close()
             replica.process = await asyncio.to_thread(
-                self._launcher.start, replica.backend, replica.number, token, self._folder
+                self._launcher, replica.backend, replica.number, token, self._folder
             )
             replica.client = Client(replica.process.url, token, replica.backend.read_timeout)
         replica.facts = await self._first_answer()
