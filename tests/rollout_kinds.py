@@ -71,7 +71,7 @@ async def _up(backend: ServerBackend, url: str, process: ServerProcess) -> None:
     try:
         while True:
             try:
-                await backend.facts(client)
+                await backend.workers(client)
                 return
             except ServerTrouble:
                 assert process.alive and time.monotonic() < deadline, process.log_tail()

@@ -167,7 +167,7 @@ class AdapterBank(Generic[B]):
             return self._adapters[name]
         linears = self.decoder.linears()
         parts = {part.name: layer for layer in linears for part in layer.parts}
-        targets = match_targets(list(parts), spec, self.decoder.config.architecture)
+        targets = match_targets(list(parts), spec, self.decoder.architecture)
         tied = tied_names(targets, spec)
         shared: dict[str, Tensor] = {}
         layers = {

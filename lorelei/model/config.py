@@ -109,7 +109,6 @@ class DecoderConfig(ModelSizes):
 
     norm_eps: float
     rope: Mapping[str, Any]  # rope_type, rope_theta and the parameters of its type
-    eos_token_ids: tuple[int, ...]
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> DecoderConfig:
@@ -127,8 +126,6 @@ class DecoderConfig(ModelSizes):
     def _of_family(cls, architecture: str, family: str, hf: Mapping[str, Any]) -> DecoderConfig:
         heads = hf["num_attention_heads"]
         default_head_dim = 128 if family == "qwen3" else hf["hidden_size"] // heads
-        eos: int | list[int] | None = hf.get("eos_token_id")
-        eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         return cls(
             architecture=architecture,
             vocab=hf["vocab_size"],
@@ -143,7 +140,6 @@ class DecoderConfig(ModelSizes):
             qk_norm=family.startswith("qwen3"),
             max_positions=hf.get("max_position_embeddings", 2048),
             rope=_rope(hf),
-            eos_token_ids=tuple(eos_ids),
             moe=_moe(hf) if family == "qwen3_moe" else None,
         )
 

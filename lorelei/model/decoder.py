@@ -58,6 +58,10 @@ class Decoder:
     rotary: RotaryTable
 
     @property
+    def architecture(self) -> str:
+        return self.config.architecture
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
 

@@ -96,7 +96,7 @@ class Xccl:
         await self._leave()
         self._name = f"lorelei-{secrets.token_hex(8)}"
         backend = "nccl" if self._device.type == "cuda" else "gloo"
-        workers = [replica.facts.workers for replica in servers if replica.facts is not None]
+        workers = [replica.workers for replica in servers]
         firsts = [1 + sum(workers[:n]) for n in range(len(servers))]
         self._members = tuple(replica.identity for replica in servers)
         group = Group(

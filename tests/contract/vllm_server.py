@@ -86,7 +86,7 @@ async def _up(url: str, process: ServerProcess) -> None:
         for _ in range(600):
             assert process.alive, process.log_tail()
             try:
-                await VllmBackend(None).facts(client)
+                await VllmBackend(None).workers(client)
                 return
             except ServerTrouble:
                 await asyncio.sleep(0.5)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorelei.inference.contract import EngineClosed, Health
-from lorelei.inference.limits import Limits
+from lorelei.inference.limits import Limits, check_loaded
 from lorelei.inference.server.backend import ServerBackend
 from lorelei.inference.server.client import Client, ServerTrouble, served_name
 from lorelei.inference.server.payload import Bytes, Payload, pack
@@ -19,8 +19,8 @@ from lorelei.inference.server.process import Launcher, LocalServer
 from lorelei.inference.server.replicas import Replica, Router
 from lorelei.inference.server.requests import Attempts, Requests
 from lorelei.inference.server.supervisor import Supervisor
-from lorelei.inference.stops import Tokenizer
 from lorelei.lora.state import AdapterState
+from lorelei.model.tokenizer import Tokenizer
 from lorelei.types import AdapterRef, Completion, Floats, GenerateRequest, Ints
 
 T = TypeVar("T")
@@ -357,7 +357,5 @@ class ServerEngine:
 
     def _name(self, ref: AdapterRef | None) -> str | None:
         """The served name. Raises KeyError for a version that is not loaded."""
-        if ref is not None and ref.served_name not in self._served:
-            served = ", ".join(sorted(self._served)) or "none"
-            raise KeyError(f"adapter {ref} ({ref.served_name}) is not loaded; loaded: {served}")
+        check_loaded(ref, self._served)
         return served_name(ref)

@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lorelei.inference.server.backend import Facts, ServerBackend
+from lorelei.inference.server.backend import ServerBackend
 from lorelei.inference.server.client import Client
 from lorelei.inference.server.process import RunningServer
 
@@ -25,7 +25,7 @@ class Replica:
     backend: ServerBackend
     client: Client
     process: RunningServer | None = None  # None: attached to, or not started yet
-    facts: Facts | None = None
+    workers: int = 0  # that hold the model; 0: not known yet
     incarnation: int = 0  # starts so far
     ready: bool = False
     doubted: bool = False  # a call failed, and the supervisor has not checked since

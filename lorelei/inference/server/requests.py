@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,7 +16,8 @@ from lorelei.inference.limits import Limits
 from lorelei.inference.server.backend import ServerBackend
 from lorelei.inference.server.client import Sampled, ServerTrouble, served_name
 from lorelei.inference.server.replicas import Replica, Router
-from lorelei.inference.stops import StopStrings, Tokenizer
+from lorelei.inference.stops import StopStrings
+from lorelei.model.tokenizer import Tokenizer
 from lorelei.types import AdapterRef, Completion, Floats, GenerateRequest, Ints
 
 ATTEMPTS = 5  # of one call, each after a failure of a server
@@ -49,13 +49,6 @@ class Attempts:
         await asyncio.sleep(PAUSE * 2 ** (self._failed - 1))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Running:
-    """A request that a server has."""
-
-    adapter: AdapterRef | None
-
-
 class Requests:
     """Generation and scoring on whichever server is free."""
 
@@ -70,7 +63,7 @@ class Requests:
         """reload: brings a version again to a server that does not know it."""
         self._backend, self._limits, self._tokenizer = backend, limits, tokenizer
         self._router, self._reload = router, reload
-        self._running: set[_Running] = set()
+        self._running: dict[object, AdapterRef | None] = {}  # of each request that a server has
         self._aborts: Counter[str | None] = Counter()  # so far, by adapter; None: the base
         self._put_off = 0  # times that all were ended to be asked again
 
@@ -87,8 +80,8 @@ class Requests:
                 if replica is not None:
                     self._router.release(replica)
                 return _EMPTY
-            running, put_off = _Running(request.adapter), self._put_off
-            self._running.add(running)
+            running, put_off = object(), self._put_off
+            self._running[running] = request.adapter
             try:
                 sampled = await replica.client.generate(request, limit, seed)
                 self._check(sampled, request, limit)
@@ -103,7 +96,7 @@ class Requests:
                     return self._completion(request, sampled)
                 continue
             finally:
-                self._running.discard(running)
+                del self._running[running]
                 self._router.release(replica)
             await self._again(replica, request.adapter, trouble, attempts)
 
@@ -139,10 +132,10 @@ class Requests:
 
     async def end(self, adapter: AdapterRef | None, tell: Callable[[], Awaitable[None]]) -> None:
         """Repeat `tell` until nothing runs that ran at the call: a request may not be there yet."""
-        meant = {t for t in self._running if adapter is None or t.adapter == adapter}
+        meant = {r for r, of in self._running.items() if adapter is None or of == adapter}
         for _ in range(100):
             await tell()
-            if not meant & self._running:
+            if meant.isdisjoint(self._running):
                 return
             await asyncio.sleep(0.02)
 
@@ -183,10 +176,7 @@ class Requests:
 
     def _completion(self, request: GenerateRequest, sampled: Sampled) -> Completion:
         tokens, logprobs, reason = sampled.tokens, sampled.logprobs, sampled.finish_reason
-        if request.sampling.stop_strings and self._tokenizer is not None:
-            stops = StopStrings(self._tokenizer, request.sampling.stop_strings)
-            for token in request.tokens[len(request.tokens) - request.position :].tolist():
-                stops.completes(token)
+        if (stops := StopStrings.of(request, self._tokenizer)) is not None:
             for count, token in enumerate(tokens.tolist(), start=1):
                 if stops.completes(token):
                     tokens, logprobs, reason = tokens[:count], logprobs[:count], "stop"

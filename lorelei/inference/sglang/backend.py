@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lorelei.config.errors import FieldError
 from lorelei.config.rollout import Scalar
-from lorelei.inference.server.backend import Facts, stream_seed
+from lorelei.inference.server.backend import stream_seed
 from lorelei.inference.server.client import QUICK, READ_TIMEOUT, Client
 from lorelei.inference.server.options import ServerOptions, binding, flags, launch
 from lorelei.inference.server.process import LOOPBACK, Launch
@@ -47,7 +47,7 @@ class SglangBackend:
         # answer continues its stream
         return stream_seed(request.sampling.seed, request.key)
 
-    async def facts(self, client: Client) -> Facts:
+    async def workers(self, client: Client) -> int:
         how = f"start it with `python -P -m {LAUNCHER}`, Lorelei on its PYTHONPATH"
         try:
             found = await client.call("facts", read_timeout=QUICK)
@@ -56,13 +56,13 @@ class SglangBackend:
                 f"rollout.urls: {client.url} is no SGLang server with Lorelei's routes; {how}"
             ) from error
         with client.reading():
-            facts = Facts(**{**found, "context": found["context"] - SPARE})
-        if found["max_rank"] is None:
+            workers, adapts = int(found["workers"]), found["max_rank"] is not None
+        if not adapts:
             raise ValueError(
                 f"rollout.urls: {client.url} takes no adapters; {how}, and with --enable-lora "
                 "--max-lora-rank and --lora-target-modules"
             )
-        return facts
+        return workers
 
 
 def check_model(options: ServerOptions) -> None:

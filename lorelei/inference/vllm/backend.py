@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorelei.config.rollout import Scalar
-from lorelei.inference.server.backend import Facts, stream_seed
+from lorelei.inference.server.backend import stream_seed
 from lorelei.inference.server.client import QUICK, READ_TIMEOUT, Client
 from lorelei.inference.server.options import ServerOptions, binding, flags, launch
 from lorelei.inference.server.process import LOOPBACK, Launch
@@ -53,7 +53,7 @@ class VllmBackend:
         # vLLM counts from the start of the answer
         return stream_seed(request.sampling.seed, request.key, request.position)
 
-    async def facts(self, client: Client) -> Facts:
+    async def workers(self, client: Client) -> int:
         try:
             found = await client.call("facts", read_timeout=QUICK)
         except KeyError as error:
@@ -63,15 +63,15 @@ class VllmBackend:
                 f"--logprobs-mode {LOGPROBS_MODE} --enable-lora, and Lorelei on its PYTHONPATH"
             ) from error
         with client.reading():
-            exact = found.pop("logprobs_mode") == LOGPROBS_MODE and found.pop("scores")
-            facts = Facts(**found)
+            exact = found["logprobs_mode"] == LOGPROBS_MODE and found["scores"]
+            workers = int(found["workers"])
         if not exact:
             raise ValueError(
                 f"rollout.urls: {client.url} cannot give the log-probabilities of what it samples; "
                 f"start it with --logprobs-mode {LOGPROBS_MODE} --lora-target-modules "
                 f"{' '.join(TARGETS)} and VLLM_USE_V2_MODEL_RUNNER=0"
             )
-        return facts
+        return workers
 
 
 def arguments(options: ServerOptions, port: int, host: str = LOOPBACK) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ class Extension:
         layers = runner.lora_manager._adapter_manager.modules
         hooked = hasattr(runner, "_lorelei_scores")
         plain_head = not any("logits_processor" in name for name in layers)
-        return {"device": runner.device.type, "scores": hooked and plain_head}
+        return {"scores": hooked and plain_head}
 
     def lorelei_load(self, name: str, kind: str, body: bytes) -> dict[str, Any]:
         """Start to prepare a payload; for a broadcast, `lorelei_receive` has."""
