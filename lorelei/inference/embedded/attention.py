@@ -34,7 +34,7 @@ class PrefillAttention:
     def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
         pieces = zip(k_TKd.split(self._lengths), v_TKd.split(self._lengths), strict=True)
         for cache, (k, v) in zip(self._caches, pieces, strict=True):
-            cache.write(layer, k, v)
+            cache.keys[layer], cache.values[layer] = k.transpose(0, 1), v.transpose(0, 1)
         return self._packed(layer, q_THd, k_TKd, v_TKd)
 
 

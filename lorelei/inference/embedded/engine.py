@@ -113,7 +113,8 @@ class EmbeddedEngine:
 
     async def sleep(self) -> None:
         """Rows that still run wait and keep their keys and values, so that nothing is lost."""
-        await self._call(self._fall_asleep)
+        await self._call(lambda: self._held.add("sleep"))
+        await self._call(self._decoding.release)
 
     async def wake(self) -> None:
         await self._call(lambda: self._held.discard("sleep"))
@@ -178,10 +179,6 @@ class EmbeddedEngine:
         for row in filter(meant, list(self._scheduler.running)):
             self._decoding.leave(row)
             self._finish(row, "abort")
-
-    def _fall_asleep(self) -> None:
-        self._held.add("sleep")
-        self._decoding.release()
 
     def _finish(self, row: Row, outcome: Outcome) -> None:
         if isinstance(outcome, FloatingPointError):

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from lorelei.inference.server.payload import Broadcast, Bytes, Payload, to_wire
+from lorelei.inference.server.payload import BROADCAST, BYTES, Payload
 from lorelei.types import AdapterRef, FinishReason, Floats, GenerateRequest, Ints, SamplingParams
 
 CONNECT = 5.0  # seconds
@@ -102,14 +102,14 @@ class Client:
 
         A version that is there already is a success.
         """
-        kind, body = to_wire(payload)
+        body = payload.data if payload.kind != BROADCAST else b""
         try:
-            answer = await self.call("load", body, {"name": ref.served_name, "kind": kind})
+            answer = await self.call("load", body, {"name": ref.served_name, "kind": payload.kind})
         except KeyError:
-            if not isinstance(payload, Broadcast):
+            if payload.kind != BROADCAST:
                 raise
             # the server was started after the broadcast
-            return await self.load(ref, Bytes(payload.data))
+            return await self.load(ref, Payload(BYTES, payload.data))
         with self.reading():
             return answer["digest"]
 
@@ -127,6 +127,15 @@ class Client:
             ) from error
         with self.reading():
             return Status(tokens_generated=int(found["tokens"]), adapters=tuple(found["adapters"]))
+
+    async def facts(self, kind: str, how: str) -> dict[str, Any]:
+        """What the server can do. Raises ValueError, with `how` to start it, without our routes."""
+        try:
+            return await self.call("facts", read_timeout=QUICK)
+        except KeyError as error:
+            raise ValueError(
+                f"rollout.urls: {self.url} is no {kind} server with Lorelei's routes; {how}"
+            ) from error
 
     async def call(
         self,

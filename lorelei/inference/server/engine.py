@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from lorelei.inference.contract import EngineClosed, Health
 from lorelei.inference.limits import Limits, check_loaded
 from lorelei.inference.server.backend import ServerBackend
 from lorelei.inference.server.client import Client, ServerTrouble, served_name
-from lorelei.inference.server.payload import Bytes, Payload, pack
+from lorelei.inference.server.payload import BYTES, Payload, pack
 from lorelei.inference.server.process import Launcher, LocalServer
 from lorelei.inference.server.replicas import Replica, Router
 from lorelei.inference.server.requests import Attempts, Requests
@@ -106,7 +106,7 @@ class ServerEngine:
         return await self._until_closed(scores)
 
     async def load(self, ref: AdapterRef, state: AdapterState) -> str | None:
-        return await self.install(ref, Bytes(await asyncio.to_thread(pack, state)))
+        return await self.install(ref, Payload(BYTES, await asyncio.to_thread(pack, state)))
 
     async def install(self, ref: AdapterRef, payload: Payload) -> str | None:
         """Bring a version to every server, also to those that restart later.
@@ -305,14 +305,7 @@ class ServerEngine:
         """The results, once all have ended; the first failure if there is one."""
         self._begin()
 
-        async def all_ended() -> list[T]:
-            results = await asyncio.gather(*map(call, chosen), return_exceptions=True)
-            for result in results:
-                if isinstance(result, BaseException):
-                    raise result
-            return results  # type: ignore[return-value]  # no exception is left
-
-        return await self._until_closed(all_ended())
+        return await self._until_closed(all_ended(map(call, chosen)))
 
     async def _look(self, replica: Replica) -> None:
         if replica.ready:
@@ -359,3 +352,12 @@ class ServerEngine:
         """The served name. Raises KeyError for a version that is not loaded."""
         check_loaded(ref, self._served)
         return served_name(ref)
+
+
+async def all_ended(calls: Iterable[Awaitable[T]]) -> list[T]:
+    """The results, once all have ended; raises the first failure."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results  # type: ignore[return-value]  # no exception is left

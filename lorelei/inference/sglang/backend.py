@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lorelei.config.errors import FieldError
 from lorelei.config.rollout import Scalar
 from lorelei.inference.server.backend import stream_seed
-from lorelei.inference.server.client import QUICK, READ_TIMEOUT, Client
+from lorelei.inference.server.client import READ_TIMEOUT, Client
 from lorelei.inference.server.options import ServerOptions, binding, flags, launch
 from lorelei.inference.server.process import LOOPBACK, Launch
 from lorelei.inference.sglang.kind import INNER, SPARE, cpu_cache_tokens, slots
@@ -49,12 +49,7 @@ class SglangBackend:
 
     async def workers(self, client: Client) -> int:
         how = f"start it with `python -P -m {LAUNCHER}`, Lorelei on its PYTHONPATH"
-        try:
-            found = await client.call("facts", read_timeout=QUICK)
-        except KeyError as error:
-            raise ValueError(
-                f"rollout.urls: {client.url} is no SGLang server with Lorelei's routes; {how}"
-            ) from error
+        found = await client.facts("SGLang", how)
         with client.reading():
             workers, adapts = int(found["workers"]), found["max_rank"] is not None
         if not adapts:

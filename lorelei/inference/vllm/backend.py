@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lorelei.config.rollout import Scalar
 from lorelei.inference.server.backend import stream_seed
-from lorelei.inference.server.client import QUICK, READ_TIMEOUT, Client
+from lorelei.inference.server.client import READ_TIMEOUT, Client
 from lorelei.inference.server.options import ServerOptions, binding, flags, launch
 from lorelei.inference.server.process import LOOPBACK, Launch
 from lorelei.inference.vllm.kind import slots
@@ -54,14 +54,11 @@ class VllmBackend:
         return stream_seed(request.sampling.seed, request.key, request.position)
 
     async def workers(self, client: Client) -> int:
-        try:
-            found = await client.call("facts", read_timeout=QUICK)
-        except KeyError as error:
-            raise ValueError(
-                f"rollout.urls: {client.url} is no vLLM server with Lorelei's routes; start it "
-                f"with --worker-extension-cls {EXTENSION} --middleware {ROUTES} "
-                f"--logprobs-mode {LOGPROBS_MODE} --enable-lora, and Lorelei on its PYTHONPATH"
-            ) from error
+        found = await client.facts(
+            "vLLM",
+            f"start it with --worker-extension-cls {EXTENSION} --middleware {ROUTES} "
+            f"--logprobs-mode {LOGPROBS_MODE} --enable-lora, and Lorelei on its PYTHONPATH",
+        )
         with client.reading():
             exact = found["logprobs_mode"] == LOGPROBS_MODE and found["scores"]
             workers = int(found["workers"])
