@@ -62,7 +62,7 @@ class ServerEngine:
         self._supervisors = [Supervisor(r, folder, self._restore, launcher) for r in self.replicas]
         self._live: dict[str, tuple[AdapterRef, Payload]] = {}
         self._served: set[str] = set()
-        self._users: Counter[str] = Counter()
+        self._users: Counter[str | None] = Counter()  # requests, by served name; None: the base
         self._closed: BaseException | None = None
         self._tasks: set[asyncio.Task[Any]] = set()  # calls
         self._background: set[asyncio.Task[None]] = set()
@@ -83,15 +83,13 @@ class ServerEngine:
         self._check_open()
         name = self._name(request.adapter)
         self._limits.check_request(request)
-        if name is not None:
-            self._users[name] += 1
+        self._users[name] += 1
         try:
             self._begin()
             return await self._until_closed(self._requests.generate(request))
         finally:
-            if name is not None:
-                self._users[name] -= 1
-                await self._notify()
+            self._users[name] -= 1
+            await self._notify()
 
     async def score(
         self, sequences: Sequence[Ints], adapter: AdapterRef | None, temperature: float = 1.0

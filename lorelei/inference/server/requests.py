@@ -121,13 +121,13 @@ class Requests:
                 for sequence in sequences
             ]
 
-    def dismiss(self, adapter: AdapterRef | None, names: Iterable[str]) -> None:
+    def dismiss(self, adapter: AdapterRef | None, names: Iterable[str | None]) -> None:
         """Waiting requests are answered empty; running ones are not asked again when they end.
 
-        adapter: only that version's requests; None: those of the base and of all `names`.
+        adapter: only that version's requests; None: those of all `names`, None for the base.
         """
         name = served_name(adapter)
-        self._aborts.update([*names, None] if name is None else [name])
+        self._aborts.update([*names] if name is None else [name])
         self._router.dismiss(name)
 
     async def end(self, adapter: AdapterRef | None, tell: Callable[[], Awaitable[None]]) -> None:
