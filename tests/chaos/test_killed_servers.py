@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lorelei.inference.limits import Limits
-from lorelei.inference.server.client import Client, Sampled
+from lorelei.inference.server.client import Client
 from lorelei.inference.server.engine import ServerEngine
 from lorelei.inference.server.replicas import Replica
 from lorelei.inference.sglang.backend import SglangBackend
@@ -84,7 +84,7 @@ def pair(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     answered: list[tuple[bytes, str]] = []
     generate = Client.generate
 
-    async def noting(self: Client, request: GenerateRequest, limit: int, seed: int) -> Sampled:
+    async def noting(self: Client, request: GenerateRequest, limit: int, seed: int) -> Completion:
         sampled = await generate(self, request, limit, seed)
         answered.append((request.tokens.tobytes(), self.url))
         return sampled

@@ -9,9 +9,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import numpy as np
-
-from lorelei.inference.contract import Health
+from lorelei.inference.contract import Health, completion
 from lorelei.inference.embedded.decoding import Decoding, Outcome
 from lorelei.inference.embedded.kind import PREFILL_TOKENS
 from lorelei.inference.embedded.published import PublishedAdapters
@@ -184,11 +182,5 @@ class EmbeddedEngine:
         if isinstance(outcome, FloatingPointError):
             self._worker.resolve(row.future, outcome)
             return
-        ref, count = row.request.adapter, len(row.tokens)
-        completion = Completion(
-            tokens=np.array(row.tokens, dtype=np.int32),
-            logprobs=np.array(row.logprobs, dtype=np.float32),
-            versions=((ref.version if ref is not None else 0, count),) if count else (),
-            finish_reason=outcome,
-        )
-        self._worker.resolve(row.future, completion)
+        answer = completion(row.request.adapter, row.tokens, row.logprobs, outcome)
+        self._worker.resolve(row.future, answer)

@@ -11,8 +11,17 @@ from typing import Any
 import httpx
 import numpy as np
 
+from lorelei.inference.contract import completion
 from lorelei.inference.server.payload import BROADCAST, BYTES, Payload
-from lorelei.types import AdapterRef, FinishReason, Floats, GenerateRequest, Ints, SamplingParams
+from lorelei.types import (
+    AdapterRef,
+    Completion,
+    FinishReason,
+    Floats,
+    GenerateRequest,
+    Ints,
+    SamplingParams,
+)
 
 CONNECT = 5.0  # seconds
 READ_TIMEOUT = 30.0  # seconds; while a server works on an answer it sends a blank every three
@@ -23,16 +32,6 @@ _REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abo
 
 class ServerTrouble(RuntimeError):
     """The server or its connection failed: the same call may work later, or elsewhere."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled:
-    """What a server answered to one request."""
-
-    tokens: Ints  # [T]; the stop token, when there is one, is the last
-    logprobs: Floats  # [T] nats, temperature-scaled
-    finish_reason: FinishReason
-    served_name: str | None  # of the adapter that sampled; None: the base model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,18 +62,19 @@ class Client:
             trust_env=False,  # no proxy stands between us and a server
         )
 
-    async def generate(self, request: GenerateRequest, limit: int, seed: int) -> Sampled:
+    async def generate(self, request: GenerateRequest, limit: int, seed: int) -> Completion:
         """Sample at most `limit` tokens. Cancelling the call aborts the request."""
+        name = served_name(request.adapter)
         asked = _sampling(request.sampling, limit, seed)
-        asked |= {"tokens": request.tokens.tolist(), "adapter": served_name(request.adapter)}
-        answer = await self.call("generate", asked)
+        answer = await self.call(
+            "generate", {**asked, "tokens": request.tokens.tolist(), "adapter": name}
+        )
         with self.reading():
-            return Sampled(
-                tokens=np.array(answer["tokens"], dtype=np.int32),
-                logprobs=np.array(answer["logprobs"], dtype=np.float32),
-                finish_reason=_REASONS[answer["finish_reason"]],
-                served_name=answer["adapter"],
-            )
+            served, end = answer["adapter"], _REASONS[answer["finish_reason"]]
+            sampled = completion(request.adapter, answer["tokens"], answer["logprobs"], end)
+        if served != name:
+            raise ServerTrouble(f"{self.url}: a wrong answer: {served} answered for {name}")
+        return sampled
 
     async def warm_up(self) -> None:
         """One real request: a server may report itself healthy and crash on the first one."""

@@ -12,9 +12,10 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import numpy as np
 
+from lorelei.inference.contract import completion
 from lorelei.inference.limits import Limits
 from lorelei.inference.server.backend import ServerBackend
-from lorelei.inference.server.client import Sampled, ServerTrouble, served_name
+from lorelei.inference.server.client import ServerTrouble, served_name
 from lorelei.inference.server.replicas import Replica, Router
 from lorelei.inference.stops import StopStrings
 from lorelei.model.tokenizer import Tokenizer
@@ -22,12 +23,7 @@ from lorelei.types import AdapterRef, Completion, Floats, GenerateRequest, Ints
 
 ATTEMPTS = 5  # of one call, each after a failure of a server
 PAUSE = 0.2  # seconds before the second attempt, doubled for each later one
-_EMPTY = Completion(
-    tokens=np.zeros(0, np.int32),
-    logprobs=np.zeros(0, np.float32),
-    versions=(),
-    finish_reason="abort",
-)
+_EMPTY = completion(None, [], [], "abort")
 
 
 class Attempts:
@@ -84,7 +80,7 @@ class Requests:
             self._running[running] = request.adapter
             try:
                 sampled = await replica.client.generate(request, limit, seed)
-                self._check(sampled, request, limit)
+                self._check(sampled, limit)
                 aborted = sampled.finish_reason == "abort" and aborts == self._aborts[name]
                 if aborted and put_off == self._put_off:
                     raise ServerTrouble(f"{replica.client.url} ended the request by itself")
@@ -93,7 +89,7 @@ class Requests:
             else:
                 replica.finished += 1
                 if not aborted:
-                    return self._completion(request, sampled)
+                    return self._up_to_stop(request, sampled)
                 continue
             finally:
                 del self._running[running]
@@ -155,13 +151,11 @@ class Requests:
         if isinstance(trouble, KeyError) and adapter is not None:
             await self._reload(replica, adapter)
 
-    def _check(self, sampled: Sampled, request: GenerateRequest, limit: int) -> None:
+    def _check(self, sampled: Completion, limit: int) -> None:
         """Raises ServerTrouble for an answer that cannot be what was asked for."""
-        name, count = served_name(request.adapter), len(sampled.tokens)
+        count = len(sampled.tokens)
         wrong: str | None = None
-        if sampled.served_name != name:
-            wrong = f"{sampled.served_name} answered for {name}"
-        elif len(sampled.logprobs) != count:
+        if len(sampled.logprobs) != count:
             wrong = f"{len(sampled.logprobs)} log-probabilities for {count} tokens"
         elif not np.isfinite(sampled.logprobs).all():
             wrong = "log-probabilities are not finite"
@@ -174,17 +168,11 @@ class Requests:
         if wrong:
             raise ServerTrouble(f"{self._backend.name}: a wrong answer: {wrong}")
 
-    def _completion(self, request: GenerateRequest, sampled: Sampled) -> Completion:
-        tokens, logprobs, reason = sampled.tokens, sampled.logprobs, sampled.finish_reason
+    def _up_to_stop(self, request: GenerateRequest, sampled: Completion) -> Completion:
+        """Ended by the request's stop strings, where it has some."""
+        tokens, logprobs = sampled.tokens.tolist(), sampled.logprobs.tolist()
         if (stops := StopStrings.of(request, self._tokenizer)) is not None:
-            for count, token in enumerate(tokens.tolist(), start=1):
+            for count, token in enumerate(tokens, start=1):
                 if stops.completes(token):
-                    tokens, logprobs, reason = tokens[:count], logprobs[:count], "stop"
-                    break
-        version = request.adapter.version if request.adapter is not None else 0
-        return Completion(
-            tokens=tokens,
-            logprobs=logprobs,
-            versions=((version, len(tokens)),) if len(tokens) else (),
-            finish_reason=reason,
-        )
+                    return completion(request.adapter, tokens[:count], logprobs[:count], "stop")
+        return sampled
