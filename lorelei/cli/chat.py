@@ -12,8 +12,7 @@ from lorelei.cli.arguments import AdapterName, RunFolder, prepare_run
 
 if TYPE_CHECKING:
     from lorelei.cli.trained_run import TrainedRun
-    from lorelei.model.tokenizer import Tokenizer
-    from lorelei.types import AdapterRef, Ints, SamplingParams
+    from lorelei.types import AdapterRef, SamplingParams
 
 
 def chat(
@@ -37,28 +36,37 @@ def chat(
     ref = None if base else trained.ref(name, trained.state(name))
     typer.echo(f"{ref or 'the base model'} answers; an empty line ends")
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
-    for answer in _answers(trained, ref, sampling):
+    for answer in _answers(trained, name, ref, sampling):
         typer.echo(escaped(answer, keep="\n"))
 
 
 def _answers(
-    trained: TrainedRun, ref: AdapterRef | None, sampling: SamplingParams
+    trained: TrainedRun, adapter: str, ref: AdapterRef | None, sampling: SamplingParams
 ) -> Iterator[str]:
     """One answer for each line of standard input; the model sees the whole conversation."""
     import asyncio
     from dataclasses import replace
 
+    from lorelei.data.chat import ChatTemplate
+    from lorelei.data.reply import decoder_of
     from lorelei.inference.embedded.engine import EmbeddedEngine
     from lorelei.model.backend import DTYPES, default_device
     from lorelei.model.config import ForeignModel
     from lorelei.model.load import load_decoder
     from lorelei.model.locate import resolve_model
     from lorelei.model.tokenizer import load_tokenizer, stop_token_ids
-    from lorelei.types import GenerateRequest
+    from lorelei.types import GenerateRequest, Turn
 
     model = resolve_model(trained.config.model)
     tokenizer = load_tokenizer(model)
-    sampling = replace(sampling, stop_token_ids=stop_token_ids(model, tokenizer))
+    stops, decode = stop_token_ids(model, tokenizer), decoder_of(tokenizer)
+    sampling = replace(sampling, stop_token_ids=stops)
+    tasks = {e.name: e.task for e in trained.config.experiments()}  # of adapters added later: none
+    talk = ChatTemplate(
+        tokenizer=tokenizer,
+        stop_token_ids=stops,
+        variables=tasks[adapter].chat_template_kwargs if adapter in tasks else {},
+    )
     try:
         decoder = load_decoder(model, DTYPES[trained.config.dtype], default_device())
     except ForeignModel as error:
@@ -75,24 +83,18 @@ def _answers(
             for number, question in enumerate(_lines()):
                 messages.append({"role": "user", "content": question})
                 request = GenerateRequest(
-                    tokens=_tokens(tokenizer, messages),
+                    tokens=talk.prompt(messages),
                     adapter=ref,
                     sampling=sampling,
                     key=f"chat/{number}",
                 )
                 completion = runner.run(engine.generate(request))
-                text = tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True)
-                messages.append({"role": "assistant", "content": str(text)})
-                yield str(text)
+                text = decode(completion.tokens)
+                turn = Turn(prompt=request.tokens, completion=completion, text=text)
+                messages.append(talk.spoken(turn))
+                yield text
         finally:
             runner.run(engine.close())
-
-
-def _tokens(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> Ints:
-    import numpy as np
-
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return np.asarray(tokenizer(str(text), add_special_tokens=False)["input_ids"], dtype=np.int32)
 
 
 def _lines() -> Iterator[str]:

@@ -17,8 +17,8 @@ from lorelei.config.rollout import EmbeddedRollout, ServerRollout, SglangRollout
 from lorelei.config.run import RunConfig
 from lorelei.config.task import ReasoningGymTask
 from lorelei.config.train import MegatronTrain
-from lorelei.data.chat import ChatTemplate
 from lorelei.data.examples import ExampleSource
+from lorelei.data.reply import decoder_of
 from lorelei.env.contract import Endpoint
 from lorelei.inference.contract import InferenceEngine
 from lorelei.inference.embedded.engine import EmbeddedEngine
@@ -46,7 +46,6 @@ from lorelei.store.spool import Spool
 from lorelei.train.engine_thread import EngineThread
 from lorelei.train.kinds import trains_here
 from lorelei.train.remote.workers import LOOPBACK
-from lorelei.types import Ints
 from lorelei.venvs.recipe import interpreter
 
 if TYPE_CHECKING:
@@ -82,15 +81,14 @@ async def build(
     known = model_info(config, folder, read_config(folder))
     tokenizer = load_tokenizer(folder)
     stops = stop_token_ids(folder, tokenizer)
-    chat = ChatTemplate(tokenizer=tokenizer, stop_token_ids=stops)
     maker = DataMaker(
         tokenizer=tokenizer,
-        chat=chat,
+        stop_token_ids=stops,
         model=known.sizes,
         max_context=config.rollout.max_context,
         stack=stack,
     )
-    endpoint = await _endpoint(experiments, chat, stack)
+    endpoint = await _endpoint(experiments, stack)
     data = {e.name: maker.data(e, endpoint) for e in experiments}
     cluster = _cluster(config, training)
     if cluster is not None:
@@ -129,15 +127,13 @@ def _cluster(config: RunConfig, training: bool) -> Cluster | None:
             return None
 
 
-async def _endpoint(
-    experiments: Sequence[Experiment], chat: ChatTemplate, stack: AsyncExitStack
-) -> Endpoint | None:
+async def _endpoint(experiments: Sequence[Experiment], stack: AsyncExitStack) -> Endpoint | None:
     """What agents speak to, if there are any."""
     if all(e.env.kind != "agent" for e in experiments):
         return None
     from lorelei.inference.endpoint.server import HttpEndpoint
 
-    endpoint = HttpEndpoint(chat)
+    endpoint = HttpEndpoint()
     stack.push_async_callback(endpoint.close)
     await endpoint.start()
     return endpoint
@@ -299,11 +295,6 @@ def _warm_start(e: Experiment, folder: str) -> AdapterState:
 def _untrained(state: AdapterState) -> AdapterSnapshot:
     zeros = {name: torch.zeros_like(tensor) for name, tensor in state.tensors.items()}
     return AdapterSnapshot(state=state, exp_avg=zeros, exp_avg_sq=zeros, step=0)
-
-
-def decoder_of(tokenizer: Tokenizer) -> Callable[[Ints], str]:
-    """Token ids to text, without special tokens."""
-    return lambda tokens: str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
 
 
 def task_words(e: Experiment) -> str:
