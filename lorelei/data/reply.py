@@ -22,6 +22,8 @@ THINKING = (
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
 )
 TAGS = tuple(tag for pair in THINKING for tag in pair)
+# under which a reward is given parts of a reply; a row's own columns must not have these names
+COLUMNS = frozenset({"completion_answer", "completion_thinking", "completion_prefix"})
 _OPEN = {opened: closed for opened, closed in THINKING}
 _ANY = re.compile("|".join(map(re.escape, TAGS)))
 
@@ -50,10 +52,6 @@ class Reply:
             "completion_thinking": self.thinking,
             "completion_prefix": self.prefix,
         }
-
-
-# names that a row's own columns must not have
-COLUMNS = frozenset(Reply.of("").columns())
 
 
 def split_thinking(text: str, prefix: str = "") -> tuple[str, str]:

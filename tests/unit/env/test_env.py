@@ -6,7 +6,9 @@ import asyncio
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
+from lorelei.data.chat import ChatTemplate
 from lorelei.env.contract import Env, Episode
 from lorelei.env.single_turn import SingleTurn
 from lorelei.reward.pool import RewardPool
@@ -21,9 +23,14 @@ PROMPT = Prompt(
 
 
 @pytest.fixture(scope="module")
-def env():
+def chat(tiny_tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
+    return ChatTemplate(tokenizer=tiny_tokenizer, stop_token_ids=(2,))
+
+
+@pytest.fixture(scope="module")
+def env(chat: ChatTemplate):
     pool = RewardPool("math_verify", workers=1)
-    yield SingleTurn(reward=pool)
+    yield SingleTurn(reward=pool, chat=chat)
     pool.close()
 
 
@@ -59,11 +66,11 @@ def test_an_aborted_answer_is_not_scored(env):
     assert len(episode.turns) == 1
 
 
-def test_a_failed_reward_is_an_episode_with_its_reason(tmp_path):
+def test_a_failed_reward_is_an_episode_with_its_reason(tmp_path, chat):
     path = tmp_path / "rewards.py"
     path.write_text("def f(completion): return None")
     pool = RewardPool("python", path=f"{path}:f", workers=1)
-    episode = play(SingleTurn(reward=pool), "2")
+    episode = play(SingleTurn(reward=pool, chat=chat), "2")
     pool.close()
     assert (episode.reward, episode.error) == (None, "not a number: None")
     assert episode.turns[0].text == "2"
