@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from lorelei.model.tokenizer import Tokenizer
 
-GUARD = f"lorelei{secrets.token_hex(8)}"  # nobody can write it into data
+# nobody can write these into data
+GUARD = f"guard{secrets.token_hex(8)}"
+_NAME = f"control{secrets.token_hex(8)}"
 
 
 class Composed(str):
@@ -106,7 +108,7 @@ class ControlTokens:
                 "tokenizer without tokenizer.json cannot write as text; remove them from the data, "
                 "or set it to 'tokens'"
             )
-        secret_of = {name: f"<{GUARD}{n}>" for n, name in enumerate(sorted(self.names))}
+        secret_of = {name: f"<{_NAME}-{n}>" for n, name in enumerate(sorted(self.names))}
         spec = json.loads(backend.to_str())
         for token in spec["added_tokens"]:
             token["content"] = secret_of.get(token["content"], token["content"])

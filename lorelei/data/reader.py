@@ -108,22 +108,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_parquet(path: Path) -> Table:
     """The rows of a parquet file."""
     from pyarrow import ArrowException
-    from pyarrow.parquet import read_table
+    from pyarrow.parquet import read_schema, read_table
 
     with _existing(path).open("rb") as file:
         start = file.read(64)
     _refuse_mislabelled(path, start, jsonl=False)
     try:
-        table = read_table(path)
-        names = table.column_names
-        rows = [] if len(set(names)) < len(names) else table.to_pylist()
+        names = read_schema(path).names
+        twice = [name for name in names if names.count(name) > 1]
+        rows = [] if twice else read_table(path).to_pylist()
     # pyarrow says OSError of damaged pages, and ValueError of values that Python has not
     except (ArrowException, OSError, ValueError, OverflowError) as error:
         what = "is damaged" if start.startswith(b"PAR1") else "is not a parquet file"
         raise ValueError(f"task.path: {path} {what} ({_reason(error)}); get it again") from error
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"task.path: {path} has two columns {twice!r}; rename one")
+    if twice:
+        raise ValueError(f"task.path: {path} has two columns {twice[0]!r}; rename one")
     return _checked(Table(rows=rows, name=path.stem, source=str(path)))
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 
 Tools = Sequence[Mapping[str, Any]]
 Format = Literal["hermes", "json", "tags", "mistral"]
-FORMATS: tuple[Format, ...] = ("tags", "mistral", "hermes", "json")  # most telling first
+FORMATS: tuple[Format, ...] = ("hermes", "mistral", "tags", "json")  # most telling first
 
 _HERMES = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _TAGS = re.compile(
