@@ -12,6 +12,7 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -99,8 +100,7 @@ class ControlTokens:
 
     def _renamed(self) -> tuple[Any, dict[str, str], dict[int, int]]:
         """(the tokenizer with its control tokens under secret names, these, their true ids)."""
-        import tokenizers
-
+        tokenizers: Any = import_module("tokenizers")  # its methods have no types
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(
@@ -114,7 +114,9 @@ class ControlTokens:
             token["content"] = secret_of.get(token["content"], token["content"])
         spec["truncation"] = spec["padding"] = None
         copy: Any = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        id_of = {copy.token_to_id(new): self._ids[old] for old, new in secret_of.items()}
+        id_of: dict[int, int] = {
+            copy.token_to_id(new): self._ids[old] for old, new in secret_of.items()
+        }
         return copy, secret_of, id_of
 
 

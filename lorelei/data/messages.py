@@ -26,7 +26,7 @@ def _are_calls(calls: object) -> bool:
     listed = cast(list[object], calls) if isinstance(calls, list | tuple) else None
     if listed is None:
         return calls is None
-    return all(isinstance(c, Mapping) and isinstance(_function(c).get("name"), str) for c in listed)
+    return all(isinstance(_function(call).get("name"), str) for call in listed)
 
 
 def without_nulls(value: Any) -> Any:
@@ -50,7 +50,7 @@ def read_tools(value: object) -> list[dict[str, Any]] | None:
         return None
     tools: list[dict[str, Any]] = []
     for tool in cast(list[object], value):
-        plain: dict[str, Any] = without_nulls(tool) if isinstance(tool, Mapping) else {}
+        plain: dict[str, Any] = without_nulls(tool) if isinstance(tool, dict) else {}
         if not isinstance(_function(plain).get("name"), str):
             return None
         tools.append(plain if "function" in plain else {"type": "function", "function": plain})
@@ -79,9 +79,14 @@ def arguments_of(call: Mapping[str, Any]) -> Any:
         raise ValueError(f"tool_calls: the arguments {shown(held)} are not JSON") from error
 
 
-def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    function = call.get("function", call)
-    return cast(Mapping[str, Any], function) if isinstance(function, Mapping) else {}
+def _function(call: object) -> Mapping[str, Any]:
+    """The part with name and arguments, of what may be a call or a tool."""
+    whole = _mapping(call)
+    return _mapping(whole.get("function", whole))
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}
 
 
 def _plain(message: Message, knows_calls: bool, format: Format) -> dict[str, Any]:

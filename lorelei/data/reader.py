@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,9 +132,8 @@ def read_hf(path: str, name: str | None, split: str) -> Table:
 
     words = f"the dataset {path!r} (name {name!r}, split {split!r})"
     try:
-        with _quiet(datasets):
-            loaded: Any = datasets.load_dataset(path, name, split=split)
-            rows = loaded.to_list()
+        with _quiet():
+            rows = datasets.load_dataset(path, name, split=split).to_list()
     # The border to datasets, which raises whatever pyarrow, fsspec and the hub's client do.
     except Exception as error:
         raise ValueError(
@@ -144,8 +143,10 @@ def read_hf(path: str, name: str | None, split: str) -> Table:
 
 
 @contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Without progress and log lines of datasets, whose errors are told in our own."""
+    import datasets
+
     bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -159,12 +160,12 @@ def _quiet(datasets: Any) -> Iterator[None]:
 
 def _hf_reason(error: Exception, path: str) -> str:
     """The reason in one line, with the fix where there is one."""
+    import datasets
+
     text = _reason(error)
     if "scripts are no longer supported" in text:
         return f"{text}; it is code, which is not run: save its rows as parquet or JSON lines"
     if text.startswith("Config name is missing"):
-        import datasets
-
         known = ", ".join(datasets.get_dataset_config_names(path))
         return f"it has several configurations; task.name: one of {known}"
     cause: BaseException | None = error.__cause__

@@ -229,11 +229,15 @@ def _unreadable(reason: str) -> ToolCall:
 def _types(name: str, tools: Tools) -> Mapping[str, Any]:
     """The types of a tool's parameters by its schema."""
     for tool in tools:
-        function = tool.get("function", tool)
+        function = _mapping(tool.get("function", tool))
         if function.get("name") == name:
-            properties = (function.get("parameters") or {}).get("properties") or {}
-            return {key: (schema or {}).get("type") for key, schema in properties.items()}
+            properties = _mapping(_mapping(function.get("parameters")).get("properties"))
+            return {key: _mapping(schema).get("type") for key, schema in properties.items()}
     return {}
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}
 
 
 def _typed(value: str, kind: object) -> Any:

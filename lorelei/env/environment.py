@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from lorelei.config.env import EnvConfig
@@ -16,7 +16,7 @@ _ASK = {"role": "user", "content": "?"}
 
 
 @contextmanager
-def _named(field: str) -> Iterator[None]:
+def _named(field: str) -> Generator[None]:
     """Names what of the configuration asks the template for something that it refuses."""
     try:
         yield

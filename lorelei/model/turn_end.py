@@ -55,8 +55,9 @@ def turn_end(folder: Path) -> TurnEnd | None:
         return None
     ends = [_read(folder / f"{name}.json").get("eos_token_id") for name in _NAMING]
     ends.append(added.get(tokens.get("eos_token", "")))
-    named = {i for end in ends for i in (end if isinstance(end, list) else [end])}
-    return TurnEnd(text=found, id=added[found], named=added[found] in named)
+    listed = [cast(list[object], end) if isinstance(end, list) else [end] for end in ends]
+    named = any(added[found] in these for these in listed)
+    return TurnEnd(text=found, id=added[found], named=named)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -95,13 +96,17 @@ def _rendered(template: str, variables: Mapping[str, str]) -> str:
     def refuse(message: str) -> None:
         raise ValueError(message)
 
-    environment = ImmutableSandboxedEnvironment(
+    def now(form: str) -> str:
+        return datetime.now().strftime(form)
+
+    def tojson(value: object, **_: object) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    environment: Any = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
     )
-    environment.globals.update(  # pyright: ignore[reportUnknownMemberType] it has no types
-        raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form)
-    )
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    environment.globals.update(raise_exception=refuse, strftime_now=now)
+    environment.filters["tojson"] = tojson
     try:
         return environment.from_string(template).render(
             messages=_CHAT, tools=None, documents=None, add_generation_prompt=False, **variables
