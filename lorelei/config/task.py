@@ -104,7 +104,8 @@ class ReasoningGymTask(_Task):
 class _DatasetTask(_Task):
     answer_field: str = Field(default=ANSWER, description="The column that holds the answer.")
     long_prompts: Literal["refuse", "drop"] = Field(
-        default="refuse", description="What becomes of rows over max_prompt_tokens."
+        default="refuse",
+        description="What becomes of overlong prompts: an error, or they are left out and counted.",
     )
     null_rows: Literal["refuse", "drop"] = Field(
         default="refuse", description="What becomes of rows that lack a prompt or an answer."

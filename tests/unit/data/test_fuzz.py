@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, event, given, seed, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerFast
@@ -65,14 +65,21 @@ columns = {
     "tools": values,
     "completion_answer": texts,
 }
-rows = st.fixed_dictionaries({}, optional=columns)
-lines = st.lists(
-    rows.map(json.dumps).map(str.encode)
-    | st.binary(max_size=12)
-    | texts.map(lambda text: text.encode("utf-8", "surrogatepass")),
-    min_size=1,
-    max_size=4,
+odd = st.fixed_dictionaries({}, optional=columns)
+# rows that are read to the end, and one fault at most
+plain = st.fixed_dictionaries(
+    {"question": texts.map(lambda text: f"Q {text}".replace("\ud800", "")), "answer": st.just("1")},
+    optional={"tools": values, "other": values},
 )
+asked = {"role": "user", "content": "Q"}
+talks = st.fixed_dictionaries(
+    {"prompt": st.lists(messages, max_size=3).map(lambda said: [*said, asked]),
+     "answer": st.just("1")}
+)  # fmt: skip
+rows = plain | plain | talks | odd
+written = rows.map(json.dumps).map(str.encode)
+noise = st.binary(max_size=12) | texts.map(lambda text: text.encode("utf-8", "surrogatepass"))
+lines = st.lists(written, min_size=1, max_size=3) | st.lists(written | noise, max_size=4)
 fragments = st.sampled_from(
     (CHATML, "{# tools #}", "{% for m in messages %}", "{% endfor %}", "{{ m.content }}", "{{ x }}",
      "{{ messages[7].content }}", "{{ 1 / 0 }}", "{{ messages | tojson }}", "{% if", "<|im_end|>",
@@ -165,8 +172,10 @@ def test_lines_of_json(
         return
     try:
         read(task, template, learns, needs_answer)
+        event("read")
     except ValueError as error:
         own_line(error)
+        event(str(error)[:25])
 
 
 @seed(SEED)
@@ -190,8 +199,10 @@ def test_tables(
         return
     try:
         read(task, CHATML, False, False)
+        event("read")
     except ValueError as error:
         own_line(error)
+        event(str(error)[:25])
 
 
 @seed(SEED)
