@@ -28,8 +28,9 @@ class Prompt:
 
     id: str  # stable for a (task, seed): the same problem has the same id in every run
     tokens: Ints  # [P]
-    messages: tuple[Mapping[str, str], ...]  # chat messages behind `tokens`
+    messages: tuple[Mapping[str, Any], ...]  # chat messages behind `tokens`
     data: Mapping[str, Any]  # what the reward needs: answer, metadata, dataset columns
+    tools: tuple[Mapping[str, Any], ...] = ()  # that the row offers, as OpenAI describes them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,31 +36,37 @@ def chat(
     ref = None if base else trained.ref(name, trained.state(name))
     say(f"{ref or 'the base model'} answers; an empty line ends")
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
-    for answer in _answers(trained, ref, sampling):
+    for answer in _answers(trained, name, ref, sampling):
         say(answer)
 
 
 def _answers(
-    trained: TrainedRun, ref: AdapterRef | None, sampling: SamplingParams
+    trained: TrainedRun, adapter: str, ref: AdapterRef | None, sampling: SamplingParams
 ) -> Iterator[str]:
     """One answer for each line of standard input; the model sees the whole conversation."""
     import asyncio
     from dataclasses import replace
 
     from lorelei.data.chat import ChatTemplate
+    from lorelei.data.reply import decoder_of
     from lorelei.inference.embedded.engine import EmbeddedEngine
     from lorelei.model.backend import DTYPES, default_device
     from lorelei.model.config import ForeignModel
     from lorelei.model.load import load_decoder
     from lorelei.model.locate import resolve_model
     from lorelei.model.tokenizer import load_tokenizer, stop_token_ids
-    from lorelei.types import GenerateRequest
+    from lorelei.types import GenerateRequest, Turn
 
     model = resolve_model(trained.config.model)
     tokenizer = load_tokenizer(model)
-    stops = stop_token_ids(model, tokenizer)
-    template = ChatTemplate(tokenizer=tokenizer, stop_token_ids=stops)
+    stops, decode = stop_token_ids(model, tokenizer), decoder_of(tokenizer)
     sampling = replace(sampling, stop_token_ids=stops)
+    tasks = {e.name: e.task for e in trained.config.experiments()}  # of adapters added later: none
+    talk = ChatTemplate(
+        tokenizer=tokenizer,
+        stop_token_ids=stops,
+        variables=tasks[adapter].chat_template_kwargs if adapter in tasks else {},
+    )
     try:
         decoder = load_decoder(model, DTYPES[trained.config.dtype], default_device())
     except ForeignModel as error:
@@ -77,15 +83,16 @@ def _answers(
             for number, question in enumerate(_lines()):
                 messages.append({"role": "user", "content": question})
                 request = GenerateRequest(
-                    tokens=template.prompt(messages),
+                    tokens=talk.prompt(messages),
                     adapter=ref,
                     sampling=sampling,
                     key=f"chat/{number}",
                 )
                 completion = runner.run(engine.generate(request))
-                text = tokenizer.decode(completion.tokens.tolist(), skip_special_tokens=True)
-                messages.append({"role": "assistant", "content": str(text)})
-                yield str(text)
+                text = decode(completion.tokens)
+                turn = Turn(prompt=request.tokens, completion=completion, text=text)
+                messages.append(talk.spoken(turn))
+                yield text
         finally:
             runner.run(engine.close())
 

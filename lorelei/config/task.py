@@ -10,15 +10,37 @@ from pydantic import Field, field_validator, model_validator
 from lorelei.config.errors import FieldError
 from lorelei.config.section import Section, tagged
 
+PROMPT_TEMPLATE, ANSWER = "{question}", "answer"
+# what the chat template is given by the run itself, or what would not reach it
+_NOT_VARIABLES = frozenset(
+    {
+        *("add_generation_prompt", "chat_template", "continue_final_message", "conversation"),
+        *("max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict"),
+        *("return_tensors", "tokenize", "tokenizer_kwargs", "tools", "truncation"),
+    }
+)
+
 
 class _Task(Section):
     prompt_template: str = Field(
-        default="{question}",
-        description="The user's message; {field} is filled from the problem, {{ and }} are braces.",
+        default=PROMPT_TEMPLATE,
+        description="The user's message; {field} is filled from the problem, {{ and }} are braces. "
+        "With the default, a row's own chat (column messages or prompt) is the prompt.",
     )
-    system_prompt: str | None = Field(default=None, description="A system message before it.")
+    system_prompt: str | None = Field(
+        default=None, description="A system message before it, and before a row's own chat."
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict[str, Any],
+        description="Variables of the model's chat template, such as {enable_thinking: false}.",
+    )
+    control_tokens: Literal["text", "tokens"] = Field(
+        default="text",
+        description="What control tokens of the model are, such as <|im_end|>, where they stand in "
+        "rows, tools' results and messages of environments.",
+    )
     max_prompt_tokens: int = Field(
-        default=1024, ge=1, description="Longest prompt; a problem with a longer one is an error."
+        default=1024, ge=1, description="Longest prompt; see long_prompts."
     )
     eval_size: int | None = Field(
         default=None, ge=0, description="Problems held out. Default: eval.n_prompts."
@@ -36,6 +58,14 @@ class _Task(Section):
                 raise ValueError(
                     f"'{{{field}}}' is not a field name; write a brace as {{{{ or }}}}"
                 )
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _only_variables(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if name in _NOT_VARIABLES or not name.isidentifier():
+                raise ValueError(f"{name!r} is no variable that can be given; remove it")
         return value
 
 
@@ -76,7 +106,14 @@ class ReasoningGymTask(_Task):
 
 
 class _DatasetTask(_Task):
-    answer_field: str = Field(default="answer", description="The column that holds the answer.")
+    answer_field: str = Field(default=ANSWER, description="The column that holds the answer.")
+    long_prompts: Literal["refuse", "drop"] = Field(
+        default="refuse",
+        description="What becomes of overlong prompts: an error, or they are left out and counted.",
+    )
+    null_rows: Literal["refuse", "drop"] = Field(
+        default="refuse", description="What becomes of rows that lack a prompt or an answer."
+    )
 
 
 class JsonlTask(_DatasetTask):

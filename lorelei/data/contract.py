@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -12,6 +13,11 @@ from lorelei.types import Longs, Prompt
 
 class PromptSource(Protocol):
     """Endless training prompts by index, and a fixed held-out set that never occurs in them."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What users are told of the data, such as rows that were left out."""
+        ...
 
     def prompt(self, index: int) -> Prompt:
         """The training prompt at `index` >= 0: a pure function of (task, seed, index).

@@ -26,6 +26,8 @@ EVAL_SEED = 2**31
 class ReasoningGymSource:
     """`size` training items per epoch; a mixture draws the dataset of each item by weight."""
 
+    notes: Sequence[str] = ()
+
     def __init__(
         self,
         mixture: Sequence[MixtureItem],

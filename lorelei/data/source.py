@@ -5,25 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorelei.config.task import HfTask, JsonlTask, MixtureItem, ParquetTask, TaskConfig
+from lorelei.config.task import ANSWER, HfTask, JsonlTask, MixtureItem, ParquetTask, TaskConfig
 from lorelei.data.contract import PromptSource
 from lorelei.data.examples import ExampleRenderer, ExampleSource
-from lorelei.data.reader import Rows, read_hf, read_jsonl, read_parquet
+from lorelei.data.reader import Table, read_hf, read_jsonl, read_parquet
 from lorelei.data.renderer import Renderer
-from lorelei.data.rows import RowSource
+from lorelei.data.rows import RowSource, Unfit, usable
 
 if TYPE_CHECKING:
     from lorelei.model.tokenizer import Tokenizer
 
 
 def make_source(
-    task: TaskConfig, tokenizer: Tokenizer, seed: int, *, eval_size: int
+    task: TaskConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    *,
+    eval_size: int,
+    needs_answer: bool = True,
+    own_tools: bool = True,
 ) -> PromptSource:
     """The prompts of a task, of which `eval_size` are held out.
 
+    needs_answer: whether the reward reads the answer. own_tools: whether rows may bring tools.
     Files are read and rendered whole. Raises ValueError for data that cannot be used.
     """
-    renderer = _renderer(task, tokenizer)
+    renderer = _renderer(task, tokenizer, needs_answer=needs_answer, own_tools=own_tools)
     if task.kind == "reasoning_gym":
         from lorelei.data.reasoning_gym import ReasoningGymSource
 
@@ -35,8 +42,9 @@ def make_source(
             renderer=renderer,
             seed=seed,
         )
-    rows, name = _rows(task)
-    return RowSource(rows, name=name, renderer=renderer, eval_size=eval_size, seed=seed)
+    return RowSource(
+        _table(task), renderer=renderer, eval_size=eval_size, seed=seed, unfit=_unfit(task)
+    )
 
 
 def make_examples(
@@ -57,27 +65,38 @@ def make_examples(
     renderer = ExampleRenderer(
         prompts=_renderer(task, tokenizer), stop_token_ids=stop_token_ids, max_tokens=max_tokens
     )
-    rows, name = _rows(task)
-    examples = [renderer.example(f"{name}/{i}", row) for i, row in enumerate(rows)]
-    return ExampleSource(examples, name=name, eval_size=eval_size, seed=seed)
+    table = _table(task)
+    examples, notes = usable(table, renderer.example, _unfit(task))
+    return ExampleSource(examples, name=table.name, eval_size=eval_size, seed=seed, notes=notes)
 
 
-def _renderer(task: TaskConfig, tokenizer: Tokenizer) -> Renderer:
+def _renderer(
+    task: TaskConfig, tokenizer: Tokenizer, *, needs_answer: bool = True, own_tools: bool = True
+) -> Renderer:
     return Renderer(
         tokenizer=tokenizer,
         prompt_template=task.prompt_template,
         system_prompt=task.system_prompt,
-        answer_field="answer" if task.kind == "reasoning_gym" else task.answer_field,
+        answer_field=ANSWER if task.kind == "reasoning_gym" else task.answer_field,
         max_prompt_tokens=task.max_prompt_tokens,
+        variables=task.chat_template_kwargs,
+        control_tokens=task.control_tokens,
+        # a generated problem may have several right answers, and then names none
+        answers="needed" if needs_answer and task.kind != "reasoning_gym" else "none",
+        own_tools=own_tools,
     )
 
 
-def _rows(task: JsonlTask | ParquetTask | HfTask) -> tuple[Rows, str]:
-    """The rows of a task's data, and what they are called."""
+def _unfit(task: JsonlTask | ParquetTask | HfTask) -> Unfit:
+    return Unfit(long=task.long_prompts, null=task.null_rows)
+
+
+def _table(task: JsonlTask | ParquetTask | HfTask) -> Table:
+    """The rows of a task's data."""
     match task.kind:
         case "jsonl":
-            return read_jsonl(Path(task.path)), Path(task.path).stem
+            return read_jsonl(Path(task.path))
         case "parquet":
-            return read_parquet(Path(task.path)), Path(task.path).stem
+            return read_parquet(Path(task.path))
         case "hf":
-            return read_hf(task.path, task.name, task.split), f"{task.path}/{task.split}"
+            return read_hf(task.path, task.name, task.split)

@@ -10,6 +10,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from lorelei.data.chat import ChatTemplate
+from lorelei.data.reply import Reply
 from lorelei.env.contract import Endpoint, Episode, Line, Sampler
 from lorelei.env.user_code import call_within, given, scored
 from lorelei.reward.contract import Reward
@@ -29,6 +31,7 @@ class Agent:
 
     function: Callable[..., Any]
     reward: Reward
+    chat: ChatTemplate
     endpoint: Endpoint
     model: str
     max_turns: int
@@ -36,7 +39,7 @@ class Agent:
 
     async def run(self, prompt: Prompt, sample: Sampler) -> Episode:
         """See Env. Raises what the function raises, or what kept the engine from answering."""
-        async with self.endpoint.open(sample, self.model, self.max_turns) as line:
+        async with self.endpoint.open(sample, self.model, self.max_turns, self.chat) as line:
             try:
                 result = await self._play(line, prompt)
             except Exception:
@@ -47,8 +50,8 @@ class Agent:
         if not turns:
             return Episode(turns=(), reward=None, error="the agent asked the model for nothing")
         if result is None or isinstance(result, str):
-            text = turns[-1].text if result is None else result
-            return await scored(turns, prompt, self.reward, text)
+            reply = self.chat.reply(turns[-1]) if result is None else Reply.of(result)
+            return await scored(turns, prompt, self.reward, reply)
         return given(turns, result)
 
     async def _play(self, line: Line, prompt: Prompt) -> Any:

@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from lorelei.data.chat import ChatTemplate
 from lorelei.types import Ints, Prompt, Turn
 
 
@@ -81,7 +82,7 @@ class Endpoint(Protocol):
     """Opens lines; one of them serves all episodes of a run."""
 
     def open(
-        self, sample: Sampler, model: str, max_turns: int
+        self, sample: Sampler, model: str, max_turns: int, chat: ChatTemplate
     ) -> AbstractAsyncContextManager[Line]:
-        """A line for one episode. model: the name that clients give."""
+        """A line for one episode. model: the name that clients give. chat: of its adapter."""
         ...

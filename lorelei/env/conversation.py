@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lorelei.data.chat import ChatTemplate, Message, Tools
+from lorelei.data.chat import ChatTemplate
+from lorelei.data.messages import Message
+from lorelei.data.tool_call import Tools
 from lorelei.env.contract import Sampler
 from lorelei.types import Ints, Prompt, Turn
 
@@ -20,13 +22,13 @@ class Conversation:
         self.messages: list[Message] = [dict(m) for m in prompt.messages]
         self.turns: list[Turn] = []
         self.tokens: Ints = chat.prompt(self.messages, tools) if tools else prompt.tokens
-        self._chat, self._tools = chat, tools
+        self._chat, self._tools = chat, tools or prompt.tools
 
     async def answer(self, sample: Sampler) -> Turn:
         """Let the model speak. Raises what the rollout engine raises."""
         turn = await sample(self.tokens, len(self.turns))
         self.turns.append(turn)
-        self.messages.append({"role": "assistant", "content": turn.text})
+        self.messages.append(self._chat.spoken(turn))
         return turn
 
     def tell(self, messages: Sequence[Message]) -> None:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 from lorelei.config.env import EnvConfig
-from lorelei.data.chat import ChatTemplate
+from lorelei.data.chat import ChatTemplate, TemplateRefused
 from lorelei.env.contract import Endpoint, Env
 from lorelei.env.single_turn import SingleTurn
 from lorelei.reward.contract import Reward
 from lorelei.user_file import load_function
+
+_ASK = {"role": "user", "content": "?"}
+
+
+@contextmanager
+def _named(field: str) -> Generator[None]:
+    """Names what of the configuration asks the template for something that it refuses."""
+    try:
+        yield
+    except TemplateRefused as refused:
+        raise ValueError(f"{field}: {refused}; use another model or env.kind") from refused
 
 
 def make_env(
@@ -22,13 +36,17 @@ def make_env(
     """The environment of one adapter.
 
     context: most tokens of a sequence. endpoint: for agents. model: what they call the adapter.
-    Raises ValueError for code that cannot be loaded and for a model without a chat template.
+    Raises ValueError for code that cannot be loaded, for a model without a chat template, and for
+    one whose template refuses such conversations.
     """
     if env.kind != "single_turn":
-        chat.text([{"role": "user", "content": "?"}])
+        chat.text([_ASK])
+    if env.kind == "multi_turn":
+        with _named("env.kind: multi_turn"):
+            chat.text([_ASK, {"role": "assistant", "content": "?"}, _ASK])
     match env.kind:
         case "single_turn":
-            return SingleTurn(reward=reward)
+            return SingleTurn(reward=reward, chat=chat)
         case "multi_turn":
             from lorelei.env.multi_turn import MultiTurn
 
@@ -46,6 +64,8 @@ def make_env(
             from lorelei.env.tools import ToolUsing
 
             tools = [load_tool(name) for name in env.tools]
+            with _named("env.kind: tools"):
+                chat.check_tools([tool.description for tool in tools])
             return ToolUsing(
                 reward=reward,
                 chat=chat,
@@ -74,6 +94,7 @@ def make_env(
             return Agent(
                 function=function,
                 reward=reward,
+                chat=chat,
                 endpoint=endpoint,
                 model=model,
                 max_turns=env.max_turns,

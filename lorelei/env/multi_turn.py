@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lorelei.data.chat import ChatTemplate
 from lorelei.env.contract import Episode, Sampler
 from lorelei.env.conversation import Conversation
+from lorelei.env.user_code import score
 from lorelei.reward.contract import Reward
 from lorelei.types import Prompt
 
@@ -35,7 +36,7 @@ class MultiTurn:
             turn = await talk.answer(sample)
             if turn.completion.finish_reason == "abort":
                 return Episode(turns=tuple(talk.turns), reward=None, error="aborted")
-            result = await self.reward.score(prompt.data, turn.text)
+            result = await score(self.reward, prompt, self.chat.reply(turn))
             if result.value is None:
                 return Episode(turns=tuple(talk.turns), reward=None, error=result.error)
             scores.append(result.value)

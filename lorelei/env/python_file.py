@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from lorelei.config.errors import shown
-from lorelei.data.chat import ChatTemplate, Message, is_message
+from lorelei.data.chat import ChatTemplate
+from lorelei.data.messages import Message, is_message
 from lorelei.env.contract import Episode, Sampler
 from lorelei.env.conversation import Conversation
 from lorelei.env.user_code import call_within, given, scored
@@ -60,7 +61,7 @@ class PythonFile:
             talk.tell(messages)
             if len(talk.tokens) >= self.context:
                 break
-        return await scored(turns, prompt, self.reward, turn.text)
+        return await scored(turns, prompt, self.reward, self.chat.reply(turn))
 
 
 def _messages(said: object) -> list[Message] | None:

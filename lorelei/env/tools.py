@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lorelei.data.chat import ChatTemplate
-from lorelei.data.tool_call import parse_calls
+from lorelei.data.chat import ChatTemplate, call_id
 from lorelei.env.contract import Episode, Sampler
 from lorelei.env.conversation import Conversation
 from lorelei.env.tool import Tool, use_all
+from lorelei.env.user_code import score
 from lorelei.reward.contract import Reward
 from lorelei.types import Prompt
 
@@ -30,26 +30,27 @@ class ToolUsing:
 
     async def run(self, prompt: Prompt, sample: Sampler) -> Episode:
         """See Env."""
-        talk = Conversation(self.chat, prompt, [tool.description for tool in self.tools.values()])
+        described = [tool.description for tool in self.tools.values()]
+        talk = Conversation(self.chat, prompt, described)
         made = failed = 0
         while True:
             turn = await talk.answer(sample)
             if turn.completion.finish_reason == "abort":
                 return Episode(turns=tuple(talk.turns), reward=None, error="aborted")
-            _, calls = parse_calls(turn.text)
+            _, calls = self.chat.calls(turn, described)
             if not calls or len(talk.turns) == self.max_turns:
                 break
             replies = await use_all(calls, self.tools, self.timeout)
-            made, failed = made + len(calls), failed + sum(not worked for _, worked in replies)
             talk.tell(
                 [
-                    {"role": "tool", "name": call.name, "content": text}
-                    for call, (text, _) in zip(calls, replies, strict=True)
+                    {"role": "tool", "name": call.name, "content": text, "tool_call_id": call_id(n)}
+                    for n, (call, (text, _)) in enumerate(zip(calls, replies, strict=True), made)
                 ]
             )
+            made, failed = made + len(calls), failed + sum(not worked for _, worked in replies)
             if len(talk.tokens) >= self.context:
                 break
-        result = await self.reward.score(prompt.data, turn.text)
+        result = await score(self.reward, prompt, self.chat.reply(turn))
         counts = {"turns": len(talk.turns), "tool_calls": made, "tool_errors": failed}
         return Episode(
             turns=tuple(talk.turns),

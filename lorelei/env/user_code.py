@@ -7,8 +7,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from lorelei.data.reply import Reply
 from lorelei.env.contract import Episode
-from lorelei.reward.contract import Reward, read_score
+from lorelei.reward.contract import Reward, RewardResult, read_score
 from lorelei.types import Prompt, Turn
 
 
@@ -37,9 +38,14 @@ def given(turns: tuple[Turn, ...], score: object) -> Episode:
     return Episode(turns=turns, reward=value, metrics={**metrics, "turns": float(len(turns))})
 
 
-async def scored(turns: tuple[Turn, ...], prompt: Prompt, reward: Reward, text: str) -> Episode:
-    """An episode whose text the run's reward scores."""
-    result = await reward.score(prompt.data, text)
+async def score(reward: Reward, prompt: Prompt, reply: Reply) -> RewardResult:
+    """A reply's score. The reward is given the whole text and, as columns, its parts."""
+    return await reward.score({**prompt.data, **reply.columns()}, reply.text)
+
+
+async def scored(turns: tuple[Turn, ...], prompt: Prompt, reward: Reward, reply: Reply) -> Episode:
+    """An episode whose reply the run's reward scores."""
+    result = await score(reward, prompt, reply)
     return Episode(
         turns=turns,
         reward=result.value,

@@ -16,7 +16,6 @@ from lorelei.config.publish import DiskPublish, HttpPublish, MemoryPublish, Xccl
 from lorelei.config.rollout import EmbeddedRollout, ServerRollout, SglangRollout, VllmRollout
 from lorelei.config.run import RunConfig
 from lorelei.config.train import MegatronTrain
-from lorelei.data.chat import ChatTemplate
 from lorelei.data.examples import ExampleSource
 from lorelei.env.contract import Endpoint
 from lorelei.inference.contract import InferenceEngine
@@ -84,14 +83,14 @@ async def build(
     known = model_info(config, folder, read_config(folder))
     tokenizer = load_tokenizer(folder)
     stops = stop_token_ids(folder, tokenizer)
-    chat = ChatTemplate(tokenizer=tokenizer, stop_token_ids=stops)
     maker = DataMaker(
-        chat=chat,
+        tokenizer=tokenizer,
+        stop_token_ids=stops,
         model=known.sizes,
         max_context=config.rollout.max_context,
         stack=stack,
     )
-    endpoint = await _endpoint(experiments, chat, stack)
+    endpoint = await _endpoint(experiments, stack)
     data = {e.name: maker.data(e, endpoint) for e in experiments}
     cluster = _cluster(config, training)
     if cluster is not None:
@@ -132,15 +131,13 @@ def _cluster(config: RunConfig, training: bool) -> Cluster | None:
     return Cluster(config.cluster, workers, servers, cpus)
 
 
-async def _endpoint(
-    experiments: Sequence[Experiment], chat: ChatTemplate, stack: AsyncExitStack
-) -> Endpoint | None:
+async def _endpoint(experiments: Sequence[Experiment], stack: AsyncExitStack) -> Endpoint | None:
     """What agents speak to, if there are any."""
     if all(e.env.kind != "agent" for e in experiments):
         return None
     from lorelei.inference.endpoint.server import HttpEndpoint
 
-    endpoint = HttpEndpoint(chat)
+    endpoint = HttpEndpoint()
     stack.push_async_callback(endpoint.close)
     await endpoint.start()
     return endpoint

@@ -22,6 +22,7 @@ from lorelei.jobs.job import Job
 from lorelei.jobs.rl import RlJob
 from lorelei.jobs.sft import SftJob
 from lorelei.model.config import ModelSizes
+from lorelei.model.tokenizer import Tokenizer
 from lorelei.obs.console import Console
 from lorelei.publish.canary import Watched, fixed_tokens
 from lorelei.reward.contract import NoReward
@@ -47,13 +48,15 @@ class Problems:
 
 
 Data = Problems | ExampleSource
+READS_ANSWER = ("math_verify", "reasoning_gym")  # rewards that compare with a gold answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataMaker:
     """Reads and checks the data of a run's adapters, before anything heavy is loaded."""
 
-    chat: ChatTemplate
+    tokenizer: Tokenizer
+    stop_token_ids: tuple[int, ...]
     model: ModelSizes
     max_context: int | None  # as configured
     stack: AsyncExitStack  # ends the workers of rewards
@@ -66,7 +69,14 @@ class DataMaker:
         """endpoint: what agents speak to. Raises ValueError for what a user can fix."""
         if e.algo.job == "sft":
             return self._examples(e)
-        source = make_source(e.task, self.chat.tokenizer, e.seed, eval_size=e.eval_size)
+        source = make_source(
+            e.task,
+            self.tokenizer,
+            e.seed,
+            eval_size=e.eval_size,
+            needs_answer=e.reward is not None and e.reward.kind in READS_ANSWER,
+            own_tools=e.env.kind != "tools",
+        )
         held_out = source.eval_prompts(e.eval.n_prompts) if e.eval.every else []
         self._check([source.prompt(0), *held_out])
         return Problems(source=source, held_out=held_out, env=self._env(e, endpoint))
@@ -74,10 +84,10 @@ class DataMaker:
     def _examples(self, e: Experiment) -> ExampleSource:
         source = make_examples(
             e.task,
-            self.chat.tokenizer,
+            self.tokenizer,
             e.seed,
             eval_size=e.eval_size,
-            stop_token_ids=self.chat.stop_token_ids,
+            stop_token_ids=self.stop_token_ids,
             max_tokens=self.context,
         )
         source.evaluate_on(e.eval.n_prompts if e.eval.every else 0)
@@ -94,7 +104,12 @@ class DataMaker:
         return make_env(
             e.env,
             reward=reward,
-            chat=self.chat,
+            chat=ChatTemplate(
+                tokenizer=self.tokenizer,
+                stop_token_ids=self.stop_token_ids,
+                variables=e.task.chat_template_kwargs,
+                control_tokens=e.task.control_tokens,
+            ),
             context=self.context,
             endpoint=endpoint,
             model=e.name,

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from lorelei import loop as the_loop
 from lorelei.config.run import RunConfig
+from lorelei.data.examples import ExampleSource
 from lorelei.inference.contract import EngineClosed
 from lorelei.inference.server.client import ServerTrouble
 from lorelei.launch.assemble import RunComponents, build, make_loop, make_thread, warm_starts
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot
+from lorelei.model.turn_end import turn_end
 from lorelei.obs.console import Console
 from lorelei.obs.history import read_metrics
 from lorelei.publish.contract import PublishError
@@ -137,12 +139,17 @@ def _opening(config: RunConfig, parts: RunComponents, loop: Loop) -> list[str]:
     lines = [f"{loop.store.folder}: {model}, {engines}"]
     if loop.store.latest is not None:
         lines.append(f"resuming after step {loop.step}")
+    if (end := turn_end(parts.folder)) is not None and not end.named:
+        lines.append(f"  {end.line}")
     for e in config.experiments():
         trained = f"rank {e.lora.lora_rank}" if e.lora.use_lora else "all weights"
         samples = f"prompts x {e.rollout.n_samples} samples" if e.samples else "rows"
         batch = f"{e.algo.batch_size} {samples}"
         task = e.task.title if e.task.kind == "reasoning_gym" else e.task.path
         lines.append(f"  {e.name}: {e.algo.kind} on {task}, {trained}, {batch}, {e.steps} steps")
+        data = parts.data[e.name]
+        notes = data.notes if isinstance(data, ExampleSource) else data.source.notes
+        lines += [f"    {note}" for note in notes]
     return lines
 
 

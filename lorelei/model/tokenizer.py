@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lorelei.model.load import CheckpointError, read_config
+from lorelei.model.turn_end import turn_end
 
 Messages = Sequence[Mapping[str, Any]]
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+class AddedToken(Protocol):
+    """What is used here of tokenizers' AddedToken."""
+
+    content: str
+    special: bool
 
 
 class Tokenizer(Protocol):
@@ -20,6 +28,10 @@ class Tokenizer(Protocol):
     chat_template: str | dict[str, str] | None  # a dict: templates by name
     eos_token: str | None
     eos_token_id: int | None
+    name_or_path: str
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, AddedToken]: ...
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]:
         """{"input_ids": ...}."""
@@ -35,8 +47,12 @@ class Tokenizer(Protocol):
         add_generation_prompt: bool = False,
         tokenize: bool = True,
         return_dict: bool = True,
+        **variables: Any,
     ) -> Any:
-        """Text without `tokenize`; token ids without `return_dict`. Raises jinja2.TemplateError."""
+        """Text without `tokenize`; token ids without `return_dict`. Raises jinja2.TemplateError.
+
+        variables: for the template, besides those that it always has.
+        """
         ...
 
 
@@ -64,15 +80,18 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def stop_token_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Every end-of-sequence token that config.json, generation_config.json or the tokenizer names.
+    """Every token that ends a turn or a text by the model's files.
 
-    Instruct models often name the end of a turn in only one of the three.
+    Instruct models often name it in only one of config.json, generation_config.json, the tokenizer
+    and the chat template.
     """
     generation = folder / "generation_config.json"
+    end = turn_end(folder)
     named: list[int | list[int] | None] = [
         read_config(folder).get("eos_token_id"),
         json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None,
         tokenizer.eos_token_id,
+        end.id if end else None,
     ]
     ids = {i for value in named for i in (value if isinstance(value, list) else [value])}
     return tuple(sorted(i for i in ids if i is not None))

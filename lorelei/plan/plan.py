@@ -21,6 +21,7 @@ from lorelei.inference.kinds import INFERENCE
 from lorelei.lora.targets import match_targets, tied_names
 from lorelei.model.config import BYTES, ModelInfo, ModelSizes
 from lorelei.model.shapes import find_shape
+from lorelei.model.turn_end import turn_end
 from lorelei.plan.adapter_size import AdapterSize, full_size, lora_size
 from lorelei.plan.hardware import Hardware, this_machine
 from lorelei.plan.memory import Footprint, ProcessGroup, estimate_memory
@@ -131,8 +132,13 @@ def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
         memory=phases,
         processes=processes,
         problems=problems,
-        warnings=tuple(config.warnings()),
+        warnings=(*config.warnings(), *_unnamed_end(folder)),
     )
+
+
+def _unnamed_end(folder: Path) -> list[str]:
+    end = turn_end(folder)
+    return [] if end is None or end.named else [end.line]
 
 
 def _adapter_plan(

@@ -250,12 +250,26 @@ CASES = {
     "missing question": Case(
         config=JSONL,
         prepare=rows('{"problem": "a", "answer": "b"}\n' * 9),
-        expected="task.prompt_template: bad/0 has no column 'question'; allowed: answer, pr",
+        expected="bad.jsonl has no column 'question'; allowed: answer, problem",
     ),
     "missing answer": Case(
-        config=JSONL,
+        config={**JSONL, "reward": {"kind": "math_verify"}},
         prepare=rows('{"question": "a", "anwser": "b"}\n' * 9),
-        expected="task.answer_field: bad/0 has no column 'answer'; did you mean 'anwser'?",
+        expected="bad.jsonl has no column 'answer'; did you mean 'anwser'?",
+    ),
+    "null question": Case(
+        config=JSONL,
+        prepare=rows('{"question": "a", "answer": "b"}\n{"question": null, "answer": "b"}\n'),
+        expected="bad.jsonl: the column 'question' is null; fill it in, or leave such rows out",
+    ),
+    "half a character": Case(
+        config=JSONL,
+        prepare=rows('{"question": "a", "answer": "\\ud83d"}\n'),
+        expected="bad.jsonl: the column 'answer' holds half a character (a lone surrogate)",
+    ),
+    "variable that the chat template has not": Case(
+        config={"task": {"chat_template_kwargs": {"enable_thinking": False}}},
+        expected="task.chat_template_kwargs: 'enable_thinking' is no variable of the model's chat",
     ),
     "nothing left to train on": Case(
         config=JSONL,

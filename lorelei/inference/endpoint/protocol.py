@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lorelei.config.errors import nearest, shown
+from lorelei.data.chat import ChatTemplate
 from lorelei.data.tool_call import ToolCall, parse_calls
 from lorelei.types import Turn
 
@@ -162,26 +163,32 @@ def _plain_call(call: Any, where: str) -> dict[str, Any]:
         raise Refused(f"{field}: {shown(call)} is not a call of a function", field=field) from error
 
 
+def _up_to(text: str, stops: Sequence[str]) -> str:
+    ends = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(ends)] if ends else text
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """What a client is told of a turn."""
 
-    id: str
+    number: int  # within the episode
     model: str
     turn: Turn
     content: str | None
     calls: Sequence[ToolCall]
 
     @classmethod
-    def of(cls, turn: Turn, request: ChatRequest, id: str) -> Answer:
+    def of(cls, turn: Turn, request: ChatRequest, number: int, chat: ChatTemplate) -> Answer:
         """Calls are read off the text where tools were offered; one unreadable leaves it text."""
-        text = turn.text
-        ends = [text.find(s) for s in request.stop_strings if s in text]
-        text = text[: min(ends)] if ends else text
-        content, calls = parse_calls(text) if request.offered else (text, [])
-        if any(call.error for call in calls):
-            content, calls = text, []
-        return cls(id=id, model=request.model, turn=turn, content=content, calls=calls)
+        reply, calls = chat.reply(turn), list[ToolCall]()
+        content = _up_to(reply.text, request.stop_strings)
+        if request.offered:
+            written = _up_to(reply.protocol, request.stop_strings)
+            before, calls = parse_calls(written, chat.tool_format(), request.offered)
+            calls = [] if any(call.error for call in calls) else calls
+            content = before if calls else content
+        return cls(number=number, model=request.model, turn=turn, content=content, calls=calls)
 
     def message(self) -> dict[str, Any]:
         """The assistant's message."""
@@ -190,7 +197,7 @@ class Answer:
             message["content"] = self.content or None
             message["tool_calls"] = [
                 {
-                    "id": f"call_{self.id}_{number}",
+                    "id": f"call{self.number:03d}{number:02d}",  # nine characters, for Mistral
                     "type": "function",
                     "function": {
                         "name": call.name,
@@ -240,7 +247,7 @@ class Answer:
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
-            "id": f"chatcmpl-{self.id}",
+            "id": f"chatcmpl-{self.number}",
             "object": kind,
             "created": int(time.time()),
             "model": self.model,

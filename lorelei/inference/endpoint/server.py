@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import secrets
 import socket
 from collections.abc import AsyncIterator, Generator
@@ -27,8 +28,7 @@ MAX_BODY = 4 * 2**20  # bytes; a context of a million tokens
 class HttpEndpoint:
     """Implements env's Endpoint. Loopback only; a bearer token names the episode."""
 
-    def __init__(self, chat: ChatTemplate) -> None:
-        self._chat = chat
+    def __init__(self) -> None:
         self._sessions: dict[str, Session] = {}
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
@@ -45,9 +45,11 @@ class HttpEndpoint:
         )
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
+        self._direct = contextlib.ExitStack()
 
     async def start(self) -> None:
-        """Serve until `close`."""
+        """Serve until `close`. Until then no client in this process reaches us by a proxy."""
+        self._direct.enter_context(_without_proxy("127.0.0.1", "localhost"))
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         while not self._server.started:
             if self._task.done():
@@ -62,14 +64,17 @@ class HttpEndpoint:
         if self._task is not None:
             await self._task
         self._socket.close()
+        self._direct.close()
 
     @asynccontextmanager
-    async def open(self, sample: Sampler, model: str, max_turns: int) -> AsyncIterator[Session]:
+    async def open(
+        self, sample: Sampler, model: str, max_turns: int, chat: ChatTemplate
+    ) -> AsyncIterator[Session]:
         """See Endpoint."""
         session = Session(
             base_url=self.base_url,
             api_key=secrets.token_urlsafe(24),
-            chat=self._chat,
+            chat=chat,
             sample=sample,
             model=model,
             max_turns=max_turns,
@@ -107,6 +112,23 @@ class HttpEndpoint:
                 code="invalid_api_key",
             )
         return session
+
+
+@contextlib.contextmanager
+def _without_proxy(*hosts: str) -> Generator[None, None, None]:
+    """Keeps clients that an agent makes from sending loopback to the http_proxy of a cluster."""
+    names = ("no_proxy", "NO_PROXY")
+    before = {name: os.environ.get(name) for name in names}
+    listed = [*filter(None, (before["no_proxy"] or before["NO_PROXY"] or "").split(",")), *hosts]
+    os.environ.update(dict.fromkeys(names, ",".join(dict.fromkeys(listed))))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class _Server(uvicorn.Server):

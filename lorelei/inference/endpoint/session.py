@@ -8,7 +8,9 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorelei.data.chat import ChatTemplate, Message, Tools
+from lorelei.data.chat import ChatTemplate
+from lorelei.data.messages import Message
+from lorelei.data.tool_call import Tools
 from lorelei.env.contract import Sampler
 from lorelei.inference.endpoint.protocol import Answer, ChatRequest, Refused
 from lorelei.types import Ints, Turn
@@ -60,7 +62,7 @@ class Session:
         if turn.completion.finish_reason == "abort":
             raise Refused("the run ended this completion before it was whole", status=503)
         self._turns[number] = turn
-        answer = Answer.of(turn, request, str(number))
+        answer = Answer.of(turn, request, number, self._chat)
         said = answer.message()
         conversation = [*request.messages, {**said, "content": said["content"] or ""}]
         self._answered[_key(conversation, request.offered)] = turn
@@ -106,6 +108,8 @@ class Session:
     def _tokens(self, request: ChatRequest) -> Ints:
         messages, at, answer = self._as_sampled(request.messages, request.offered)
         try:
+            if request.offered:
+                self._chat.tool_format()
             if answer is None:
                 return self.chat.prompt(messages, request.offered)
             return self.chat.follow(messages, at, answer, request.offered)
@@ -122,7 +126,7 @@ class Session:
             if message["role"] != "assistant":
                 continue
             if (turn := self._answered.get(_key(messages[: number + 1], tools))) is not None:
-                found[number] = {"role": "assistant", "content": turn.text}
+                found[number] = self._chat.spoken(turn)
                 at, last = number, turn
         return found, at, last
 

@@ -153,7 +153,7 @@ def test_a_tokenizer_without_chat_template_gets_plain_text(tiny_tokenizer):
 def test_chat_rows_are_used_as_they_are(make, tmp_path, column):
     chat = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1"}]
     path = write_jsonl(tmp_path, [{column: chat, "answer": 2}])
-    source = make(kind="jsonl", path=path, eval_size=0, system_prompt="Not this.")
+    source = make(kind="jsonl", path=path, eval_size=0)
     assert list(source.prompt(0).messages) == chat
     assert source.prompt(0).data["prompt"] == chat
 
@@ -276,13 +276,13 @@ def test_missing_answer_column_names_the_nearest(make, tmp_path):
 )
 def test_malformed_chat_is_named(make, tmp_path, chat, complaint):
     path = write_jsonl(tmp_path, [{"messages": chat, "answer": "2"}])
-    check_error(lambda: make(kind="jsonl", path=path), "sums/0", complaint)
+    check_error(lambda: make(kind="jsonl", path=path), "line 1 of ", "sums.jsonl", complaint)
 
 
 def test_too_long_prompt_names_problem_length_and_limit(make, tmp_path):
     path = write_jsonl(tmp_path, [*ROWS, {"question": "why? " * 100, "answer": "0"}])
     task = {"kind": "jsonl", "path": path, "max_prompt_tokens": 100}
-    parts = ("task.max_prompt_tokens: the prompt of sums/20 has", "the limit is 100")
+    parts = (f"task.max_prompt_tokens: the prompt of line 21 of {path} has", "the limit is 100")
     check_error(lambda: make(**task), *parts)
     task = chain_sum(max_prompt_tokens=3)
     check_error(lambda: make(**task), "the prompt of chain_sum/", "the limit is 3")

@@ -71,10 +71,11 @@ def talk(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., None]:
 
 
 async def _talk(tokenizer: PreTrainedTokenizerFast, body: Talk, says: Says) -> None:
-    endpoint = HttpEndpoint(ChatTemplate(tokenizer=tokenizer, stop_token_ids=(2,)))
+    endpoint = HttpEndpoint()
+    chat = ChatTemplate(tokenizer=tokenizer, stop_token_ids=(2,))
     await endpoint.start()
     try:
-        async with endpoint.open(says, "mine", 3) as line:
+        async with endpoint.open(says, "mine", 3, chat) as line:
             options = {"base_url": line.base_url, "api_key": line.api_key, "max_retries": 0}
             async with openai.AsyncOpenAI(**options) as client:
                 await body(client, line)
