@@ -21,7 +21,7 @@ from acceptance.table import table
 from benchmarks.cases import MODEL
 from lorelei.cli.trained_run import TrainedRun
 from lorelei.inference.server.process import wait_gone
-from lorelei.inference.server.process_guard import descendants
+from lorelei.process_guard import descendants
 from lorelei.lora.targets import FUSED
 from lorelei.model.locate import resolve_model
 from lorelei.model.tokenizer import load_tokenizer

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorelei.inference.server import process_guard
+from lorelei import process_guard
 
 GRACE = 10.0  # seconds for a server to end by itself
 LOOPBACK = "127.0.0.1"
