@@ -57,8 +57,9 @@ class Output:
         if self._left <= 0:
             return
         text = escaped(line[: self._left].decode(errors="backslashreplace"), keep="\t")
-        self._left -= len(line) + 1
-        sys.stderr.write(f"reward: {text}\n")
+        shown = f"reward: {text[: self._left]}\n"
+        self._left -= len(shown)
+        sys.stderr.write(shown)
         if self._left <= 0:
             sys.stderr.write(
                 f"reward: it prints more than reward.output_kib: {self._limit_kib} KiB; the rest "

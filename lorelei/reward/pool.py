@@ -156,7 +156,7 @@ class RewardPool:
 
     def _ask(self, samples: Sequence[Sample]) -> list[RewardResult]:
         try:
-            line = json.dumps([asdict(one) for one in samples], default=_plain)
+            line = json.dumps([asdict(one) for one in samples])
         except (TypeError, ValueError, RecursionError) as error:
             return _all_failed(samples, f"not sent: {error}")
         worker = self._free.get()
@@ -197,10 +197,3 @@ def _all_failed(samples: Sequence[Sample], error: str) -> list[RewardResult]:
 def tell(text: str) -> None:
     """A line about what takes long, before there is a run to tell it."""
     sys.stderr.write(f"{text}\n")
-
-
-def _plain(value: Any) -> Any:
-    """A column's value for JSON: arrays as lists, times as text. Raises TypeError."""
-    if callable(convert := getattr(value, "tolist", None) or getattr(value, "isoformat", None)):
-        return convert()
-    raise TypeError(f"a column holds a {type(value).__name__}, which has no form in JSON")
