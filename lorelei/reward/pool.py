@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import Any, Literal
 
 from lorelei.config.reward import ScorerConfig
-from lorelei.reward.contract import NotANumber, RewardResult, Sample, as_float32
+from lorelei.reward.contract import NotANumber, RewardResult, Sample, as_float32, read_score
 from lorelei.reward.environment import for_rewards
 from lorelei.reward.group import current_member
 from lorelei.reward.output import Output
@@ -166,7 +166,7 @@ class RewardPool:
                 worker = self._start()
             worker.wait_ready(tell)
             reply = worker.ask(line, self.timeout)
-            results = [RewardResult(**fields) for fields in reply]
+            results = [_checked(RewardResult(**fields)) for fields in reply]
             if len(results) != len(samples):
                 raise WorkerLost("crashed: its reply is of other samples")
         except (WorkerLost, ValueError, TypeError) as error:
@@ -188,6 +188,17 @@ class RewardPool:
     def _discard(self, worker: WorkerProcess) -> None:
         worker.end()
         self._all.discard(worker)
+
+
+def _checked(result: RewardResult) -> RewardResult:
+    """A worker's word with its numbers read once more: a reward can change how it reads them."""
+    if result.error is not None:
+        return replace(result, value=None, error=str(result.error))
+    try:
+        value, metrics = read_score((result.value, dict(result.metrics)))
+    except NotANumber as error:
+        return RewardResult(value=None, error=f"not a number: {error}")
+    return RewardResult(value=value, metrics=metrics)
 
 
 def _all_failed(samples: Sequence[Sample], error: str) -> list[RewardResult]:

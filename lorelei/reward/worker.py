@@ -74,7 +74,7 @@ class _Worker:
         # The border to what a scorer loads.
         except Exception as error:
             line = str(error) if isinstance(error, ValueError) else f"reward: {_told(error)}"
-            self._reply(spec["id"], {"failed": line + hints(error.__cause__ or error)})
+            self._reply(spec["id"], {"failed": hints.added(line, error.__cause__ or error)})
             self._exit(0)
         self._reply(spec["id"], {"ready": True, "whole_group": scorer.whole_group})
         for line in self._requests:
@@ -123,15 +123,15 @@ class Hints:
         """withheld: names of environment variables that the worker was not given."""
         self._memory, self._withheld = memory_gib, withheld
 
-    def __call__(self, error: BaseException) -> str:
-        """The hint with a separator before it, or nothing."""
-        text = _text(error)
+    def added(self, line: str, error: BaseException) -> str:
+        """The line about an error with the hint, if there is one."""
+        text, hint = _text(error), ""
         if isinstance(error, MemoryError) or "allocate" in text.lower():
-            return f"; a worker may hold reward.memory_gib: {self._memory:g} GiB, raise it"
+            hint = f"a worker may hold reward.memory_gib: {self._memory:g} GiB, raise it"
         for name in self._withheld:
             if name in text:
-                return f"; rewards get {name} only if reward.env lists it"
-        return ""
+                hint = f"rewards get {name} only if reward.env lists it"
+        return line + (f"{'; ' if ':' in line else ': '}{hint}" if hint else "")
 
 
 def make_scorer(kind: str, path: str | None, answer_after: str | None = None) -> Scorer:
@@ -179,7 +179,7 @@ def judge(
         return [_failed("timeout") for _ in samples]
     # The border to the user's code: a reward that raises is data with a reason.
     except BaseException as error:
-        line = f"raised {_told(error)}"[:300] + (hints or Hints())(error)
+        line = (hints or Hints()).added(f"raised {_told(error)}"[:300], error)
         return [_failed(line) for _ in samples]
     return [_result(score) for score in scores]
 
@@ -205,8 +205,8 @@ def _scores(found: object, count: int) -> list[object]:
         scores = list(cast(Iterable[object], found))
     if scores is None or len(scores) != count:
         raise ValueError(
-            f"{count} completion{'s' * (count > 1)} need a list of {count} "
-            f"score{'s' * (count > 1)}, not {shown(cast(object, found))}"
+            f"it must return a list of {count}, a score for each completion, "
+            f"not {shown(cast(object, found))}"
         )
     return scores
 

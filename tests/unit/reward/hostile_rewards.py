@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import builtins
+import contextlib
 import ctypes
 import gc
 import json
@@ -135,10 +136,8 @@ def _write_everywhere(number: int) -> object:
             os.write(fd, b"half a line")
         except OSError:
             pass
-        try:
+        with contextlib.suppress(OSError):
             os.set_blocking(fd, True)
-        except OSError:
-            pass
     return own(number)
 
 
