@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,7 +77,9 @@ def _rows(e: Experiment, model: str, n: int) -> list[tuple[str, Row]]:
     return [(p.id, p.data) for p in map(source.prompt, range(n))]
 
 
-def _failures(scorer: ScorerConfig, rows: list[tuple[str, Row]], texts: list[str] | None) -> int:
+def _failures(
+    scorer: ScorerConfig, rows: Sequence[tuple[str, Row]], texts: list[str] | None
+) -> int:
     """Score and print. Returns how many scores failed."""
     from lorelei.obs.screen import escaped
     from lorelei.reward.contract import Sample
