@@ -21,9 +21,9 @@ from lorelei.jobs.registry import Registry
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.obs.console import Console
 from lorelei.publish.canary import Canary, Watched
-from lorelei.publish.contract import Publisher
-from lorelei.store.manifest import AdapterEntry, AdapterRecord
-from lorelei.store.run import Pending, RunStore
+from lorelei.publish.publisher import VersionPublisher
+from lorelei.store.manifest import AdapterEntry, AdapterRecord, Manifest
+from lorelei.store.run import RunStore
 from lorelei.train.contract import TrainEngine
 from lorelei.train.engine_thread import EngineThread
 from lorelei.train.step import run_works
@@ -37,7 +37,7 @@ class Loop:
 
     registry: Registry
     thread: EngineThread
-    publisher: Publisher
+    publisher: VersionPublisher
     canary: Canary | None  # None: it was turned off
     store: RunStore
     console: Console
@@ -176,10 +176,12 @@ async def _step(loop: Loop, works: Sequence[Work], clock: _Clock) -> None:
     clock.lap("canary")
     metrics = {r.adapter: await _tell(loop, r, refs, served) for r in results}
     clock.lap("eval")
-    _log_step(loop, metrics, clock.reset())
+    records = _log_step(loop, metrics, clock.reset())
     if pending is not None:
         await _commit(loop, pending, refs)  # the commit makes the step true
     clock.lap("checkpoint")
+    for record in records:  # nobody is shown a step that may not have happened
+        loop.console.step(record)
     replaced = [loop.refs[name] for name in refs if name in loop.refs]
     loop.refs |= refs
     for result in results:  # opens room: what they sample next is of the new versions
@@ -247,7 +249,7 @@ async def _save(loop: Loop) -> None:
 
 async def _stage(
     loop: Loop, snapshots: Mapping[str, AdapterSnapshot], published: Mapping[str, int]
-) -> Pending:
+) -> Manifest:
     manifest = loop.store.latest
     latest: Mapping[str, AdapterEntry] = manifest.adapters if manifest else {}
     records = {
@@ -264,12 +266,12 @@ async def _stage(
     return await asyncio.to_thread(loop.store.stage, loop.step, snapshots, records, {})
 
 
-async def _commit(loop: Loop, pending: Pending, refs: Mapping[str, AdapterRef]) -> None:
+async def _commit(loop: Loop, draft: Manifest, refs: Mapping[str, AdapterRef]) -> None:
     older = {n: ref for n, ref in loop.refs.items() if n in loop.registry}
     # what the jobs were told came after the staging
     states = {job.name: job.state() for job in loop.registry}
     state = {"finished": loop.registry.finished}
-    await asyncio.to_thread(loop.store.commit, pending, {**older, **refs}, states, state)
+    await asyncio.to_thread(loop.store.commit, draft, {**older, **refs}, states, state)
     loop.unsaved.clear()
     for job in loop.registry:
         job.saved()
@@ -284,19 +286,21 @@ def _retire(loop: Loop, ref: AdapterRef) -> None:
 
 def _log_step(
     loop: Loop, metrics: Mapping[str, Mapping[str, Any]], seconds: Mapping[str, float]
-) -> None:
+) -> list[dict[str, Any]]:
+    """The record of each adapter's step, which the next commit keeps."""
     shared = {
         "trainer_idle": seconds["wait"] / seconds["step"],
         **loop.gauges(seconds["step"]),
         **loop.publisher.metrics,
         "seconds": dict(seconds),
     }
+    records: list[dict[str, Any]] = []
     for name, own in metrics.items():
         version = loop.registry[name].version
         who = {"kind": "step", "adapter": name, "version": version, "time": time.time()}
-        record = {**who, **own, **shared}
-        loop.store.append_metrics(record)
-        loop.console.step(record)
+        records.append({**who, **own, **shared})
+        loop.store.append_metrics(records[-1])
+    return records
 
 
 class _Clock:

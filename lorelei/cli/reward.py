@@ -82,9 +82,8 @@ def _failures(
 ) -> int:
     """Score and print. Returns how many scores failed."""
     from lorelei.obs.screen import escaped
-    from lorelei.reward.contract import Sample
     from lorelei.reward.pool import make_pool
-    from lorelei.reward.trial import trial_texts
+    from lorelei.reward.trial import sample_of, trial_texts
 
     failed = 0
     began = time.perf_counter()
@@ -92,7 +91,7 @@ def _failures(
     try:
         typer.echo(f"loaded in {time.perf_counter() - began:.1f} s")
         for name, row in rows:
-            samples = [Sample(data=row, completion=t) for t in texts or trial_texts(row)]
+            samples = [sample_of(row, text) for text in texts or trial_texts(row)]
             for call in [samples] if pool.whole_group else [[one] for one in samples]:
                 began = time.perf_counter()
                 results = pool.score_now(call)

@@ -25,7 +25,7 @@ def try_out(pool: RewardPool, rows: Iterable[Mapping[str, Any]]) -> None:
     first: str | None = None
     try:
         for row in rows:
-            samples = [Sample(data=row, completion=text) for text in trial_texts(row)]
+            samples = [sample_of(row, text) for text in trial_texts(row)]
             calls = [samples] if pool.whole_group else [[one] for one in samples]
             for call in calls:
                 results = pool.score_now(call)
@@ -50,3 +50,9 @@ def trial_texts(row: Mapping[str, Any]) -> list[str]:
     """What a model might have written: the answer, if the row has one, and nothing."""
     answer = row.get("answer")
     return [str(answer), ""] if isinstance(answer, str | int | float) else [""]
+
+
+def sample_of(row: Mapping[str, Any], text: str) -> Sample:
+    """A sample as environments hand it on, with the parts of a reply that is all answer."""
+    parts = {"completion_answer": text, "completion_thinking": "", "completion_prefix": ""}
+    return Sample(data={**parts, **row}, completion=text)

@@ -178,6 +178,25 @@ def test_a_step_whose_version_cannot_be_published_did_not_happen(
     assert check_run(tmp_path / "run") == []
 
 
+def test_a_step_is_shown_once_it_is_committed(
+    tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[int, int]] = []
+
+    async def body() -> None:
+        async with loop_of(tmp_path / "run", place) as loop:
+
+            def step(record: Mapping[str, object]) -> None:
+                assert loop.store.latest is not None
+                shown.append((int(str(record["step"])), loop.store.latest.step))
+
+            monkeypatch.setattr(loop.console, "step", step)
+            await whole(loop)
+
+    asyncio.run(body())
+    assert shown == [(1, 1), (2, 2), (3, 3)]
+
+
 def test_a_resumed_run_remembers_its_scores(tmp_path: Path, place: Path) -> None:
     async def body() -> None:
         sections = {"eval": {"every": 9}, "steps": 4}
