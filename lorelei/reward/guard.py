@@ -61,20 +61,33 @@ def fork_under_guard(requests: int, replies: int, starter: int) -> None:
     os._exit(_exit_code(found if status is None else status))
 
 
-def end_marked(mark: str) -> None:
-    """Kill every process of a worker whose guard is gone, wherever it has been moved (Linux)."""
+def end_unguarded(mark: str, session: int | None) -> None:
+    """Kill what is left of a worker whose guard may have been killed (Linux).
+
+    Processes are known by the mark in their environment, or by the session of the scoring process.
+    """
     needle = f"{MARK}={mark}".encode()
     deadline = time.monotonic() + _SECONDS
     while time.monotonic() < deadline:
         found = list[int]()
-        for entry in Path("/proc").glob("[0-9]*/environ"):
+        for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if needle in entry.read_bytes():
-                    found.append(int(entry.parent.name))
+                state, _, _, of_session = _stat(entry)
+                known = of_session == session or needle in (entry / "environ").read_bytes()
+                if state != "Z" and known:
+                    found.append(int(entry.name))
         if not found:
             return
         _kill(found)
         time.sleep(0.01)
+
+
+def _stat(entry: Path) -> tuple[str, int, int, int]:
+    """(state, parent, group, session) of a process."""
+    # the name, in parentheses, may hold anything
+    state, *numbers = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+    parent, group, session = map(int, numbers)
+    return state, parent, group, session
 
 
 def _end_all(child: int) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lorelei
-from lorelei.reward.guard import MARK, end_marked
+from lorelei.reward.guard import MARK, end_unguarded
 
 TELL_AFTER = 10.0  # seconds of silence until a start is said to be slow
 GRACE = 0.25  # seconds for a worker to say by itself that what it awaited was late
@@ -54,6 +54,7 @@ class WorkerProcess:
         self._started, self._start = time.monotonic(), start
         self._buffer = b""
         self.whole_group: bool | None = None  # None: not ready yet
+        self._session: int | None = None  # of the scoring process; None: not known yet
         self._spec = {**spec, "id": self._mark}
 
     def wait_ready(self, tell: Callable[[str], None]) -> None:
@@ -86,7 +87,7 @@ class WorkerProcess:
             ) from lost
         if "failed" in reply:
             raise ValueError(reply["failed"])
-        self.whole_group = reply["whole_group"]
+        self.whole_group, self._session = reply["whole_group"], reply["ready"]
 
     @property
     def gone(self) -> bool:
@@ -116,7 +117,7 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:  # a reward has stopped its guard
             self._process.kill()
             self._process.wait()
-        end_marked(self._mark)
+        end_unguarded(self._mark, self._session)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):

@@ -76,7 +76,7 @@ class _Worker:
             line = str(error) if isinstance(error, ValueError) else f"reward: {_told(error)}"
             self._reply(spec["id"], {"failed": hints.added(line, error.__cause__ or error)})
             self._exit(0)
-        self._reply(spec["id"], {"ready": True, "whole_group": scorer.whole_group})
+        self._reply(spec["id"], {"ready": self._pid, "whole_group": scorer.whole_group})
         for line in self._requests:
             request = self._loads(line)
             samples = [Sample(**one) for one in request["samples"]]
