@@ -72,7 +72,7 @@ def end_unguarded(mark: str, session: int | None) -> None:
         found = list[int]()
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                state, _, _, of_session = _stat(entry)
+                state, of_session = _stat(entry)
                 known = of_session == session or needle in (entry / "environ").read_bytes()
                 if state != "Z" and known:
                     found.append(int(entry.name))
@@ -82,12 +82,11 @@ def end_unguarded(mark: str, session: int | None) -> None:
         time.sleep(0.01)
 
 
-def _stat(entry: Path) -> tuple[str, int, int, int]:
-    """(state, parent, group, session) of a process."""
+def _stat(entry: Path) -> tuple[str, int]:
+    """(state, session) of a process."""
     # the name, in parentheses, may hold anything
-    state, *numbers = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-    parent, group, session = map(int, numbers)
-    return state, parent, group, session
+    state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+    return state, int(session)
 
 
 def _end_all(child: int) -> int:
