@@ -1,7 +1,8 @@
 """What makes a reward worker leave no process behind, however it, its reward or its starter ends.
 
-A worker is two processes: one scores, its parent guards it. The guard adopts what the reward's
-processes leave behind, and ends all of them when the scoring process or the starter has ended.
+A worker is three processes: one scores, its parent guards it, and the parent's parent guards both,
+for rewards that end or stop their parent. A guard adopts what the processes below it leave behind,
+and ends all of them when its child or the starter has ended.
 """
 
 from __future__ import annotations
@@ -11,20 +12,23 @@ import os
 import select
 import signal
 import time
-from pathlib import Path
 
 from lorelei.process_guard import adopt_orphans, descendants, die_with_parent
 
-MARK = "LORELEI_REWARD_WORKER"  # in the environment of every process of a worker
 _SECONDS = 5.0  # to end what a reward has started
 
 
-def fork_under_guard(requests: int, replies: int, starter: int) -> None:
-    """Go on in a child; the parent guards it and never returns.
+def fork_under_guards(requests: int, replies: int, starter: int) -> None:
+    """Go on in a child of a child; the parents guard it and never return.
 
     requests: a pipe that only the starter writes to; its end is the starter's. replies: a pipe
     whose end is the child's. starter: its pid.
     """
+    for above in (starter, os.getpid()):
+        _fork_under_guard(requests, replies, above)
+
+
+def _fork_under_guard(requests: int, replies: int, starter: int) -> None:
     adopt_orphans()
     woken, wake = os.pipe()
     os.set_blocking(woken, False)
@@ -61,34 +65,6 @@ def fork_under_guard(requests: int, replies: int, starter: int) -> None:
     os._exit(_exit_code(found if status is None else status))
 
 
-def end_unguarded(mark: str, session: int | None) -> None:
-    """Kill what is left of a worker whose guard may have been killed (Linux).
-
-    Processes are known by the mark in their environment, or by the session of the scoring process.
-    """
-    needle = f"{MARK}={mark}".encode()
-    deadline = time.monotonic() + _SECONDS
-    while time.monotonic() < deadline:
-        found = list[int]()
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                state, of_session = _stat(entry)
-                known = of_session == session or needle in (entry / "environ").read_bytes()
-                if state != "Z" and known:
-                    found.append(int(entry.name))
-        if not found:
-            return
-        _kill(found)
-        time.sleep(0.01)
-
-
-def _stat(entry: Path) -> tuple[str, int]:
-    """(state, session) of a process."""
-    # the name, in parentheses, may hold anything
-    state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-    return state, int(session)
-
-
 def _end_all(child: int) -> int:
     """Kill all descendants. Returns the child's wait status."""
     status: int | None = None
@@ -96,30 +72,27 @@ def _end_all(child: int) -> int:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)
     while time.monotonic() < deadline:
-        left = descendants(os.getpid())
-        _kill(left)
-        found = _reap(child)
-        status = found if status is None else status
-        if not left:
+        for pid in descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            found = _reap(child)
+        except ChildProcessError:  # what had no parent any more would be a child
             break
+        status = found if status is None else status
         time.sleep(0.002)
-    return status or signal.SIGKILL
-
-
-def _kill(pids: list[int]) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+    return signal.SIGKILL if status is None else status
 
 
 def _reap(child: int) -> int | None:
-    """Collect what has ended. Returns the child's wait status, if it is among them."""
-    status: int | None = None
-    with contextlib.suppress(ChildProcessError):
-        while (ended := os.waitpid(-1, os.WNOHANG))[0] != 0:
-            if ended[0] == child:
-                status = ended[1]
-    return status
+    """Collect what has ended. Returns the child's wait status, if it is among them.
+
+    Raises ChildProcessError when nothing is left that could end.
+    """
+    while (ended := os.waitpid(-1, os.WNOHANG))[0] != 0:
+        if ended[0] == child:
+            return ended[1]
+    return None
 
 
 def _exit_code(status: int) -> int:

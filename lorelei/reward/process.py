@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import lorelei
-from lorelei.reward.guard import MARK, end_unguarded
 
 TELL_AFTER = 10.0  # seconds of silence until a start is said to be slow
 GRACE = 0.25  # seconds for a worker to say by itself that what it awaited was late
@@ -35,11 +34,10 @@ class WorkerProcess:
         self, spec: Mapping[str, Any], environment: Mapping[str, str], output: int, start: float
     ) -> None:
         """Start it. output: where what it prints goes. start: seconds it may take to be ready."""
-        self._mark = secrets.token_hex(8)
         package = str(Path(lorelei.__file__).parents[1])
         paths = [package, *filter(None, [environment.get("PYTHONPATH")])]
         threads = dict.fromkeys(["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"], "1")
-        own = {**threads, "PYTHONPATH": os.pathsep.join(paths), MARK: self._mark}
+        own = {**threads, "PYTHONPATH": os.pathsep.join(paths)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "lorelei.reward.worker", str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -54,8 +52,7 @@ class WorkerProcess:
         self._started, self._start = time.monotonic(), start
         self._buffer = b""
         self.whole_group: bool | None = None  # None: not ready yet
-        self._session: int | None = None  # of the scoring process; None: not known yet
-        self._spec = {**spec, "id": self._mark}
+        self._spec = {**spec, "id": secrets.token_hex(8)}
 
     def wait_ready(self, tell: Callable[[str], None]) -> None:
         """Return when the scorer is loaded. Raises ValueError when it cannot be."""
@@ -66,7 +63,7 @@ class WorkerProcess:
             self._send(json.dumps(self._spec), deadline)
             early = min(deadline, self._started + TELL_AFTER)
             try:
-                reply = self._receive(self._mark, early)
+                reply = self._receive(self._spec["id"], early)
             except WorkerLost as lost:
                 if str(lost) != "timeout" or early == deadline:
                     raise
@@ -74,7 +71,7 @@ class WorkerProcess:
                     f"reward: a worker has been starting for {TELL_AFTER:g} s; it may take "
                     f"reward.start_timeout: {self._start:g} s"
                 )
-                reply = self._receive(self._mark, deadline)
+                reply = self._receive(self._spec["id"], deadline)
         except WorkerLost as lost:
             if str(lost) == "timeout":
                 raise ValueError(
@@ -87,7 +84,7 @@ class WorkerProcess:
             ) from lost
         if "failed" in reply:
             raise ValueError(reply["failed"])
-        self.whole_group, self._session = reply["whole_group"], reply["ready"]
+        self.whole_group = reply["whole_group"]
 
     @property
     def gone(self) -> bool:
@@ -108,16 +105,16 @@ class WorkerProcess:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGTERM)
+                os.kill(self._process.pid, signal.SIGCONT)  # a reward may have stopped it
 
     def end(self) -> None:
         """Kill it, and return when nothing is left of it."""
         self.kill()
         try:
             self._process.wait(_END)
-        except subprocess.TimeoutExpired:  # a reward has stopped its guard
+        except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        end_unguarded(self._mark, self._session)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):

@@ -55,4 +55,4 @@ def trial_texts(row: Mapping[str, Any]) -> list[str]:
 def sample_of(row: Mapping[str, Any], text: str) -> Sample:
     """A sample as environments hand it on, with the parts of a reply that is all answer."""
     parts = {"completion_answer": text, "completion_thinking": "", "completion_prefix": ""}
-    return Sample(data={**parts, **row}, completion=text)
+    return Sample(data={**row, **parts}, completion=text)

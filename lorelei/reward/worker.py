@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, cast
 
 from lorelei.config.errors import shown
 from lorelei.reward.contract import NotANumber, Sample, Scorer, read_score
-from lorelei.reward.guard import fork_under_guard
+from lorelei.reward.guard import fork_under_guards
 
 _BUILTINS = builtins.__dict__
 _PIPES = 200  # numbers of descriptors that no reward comes upon by chance
@@ -36,7 +36,7 @@ Result = dict[str, Any]  # the fields of a RewardResult
 def main() -> None:
     """Serve one pool until it closes the pipe."""
     requests, replies = _private_pipes()
-    fork_under_guard(requests, replies, int(sys.argv[1]))
+    fork_under_guards(requests, replies, int(sys.argv[1]))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
     worker = _Worker(os.fdopen(requests, "rb", closefd=False), replies)
@@ -76,7 +76,7 @@ class _Worker:
             line = str(error) if isinstance(error, ValueError) else f"reward: {_told(error)}"
             self._reply(spec["id"], {"failed": hints.added(line, error.__cause__ or error)})
             self._exit(0)
-        self._reply(spec["id"], {"ready": self._pid, "whole_group": scorer.whole_group})
+        self._reply(spec["id"], {"ready": True, "whole_group": scorer.whole_group})
         for line in self._requests:
             request = self._loads(line)
             samples = [Sample(**one) for one in request["samples"]]
