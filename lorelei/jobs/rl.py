@@ -39,6 +39,8 @@ class RlJob(OfExperiment):
     store: RunStore
     version: int = 0
     reward: float | None = None  # of the last batch
+    _partly_failed: int = 0  # groups, since the last warning of them
+    _warn_at: int = 1
 
     @property
     def done(self) -> bool:
@@ -64,6 +66,8 @@ class RlJob(OfExperiment):
         self.reward, self.version = metrics["reward"], ref.version
         self.collector.trained()
         self.collector.errors.clear()
+        partly_failed, self.collector.partly_failed = self.collector.partly_failed, 0
+        self._warn_of_bias(partly_failed, errors)
         self.store.append_rollouts(_lines(groups, self.version))
         steps, every = self.experiment.steps, self.experiment.eval.every
         if self.evaluator is not None and due(self.version, every, steps):
@@ -72,6 +76,7 @@ class RlJob(OfExperiment):
             "step": self.version,
             **metrics,
             "dropped_stale": stale / (stale + len(groups)),
+            "partly_failed_groups": partly_failed,
             "errors": errors,
         }
 
@@ -101,6 +106,22 @@ class RlJob(OfExperiment):
 
     async def close(self) -> None:
         await self.collector.close()
+
+    def _warn_of_bias(self, partly_failed: int, errors: Mapping[str, int]) -> None:
+        """A reward that fails on some answers to a prompt trains on the others alone.
+
+        The first such group is told, then twice as many each time.
+        """
+        self._partly_failed += partly_failed
+        if self._partly_failed < self._warn_at:
+            return
+        often = ", ".join(f"{kind}: {count}" for kind, count in Counter(errors).most_common(3))
+        self.evaluations.console.warn(
+            f"adapter {self.name}: in {self._partly_failed} groups some rollouts have no reward "
+            f"and others of the same prompt do ({often}); if it is the wrong answers that fail, "
+            "training is biased: let the reward return a number for them"
+        )
+        self._partly_failed, self._warn_at = 0, 2 * self._warn_at
 
     async def _evaluate(self, evaluator: Evaluator, ref: AdapterRef) -> None:
         scores = await evaluator.run(ref)

@@ -18,6 +18,7 @@ from lorelei.config.experiment import Experiment
 from lorelei.data.contract import PromptSource
 from lorelei.env.contract import Env
 from lorelei.inference.contract import EngineClosed, InferenceEngine
+from lorelei.reward.group import GroupScores
 from lorelei.rollout.admission import Admission
 from lorelei.rollout.meter import Meter
 from lorelei.rollout.sampler import EngineSampler, Policy
@@ -50,6 +51,7 @@ class Collector:
     finished: list[Group] = field(default_factory=list[Group])
     taken: list[Group] = field(default_factory=list[Group])  # given out, not yet trained on
     errors: Counter[str] = field(default_factory=Counter[str])
+    partly_failed: int = 0  # groups, since the last step
     _trained: list[int] = field(default_factory=list[int])  # since the last checkpoint
     _failed_in_a_row: int = 0
     _closing: bool = False
@@ -167,11 +169,15 @@ class Collector:
 
     async def _group(self, index: int) -> None:
         prompt = self.source.prompt(index)
-        samples = range(self.experiment.rollout.n_samples)
-        rollouts = await asyncio.gather(*(self._rollout(prompt, index, n) for n in samples))
+        size = self.experiment.rollout.n_samples
+        scores = GroupScores(size)
+        rollouts = await asyncio.gather(
+            *(self._rollout(prompt, index, n, scores) for n in range(size))
+        )
         group = Group(adapter=self.name, index=index, prompt=prompt, rollouts=tuple(rollouts))
         self.errors.update(r.error.split(":")[0] for r in rollouts if r.error is not None)
-        if reason := unfit(group, self.algo.drop_zero_variance_groups):
+        self.partly_failed += is_partly_failed(group)
+        if reason := unfit(group, self.algo):
             self._give_back(index, reason)
             return
         if self.experiment.rollout.max_head_offpolicyness:
@@ -192,11 +198,14 @@ class Collector:
                 f"nothing to train on; the last one: {reason}"
             )
 
-    async def _rollout(self, prompt: Prompt, index: int, number: int) -> Rollout:
+    async def _rollout(
+        self, prompt: Prompt, index: int, number: int, scores: GroupScores
+    ) -> Rollout:
         sampler = EngineSampler(self.engine, self.policy, f"{index}/{number}", self.meter)
         start = time.perf_counter()
         try:
-            episode = await self.env.run(prompt, sampler)
+            with scores.member(number):
+                episode = await self.env.run(prompt, sampler)
         except EngineClosed:
             raise
         except Exception as error:  # the border to environments: any failure is one rollout's
@@ -219,12 +228,18 @@ class Collector:
         )
 
 
-def unfit(group: Group, drop_flat: bool) -> str | None:
+def unfit(group: Group, algo: PolicyAlgorithm) -> str | None:
     """Why a group cannot be trained on, or None."""
     rewards = [r.reward for r in group.rollouts if r.trainable and r.reward is not None]
-    if len(rewards) < 2:
+    if len(rewards) < (2 if "group" in algo.statistics else 1):
         errors = sorted({r.error for r in group.rollouts if r.error is not None})
         return f"{len(rewards)} of {len(group.rollouts)} rollouts have a reward: {errors[:1]}"
-    if drop_flat and min(rewards) == max(rewards):
+    if algo.drop_zero_variance_groups and min(rewards) == max(rewards):
         return f"all rewards are {rewards[0]}"
     return None
+
+
+def is_partly_failed(group: Group) -> bool:
+    """Whether some rollouts of a prompt have a reward, and others an error in its place."""
+    failed = [r.reward is None for r in group.rollouts if r.error != "aborted"]
+    return any(failed) and not all(failed)

@@ -257,6 +257,24 @@ def test_rollouts_without_a_reward_are_not_trained_on(
     assert got["generated_tokens"] == got["trained_tokens"] + 6
 
 
+def test_failures_within_groups_are_told_at_once_and_then_ever_less_often(
+    engine: TrainEngine, store: RunStore
+) -> None:
+    told = io.StringIO()
+    warned: list[int] = []
+    job = make_job(experiment(), two_groups(), store)
+    job.evaluations.console = Console({"a": STEPS}, told)
+    for number in range(8):
+        job.collector.finished = two_groups(number)
+        job.collector.partly_failed = 1
+        job.collector.errors.update({"raised IndexError": 3})
+        assert step(engine, job)["partly_failed_groups"] == 1
+        warned.append(told.getvalue().count("training is biased"))
+    assert warned == [1, 1, 2, 2, 2, 2, 3, 3]
+    assert "in 1 groups some rollouts have no reward" in told.getvalue()
+    assert "raised IndexError: 3" in told.getvalue()
+
+
 def test_the_mismatch_is_measured_before_the_update(engine: TrainEngine, store: RunStore) -> None:
     e, groups = experiment({"ppo_n_minibatches": 2}), two_groups()
     batch = batch_of(e, [[0.0] * 3], groups[:1])  # later minibatches: the policy has moved
