@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lorelei.algo.algorithm import PolicyAlgorithm
 from lorelei.config.experiment import Experiment
@@ -26,6 +27,9 @@ from lorelei.store.spool import Spool
 from lorelei.types import AdapterRef, Group, Prompt, Rollout
 
 MAX_CONSECUTIVE_FAILED_GROUPS = 64  # before the adapter's job fails with the last reason
+
+
+Unfit = Literal["failed", "flat", "stale"]  # too few rewards; all the same; too old when finished
 
 
 class RolloutsFail(ValueError):
@@ -52,6 +56,8 @@ class Collector:
     taken: list[Group] = field(default_factory=list[Group])  # given out, not yet trained on
     errors: Counter[str] = field(default_factory=Counter[str])
     partly_failed: int = 0  # groups, since the last step
+    # (why, group) of those that nothing is trained on, since the last step
+    dropped: list[tuple[Unfit, Group]] = field(default_factory=list[tuple[Unfit, Group]])
     _trained: list[int] = field(default_factory=list[int])  # since the last checkpoint
     _failed_in_a_row: int = 0
     _closing: bool = False
@@ -160,11 +166,12 @@ class Collector:
 
     def _drop_stale(self) -> None:
         fresh = [group for group in self.finished if group.min_version >= self.oldest]
-        stale = [group.index for group in self.finished if group.min_version < self.oldest]
-        for _ in stale:
+        stale = [group for group in self.finished if group.min_version < self.oldest]
+        for group in stale:
             self.admission.forget()
             self.errors["stale"] += 1
-        self.spool.remove(self.name, stale)
+            self.dropped.append(("stale", group))
+        self.spool.remove(self.name, [group.index for group in stale])
         self.finished = fresh
 
     async def _group(self, index: int) -> None:
@@ -177,8 +184,9 @@ class Collector:
         group = Group(adapter=self.name, index=index, prompt=prompt, rollouts=tuple(rollouts))
         self.errors.update(r.error.split(":")[0] for r in rollouts if r.error is not None)
         self.partly_failed += is_partly_failed(group)
-        if reason := unfit(group, self.algo):
-            self._give_back(index, reason)
+        if found := unfit(group, self.algo):
+            self.dropped.append((found[0], group))
+            self._give_back(index, found[1])
             return
         if self.experiment.rollout.max_head_offpolicyness:
             await asyncio.to_thread(self.spool.put, group)
@@ -228,14 +236,14 @@ class Collector:
         )
 
 
-def unfit(group: Group, algo: PolicyAlgorithm) -> str | None:
-    """Why a group cannot be trained on, or None."""
+def unfit(group: Group, algo: PolicyAlgorithm) -> tuple[Unfit, str] | None:
+    """Why a group cannot be trained on, in a word and in words; None: it can."""
     rewards = [r.reward for r in group.rollouts if r.trainable and r.reward is not None]
     if len(rewards) < (2 if "group" in algo.statistics else 1):
         errors = sorted({r.error for r in group.rollouts if r.error is not None})
-        return f"{len(rewards)} of {len(group.rollouts)} rollouts have a reward: {errors[:1]}"
+        return "failed", f"{len(rewards)} of {len(group.rollouts)} have a reward: {errors[:1]}"
     if algo.drop_zero_variance_groups and min(rewards) == max(rewards):
-        return f"all rewards are {rewards[0]}"
+        return "flat", f"all rewards are {rewards[0]}"
     return None
 
 
