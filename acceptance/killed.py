@@ -20,11 +20,11 @@ from acceptance.record import Line
 from acceptance.table import table
 from benchmarks.cases import MODEL
 from lorelei.cli.trained_run import TrainedRun
-from lorelei.inference.server.process_guard import descendants
 from lorelei.lora.targets import FUSED
 from lorelei.model.locate import resolve_model
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.obs.history import read_metrics
+from lorelei.process_guard import descendants
 from lorelei.store.check import check_run
 from lorelei.store.manifest import manifest_paths
 from tests.contract.train_engines import MEGATRON

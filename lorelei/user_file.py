@@ -38,12 +38,12 @@ def load_function(path: str, field: str) -> Callable[..., Any]:
 def accepted(function: Callable[..., object], values: Mapping[str, Any]) -> dict[str, Any]:
     """The values that the function's parameters ask for. Raises ValueError for one not there."""
     parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return dict(values)
-    named = [p for p in parameters if p.kind is not p.VAR_POSITIONAL]
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     missing = [p.name for p in named if p.default is p.empty and p.name not in values]
     if missing:
         raise ValueError(f"no column {missing[0]!r} in the row; it has {', '.join(values)}")
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(values)
     return {p.name: values[p.name] for p in named if p.name in values}
 
 

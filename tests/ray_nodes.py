@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorelei.inference.server.process_guard import descendants
+from lorelei.process_guard import descendants
 
 STORE = 100 * 1024 * 1024  # bytes
 

@@ -13,6 +13,7 @@ from lorelei.cli.cluster import rollout, slurm
 from lorelei.cli.eval import evaluate
 from lorelei.cli.export import export
 from lorelei.cli.machine import doctor, install
+from lorelei.cli.reward import test
 from lorelei.cli.run_file import convert, plan, schema
 from lorelei.cli.run_folder import check, report, runs, samples
 from lorelei.cli.train import resume, train
@@ -31,6 +32,9 @@ for _command in (export, chat, samples, report):
 _launch = typer.Typer(help="Run on a cluster.", no_args_is_help=True)
 _launch.command()(slurm)
 app.add_typer(_launch, name="launch")
+_reward = typer.Typer(help="Try a reward out.", no_args_is_help=True)
+_reward.command()(test)
+app.add_typer(_reward, name="reward")
 
 
 def main() -> None:

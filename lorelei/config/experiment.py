@@ -263,6 +263,12 @@ def _check_statistics(algo: PolicyAlgorithm, rollout: RolloutConfig) -> None:
             f"{rollout.n_samples} gives algo.kind {algo.kind!r} no statistics of a group; "
             "use 2 or more",
         )
+    if algo.drop_zero_variance_groups and rollout.n_samples < 2:
+        raise FieldError(
+            "algo.drop_zero_variance_groups",
+            "true drops every group of rollout.n_samples: 1, whose rewards are all equal; "
+            "set it to false, or use 2 samples or more",
+        )
     if "batch" in algo.statistics and rollout.n_samples * algo.batch_size < 2:
         raise FieldError(
             "algo.batch_size",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from lorelei.config.experiment import Experiment
 from lorelei.jobs.evaluation import EvaluationLog, due
 from lorelei.jobs.job import OfExperiment, step_metrics
 from lorelei.publish.canary import Watched
-from lorelei.rollout.collector import Collector, RolloutsFail
+from lorelei.rollout.collector import Collector, RolloutsFail, Unfit
 from lorelei.rollout.evaluate import Evaluator
 from lorelei.store.run import RunStore
 from lorelei.train.batch import rollout_batch
@@ -39,6 +39,8 @@ class RlJob(OfExperiment):
     store: RunStore
     version: int = 0
     reward: float | None = None  # of the last batch
+    _partly_failed: int = 0  # groups, since the last warning of them
+    _warn_at: int = 1
 
     @property
     def done(self) -> bool:
@@ -64,7 +66,14 @@ class RlJob(OfExperiment):
         self.reward, self.version = metrics["reward"], ref.version
         self.collector.trained()
         self.collector.errors.clear()
-        self.store.append_rollouts(_lines(groups, self.version))
+        partly_failed, self.collector.partly_failed = self.collector.partly_failed, 0
+        self._warn_of_bias(partly_failed, errors)
+        metrics |= _dropped_metrics(self.collector.dropped, groups)
+        lines = _lines(groups, self.version)
+        for why, group in self.collector.dropped:
+            lines += [{**line, "dropped": why} for line in _lines([group], self.version)]
+        self.store.append_rollouts(lines)
+        self.collector.dropped.clear()
         steps, every = self.experiment.steps, self.experiment.eval.every
         if self.evaluator is not None and due(self.version, every, steps):
             await self._evaluate(self.evaluator, ref)
@@ -72,6 +81,7 @@ class RlJob(OfExperiment):
             "step": self.version,
             **metrics,
             "dropped_stale": stale / (stale + len(groups)),
+            "partly_failed_groups": partly_failed,
             "errors": errors,
         }
 
@@ -101,6 +111,22 @@ class RlJob(OfExperiment):
 
     async def close(self) -> None:
         await self.collector.close()
+
+    def _warn_of_bias(self, partly_failed: int, errors: Mapping[str, int]) -> None:
+        """A reward that fails on some answers to a prompt trains on the others alone.
+
+        The first such group is told, then twice as many each time.
+        """
+        self._partly_failed += partly_failed
+        if self._partly_failed < self._warn_at:
+            return
+        often = ", ".join(f"{kind}: {count}" for kind, count in Counter(errors).most_common(3))
+        self.evaluations.console.warn(
+            f"adapter {self.name}: in {self._partly_failed} groups some rollouts have no reward "
+            f"and others of the same prompt do ({often}); if it is the wrong answers that fail, "
+            "training is biased: let the reward return a number for them"
+        )
+        self._partly_failed, self._warn_at = 0, 2 * self._warn_at
 
     async def _evaluate(self, evaluator: Evaluator, ref: AdapterRef) -> None:
         scores = await evaluator.run(ref)
@@ -175,6 +201,22 @@ def _rollout_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
     for name in sorted({name for r in kept for name in r.metrics}):
         found[f"reward/{name}"] = float(np.mean([r.metrics.get(name, 0.0) for r in kept]))
     return found
+
+
+def _dropped_metrics(
+    dropped: Sequence[tuple[Unfit, Group]], trained: Sequence[Group]
+) -> dict[str, float]:
+    """What was sampled and not trained on, and the mean reward of all that was sampled."""
+    rollouts = [r for _, group in dropped for r in group.rollouts]
+    sampled = [*rollouts, *(r for group in trained for r in group.rollouts)]
+    reasons = Counter(why for why, _ in dropped)
+    return {
+        "dropped_groups": float(len(dropped)),
+        **{f"dropped_groups/{why}": float(reasons[why]) for why in get_args(Unfit)},
+        "dropped_rollouts": float(len(rollouts)),
+        "dropped_tokens": float(sum(r.sampled_tokens for r in rollouts)),
+        "reward_sampled": float(np.mean([r.reward for r in sampled if r.reward is not None])),
+    }
 
 
 def _train_metrics(result: Result) -> dict[str, float]:

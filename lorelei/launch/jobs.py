@@ -27,6 +27,7 @@ from lorelei.obs.console import Console
 from lorelei.publish.canary import Watched, fixed_tokens
 from lorelei.reward.contract import NoReward
 from lorelei.reward.pool import make_pool
+from lorelei.reward.trial import try_out
 from lorelei.rollout.admission import Admission
 from lorelei.rollout.collector import Collector
 from lorelei.rollout.evaluate import Evaluator
@@ -36,6 +37,8 @@ from lorelei.store.run import RunStore
 from lorelei.store.spool import Spool
 from lorelei.train.engine_thread import EngineThread
 from lorelei.types import Ints, Prompt, SamplingParams
+
+TRIALS = 3  # problems that a reward may fail on before it is refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +82,7 @@ class DataMaker:
         )
         held_out = source.eval_prompts(e.eval.n_prompts) if e.eval.every else []
         self._check([source.prompt(0), *held_out])
-        return Problems(source=source, held_out=held_out, env=self._env(e, endpoint))
+        return Problems(source=source, held_out=held_out, env=self._env(e, endpoint, source))
 
     def _examples(self, e: Experiment) -> ExampleSource:
         source = make_examples(
@@ -94,13 +97,15 @@ class DataMaker:
         self._check_vocabulary(source.example(0).id, source.example(0).tokens)
         return source
 
-    def _env(self, e: Experiment, endpoint: Endpoint | None) -> Env:
+    def _env(self, e: Experiment, endpoint: Endpoint | None, source: PromptSource) -> Env:
         assert e.reward is not None, "it samples"
         if e.reward.kind == "env":
             reward = NoReward()
         else:
             reward = make_pool(e.reward)
             self.stack.callback(reward.close)
+            if e.reward.trial:
+                try_out(reward, (source.prompt(index).data for index in range(TRIALS)))
         return make_env(
             e.env,
             reward=reward,

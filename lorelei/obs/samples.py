@@ -58,6 +58,7 @@ def _one(record: Record) -> str:
         f"prompt {record.get('prompt_id', '?')}",
         f"sample {record.get('sample', '?')}",
         str(record.get("finish_reason") or "-"),
+        *([f"dropped: {record['dropped']}"] if record.get("dropped") else []),
     ]
     title = f"── {escaped(' · '.join(head))} "
     lines = [title.ljust(_WIDTH, "─")]

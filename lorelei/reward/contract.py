@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, Protocol, cast
+
+MOST_METRICS = 100  # of one sample; each is a column of metrics.jsonl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +16,7 @@ class RewardResult:
     """A finite value, or None and the reason.
 
     `error` starts with one of a few fixed kinds, up to the first colon: 'timeout', 'crashed',
-    'not started', 'raised <Exception>', 'not a number'.
+    'not started', 'not sent', 'raised <Exception>', 'not a number'.
     """
 
     value: float | None
@@ -30,12 +32,24 @@ class Reward(Protocol):
         ...
 
 
-class Scorer(Protocol):
-    """Scores one completion inside a reward worker; what it returns or raises is checked there."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A completion to be scored. `data` is Prompt.data."""
 
-    def __call__(self, data: Mapping[str, Any], completion: str) -> object:
-        """A number, or (number, {metric: number}). `data` is Prompt.data."""
-        ...
+    data: Mapping[str, Any]
+    completion: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scorer:
+    """What a reward worker calls.
+
+    call: one score for each sample, or an awaitable of them; a score is a number, or (number,
+    {metric: number}). What it returns or raises is checked by the worker.
+    """
+
+    call: Callable[[Sequence[Sample]], object]
+    whole_group: bool = False  # the samples of one prompt are scored by one call
 
 
 class NoReward:
@@ -53,23 +67,39 @@ class NotANumber(ValueError):
 
 
 def read_score(scored: object) -> tuple[float, dict[str, float]]:
-    """(value, metrics) of a number or of (number, {metric: number}). Raises NotANumber."""
+    """(value, metrics) of a number or of (number, {metric: number}). Raises NotANumber.
+
+    A number is what float() takes, text excepted: also NumPy's and torch's, arrays of one element.
+    """
     value: object = scored
     metrics: Mapping[object, object] = {}
     pair = cast(tuple[object, ...], scored) if isinstance(scored, tuple) else ()
     if len(pair) == 2 and isinstance(pair[1], Mapping):
         value, metrics = pair[0], cast(Mapping[object, object], pair[1])
-    numbers = {str(k): _finite(v, f"metric {k} ") for k, v in metrics.items()}
-    return _finite(value), numbers
+    if len(metrics) > MOST_METRICS:
+        raise NotANumber(f"{len(metrics)} metrics, at most {MOST_METRICS} are kept")
+    numbers = {str(k)[:100]: as_float32(v, f"metric {k} ") for k, v in metrics.items()}
+    return as_float32(value), numbers
 
 
-def _finite(value: object, where: str = "") -> float:
-    if not isinstance(value, Real):
+def as_float32(value: object, where: str = "") -> float:
+    """A number that float32 can hold; rewards are trained on as float32. Raises NotANumber."""
+    if value is None or isinstance(value, str | bytes | bytearray):
         raise NotANumber(where + ("None" if value is None else type(value).__name__))
+    item = getattr(value, "item", None)  # of arrays and tensors of one element, on any device
     try:
-        number = float(value)
-    except OverflowError:
+        plain: Any = item() if callable(item) else value
+        if isinstance(plain, str | bytes):
+            raise TypeError("text")
+        number = float(plain)
+    except OverflowError:  # of an integer
         number = math.inf
+    except Exception as error:  # the border to the user's types
+        raise NotANumber(where + type(value).__name__) from error
     if not math.isfinite(number):
         raise NotANumber(f"{where}{number}")
+    try:
+        struct.pack("<f", number)
+    except OverflowError as error:
+        raise NotANumber(f"{where}{number} is outside of the range of float32") from error
     return number

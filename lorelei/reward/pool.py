@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
-import select
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Literal
 
-import lorelei
 from lorelei.config.reward import ScorerConfig
-from lorelei.reward.contract import RewardResult
-
-START_TIMEOUT = 120.0  # seconds until a worker has imported its scorer
+from lorelei.reward.contract import NotANumber, RewardResult, Sample, as_float32, read_score
+from lorelei.reward.environment import for_rewards
+from lorelei.reward.group import current_member
+from lorelei.reward.output import Output
+from lorelei.reward.process import WorkerLost, WorkerProcess
 
 
 def make_pool(reward: ScorerConfig) -> RewardPool:
@@ -35,11 +29,23 @@ def make_pool(reward: ScorerConfig) -> RewardPool:
         timeout=reward.timeout,
         workers=reward.workers,
         weights=reward.weights,
+        limits=Limits(
+            memory_gib=reward.memory_gib,
+            start_timeout=reward.start_timeout,
+            output_kib=reward.output_kib,
+            env=reward.env if reward.kind == "python" else (),
+        ),
     )
 
 
-class WorkerLost(Exception):
-    """A worker did not answer: 'timeout' or 'crashed'."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a worker may have; see the configuration."""
+
+    memory_gib: float = 4.0
+    start_timeout: float = 120.0
+    output_kib: int = 256
+    env: Sequence[str] = field(default=())
 
 
 class RewardPool:
@@ -51,51 +57,74 @@ class RewardPool:
 
     def __init__(
         self,
-        kind: str,
+        kind: Literal["reasoning_gym", "math_verify", "python"],
         *,
         path: str | None = None,
         answer_after: str | None = None,
         timeout: float = 10.0,
         workers: int = 2,
         weights: Mapping[str, float] | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        """timeout: seconds for one completion, waiting for a free worker not counted.
+        """timeout: seconds for one call of the scorer, waiting for a free worker not counted.
 
         weights: makes the value a weighted sum of the scorer's metrics.
 
         Raises ValueError when the scorer cannot be loaded.
         """
+        limits = limits or Limits()
         self.errors: Counter[str] = Counter()
-        self._timeout = timeout
+        self.timeout = timeout
         self._weights = weights or {}
+        self._limits = limits
         self._closed = False
+        self._environment, withheld = for_rewards(limits.env)
         self._spec = {
             "kind": kind,
             "path": path,
             "answer_after": answer_after,
             "timeout": timeout,
+            "memory_gib": limits.memory_gib,
+            "withheld": withheld,
         }
-        self._all: set[_Worker] = set()
-        self._free: SimpleQueue[_Worker] = SimpleQueue()
+        self._output = Output(limits.output_kib)
+        self._all: set[WorkerProcess] = set()
+        self._free: SimpleQueue[WorkerProcess] = SimpleQueue()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reward")
-        started = [self._start() for _ in range(workers)]
         try:
+            started = [self._start() for _ in range(workers)]
             for worker in started:
-                worker.wait_ready()
-        except ValueError:
+                worker.wait_ready(tell)
+        except BaseException:
             self.close()
             raise
+        # the samples of one prompt are scored by one call
+        self.whole_group = any(worker.whole_group for worker in started)
         for worker in started:
             self._free.put(worker)
 
     async def score(self, prompt_data: Mapping[str, Any], completion_text: str) -> RewardResult:
-        """Score one completion; never raises for what the reward does."""
-        line = json.dumps({"data": prompt_data, "completion": completion_text})
-        loop = asyncio.get_running_loop()
-        result = self._weighed(await loop.run_in_executor(self._threads, self._score, line))
-        if result.error is not None:
-            self.errors[result.error.split(":")[0]] += 1
+        """Score one completion; never raises for what the reward does.
+
+        A reward of whole groups waits for the other rollouts of the group.
+        """
+        sample = Sample(data=prompt_data, completion=completion_text)
+        member = current_member() if self.whole_group else None
+        if member is not None:
+            return await member.score(sample, self.score_all)
+        (result,) = await self.score_all([sample])
         return result
+
+    async def score_all(self, samples: Sequence[Sample]) -> list[RewardResult]:
+        """Score completions by one call; more than one only for a reward of whole groups."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self.score_now, samples)
+
+    def score_now(self, samples: Sequence[Sample]) -> list[RewardResult]:
+        """As `score_all`, in this thread; as many at a time as there are workers."""
+        results = [self._weighed(result) for result in self._ask(samples)]
+        self.errors.update(r.error.split(":")[0] for r in results if r.error is not None)
+        return results
 
     def _weighed(self, result: RewardResult) -> RewardResult:
         if not self._weights or result.value is None:
@@ -105,7 +134,12 @@ class RewardPool:
             error = f"not a number: reward.weights names {missing[0]!r}, the scorer has {there}"
             return RewardResult(value=None, metrics=result.metrics, error=error)
         value = sum(weight * result.metrics[name] for name, weight in self._weights.items())
-        return replace(result, value=value)
+        try:
+            return replace(result, value=as_float32(value))
+        except NotANumber as error:
+            return RewardResult(
+                value=None, metrics=result.metrics, error=f"not a number: reward.weights: {error}"
+            )
 
     def close(self) -> None:
         """Kill the workers. Scores in flight come back as 'crashed', waiting ones are cancelled.
@@ -118,108 +152,59 @@ class RewardPool:
         self._threads.shutdown(wait=True, cancel_futures=True)
         for worker in list(self._all):
             self._discard(worker)
+        self._output.close()
 
-    def _score(self, line: str) -> RewardResult:
-        """Runs in one of as many threads as there are workers: one worker is always free."""
+    def _ask(self, samples: Sequence[Sample]) -> list[RewardResult]:
+        try:
+            line = json.dumps([asdict(one) for one in samples])
+        except (TypeError, ValueError, RecursionError) as error:
+            return _all_failed(samples, f"not sent: {error}")
         worker = self._free.get()
         try:
-            worker.wait_ready()
-            reply = worker.ask(line, self._timeout)
-        except (WorkerLost, ValueError) as error:
+            if worker.gone:  # what ended it was not this sample
+                self._discard(worker)
+                worker = self._start()
+            worker.wait_ready(tell)
+            reply = worker.ask(line, self.timeout)
+            results = [_checked(RewardResult(**fields)) for fields in reply]
+            if len(results) != len(samples):
+                raise WorkerLost("crashed: its reply is of other samples")
+        except (WorkerLost, ValueError, TypeError) as error:
             self._discard(worker)
             if not self._closed:
                 self._free.put(self._start())
             reason = str(error) if isinstance(error, WorkerLost) else f"not started: {error}"
-            return RewardResult(value=None, error=reason)
+            return _all_failed(samples, reason)
         self._free.put(worker)
-        return RewardResult(**reply)
+        return results
 
-    def _start(self) -> _Worker:
-        worker = _Worker(self._spec)
+    def _start(self) -> WorkerProcess:
+        worker = WorkerProcess(
+            self._spec, self._environment, self._output.pipe, self._limits.start_timeout
+        )
         self._all.add(worker)
         return worker
 
-    def _discard(self, worker: _Worker) -> None:
-        worker.kill()
-        worker.reap()
+    def _discard(self, worker: WorkerProcess) -> None:
+        worker.end()
         self._all.discard(worker)
 
 
-class _Worker:
-    """One process of `lorelei.reward.worker`, in its own process group."""
+def _checked(result: RewardResult) -> RewardResult:
+    """A worker's word with its numbers read once more: a reward can change how it reads them."""
+    if result.error is not None:
+        return replace(result, value=None, error=str(result.error))
+    try:
+        value, metrics = read_score((result.value, dict(result.metrics)))
+    except NotANumber as error:
+        return RewardResult(value=None, error=f"not a number: {error}")
+    return RewardResult(value=value, metrics=metrics)
 
-    def __init__(self, spec: Mapping[str, Any]) -> None:
-        package = str(Path(lorelei.__file__).parents[1])
-        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-        threads = dict.fromkeys(["OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"], "1")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "lorelei.reward.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)},
-            start_new_session=True,
-        )
-        self._ready = False
-        self._buffer = b""
-        with contextlib.suppress(BrokenPipeError):  # reported by wait_ready
-            self._send(json.dumps(spec))
 
-    def wait_ready(self) -> None:
-        """Return when the scorer is loaded. Raises ValueError when it cannot be."""
-        if self._ready:
-            return
-        try:
-            reply = self._receive(START_TIMEOUT)
-        except WorkerLost as lost:
-            raise ValueError(f"reward: the worker process ended while starting ({lost})") from lost
-        if "failed" in reply:
-            raise ValueError(reply["failed"])
-        self._ready = True
+def _all_failed(samples: Sequence[Sample], error: str) -> list[RewardResult]:
+    return [RewardResult(value=None, error=error) for _ in samples]
 
-    def ask(self, line: str, timeout: float) -> dict[str, Any]:
-        """The reply to a request. Raises WorkerLost."""
-        try:
-            self._send(line)
-        except BrokenPipeError as error:
-            raise WorkerLost("crashed: the worker was gone") from error
-        return self._receive(timeout)
 
-    def kill(self) -> None:
-        """Kill the process and what it started."""
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-
-    def reap(self) -> None:
-        """Collect a killed process and close its pipes."""
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-
-    def _send(self, line: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line.encode() + b"\n")
-        self._process.stdin.flush()
-
-    def _receive(self, timeout: float) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        out = self._process.stdout.fileno()
-        deadline = time.monotonic() + timeout
-        while b"\n" not in self._buffer:
-            poll = select.poll()
-            poll.register(out, select.POLLIN)
-            if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
-                raise WorkerLost("timeout")
-            chunk = os.read(out, 65536)
-            if not chunk:
-                self.kill()  # it closed its pipe: end what is left of it
-                raise WorkerLost(f"crashed: {self._status(self._process.wait())}")
-            self._buffer += chunk
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return json.loads(line)
-
-    @staticmethod
-    def _status(code: int) -> str:
-        return f"exit status {code}" if code >= 0 else signal.Signals(-code).name
+def tell(text: str) -> None:
+    """A line about what takes long, before there is a run to tell it."""
+    sys.stderr.write(f"{text}\n")

@@ -12,12 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lorelei.algo.algorithm import PolicyAlgorithm
 from lorelei.config.experiment import Experiment
 from lorelei.data.contract import PromptSource
 from lorelei.env.contract import Env
 from lorelei.inference.contract import EngineClosed, InferenceEngine
+from lorelei.reward.group import GroupScores
 from lorelei.rollout.admission import Admission
 from lorelei.rollout.meter import Meter
 from lorelei.rollout.sampler import EngineSampler, Policy
@@ -25,6 +27,9 @@ from lorelei.store.spool import Spool
 from lorelei.types import AdapterRef, Group, Prompt, Rollout
 
 MAX_CONSECUTIVE_FAILED_GROUPS = 64  # before the adapter's job fails with the last reason
+
+
+Unfit = Literal["failed", "flat", "stale"]  # too few rewards; all the same; too old when finished
 
 
 class RolloutsFail(ValueError):
@@ -50,6 +55,9 @@ class Collector:
     finished: list[Group] = field(default_factory=list[Group])
     taken: list[Group] = field(default_factory=list[Group])  # given out, not yet trained on
     errors: Counter[str] = field(default_factory=Counter[str])
+    partly_failed: int = 0  # groups, since the last step
+    # (why, group) of those that nothing is trained on, since the last step
+    dropped: list[tuple[Unfit, Group]] = field(default_factory=list[tuple[Unfit, Group]])
     _trained: list[int] = field(default_factory=list[int])  # since the last checkpoint
     _failed_in_a_row: int = 0
     _closing: bool = False
@@ -158,21 +166,27 @@ class Collector:
 
     def _drop_stale(self) -> None:
         fresh = [group for group in self.finished if group.min_version >= self.oldest]
-        stale = [group.index for group in self.finished if group.min_version < self.oldest]
-        for _ in stale:
+        stale = [group for group in self.finished if group.min_version < self.oldest]
+        for group in stale:
             self.admission.forget()
             self.errors["stale"] += 1
-        self.spool.remove(self.name, stale)
+            self.dropped.append(("stale", group))
+        self.spool.remove(self.name, [group.index for group in stale])
         self.finished = fresh
 
     async def _group(self, index: int) -> None:
         prompt = self.source.prompt(index)
-        samples = range(self.experiment.rollout.n_samples)
-        rollouts = await asyncio.gather(*(self._rollout(prompt, index, n) for n in samples))
+        size = self.experiment.rollout.n_samples
+        scores = GroupScores(size)
+        rollouts = await asyncio.gather(
+            *(self._rollout(prompt, index, n, scores) for n in range(size))
+        )
         group = Group(adapter=self.name, index=index, prompt=prompt, rollouts=tuple(rollouts))
         self.errors.update(r.error.split(":")[0] for r in rollouts if r.error is not None)
-        if reason := unfit(group, self.algo.drop_zero_variance_groups):
-            self._give_back(index, reason)
+        self.partly_failed += is_partly_failed(group)
+        if found := unfit(group, self.algo):
+            self.dropped.append((found[0], group))
+            self._give_back(index, found[1])
             return
         if self.experiment.rollout.max_head_offpolicyness:
             await asyncio.to_thread(self.spool.put, group)
@@ -192,11 +206,14 @@ class Collector:
                 f"nothing to train on; the last one: {reason}"
             )
 
-    async def _rollout(self, prompt: Prompt, index: int, number: int) -> Rollout:
+    async def _rollout(
+        self, prompt: Prompt, index: int, number: int, scores: GroupScores
+    ) -> Rollout:
         sampler = EngineSampler(self.engine, self.policy, f"{index}/{number}", self.meter)
         start = time.perf_counter()
         try:
-            episode = await self.env.run(prompt, sampler)
+            with scores.member(number):
+                episode = await self.env.run(prompt, sampler)
         except EngineClosed:
             raise
         except Exception as error:  # the border to environments: any failure is one rollout's
@@ -219,12 +236,18 @@ class Collector:
         )
 
 
-def unfit(group: Group, drop_flat: bool) -> str | None:
-    """Why a group cannot be trained on, or None."""
+def unfit(group: Group, algo: PolicyAlgorithm) -> tuple[Unfit, str] | None:
+    """Why a group cannot be trained on, in a word and in words; None: it can."""
     rewards = [r.reward for r in group.rollouts if r.trainable and r.reward is not None]
-    if len(rewards) < 2:
+    if len(rewards) < (2 if "group" in algo.statistics else 1):
         errors = sorted({r.error for r in group.rollouts if r.error is not None})
-        return f"{len(rewards)} of {len(group.rollouts)} rollouts have a reward: {errors[:1]}"
-    if drop_flat and min(rewards) == max(rewards):
-        return f"all rewards are {rewards[0]}"
+        return "failed", f"{len(rewards)} of {len(group.rollouts)} have a reward: {errors[:1]}"
+    if algo.drop_zero_variance_groups and min(rewards) == max(rewards):
+        return "flat", f"all rewards are {rewards[0]}"
     return None
+
+
+def is_partly_failed(group: Group) -> bool:
+    """Whether some rollouts of a prompt have a reward, and others an error in its place."""
+    failed = [r.reward is None for r in group.rollouts if r.error != "aborted"]
+    return any(failed) and not all(failed)

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from lorelei.inference.server.process import GRACE
-from lorelei.inference.server.process_guard import descendants
+from lorelei.process_guard import descendants
 from lorelei.store.check import check_run
 from tests.chaos.test_kill import committed, prompts
 from tests.contract.servers import ATTENTION

@@ -321,8 +321,24 @@ CASES = {
     ),
     "weights of what is not scored": Case(
         config={"reward": {"weights": {"strict": 1.0}}, "steps": 1},
-        begins=True,
-        expected="none of 4 held-out problems could be scored; the first one: not a number: reward",
+        expected="reward: no text of a trial could be scored: not a number: reward.weights names "
+        "'strict', the scorer has",
+    ),
+    "reward that fails on every text": Case(
+        config=python("score"),
+        prepare=code("def score(completion, solution): return 1"),
+        expected="reward: no text of a trial could be scored: raised ValueError: no column "
+        "'solution' in the row; it has",
+    ),
+    "reward that asks for what TRL alone has": Case(
+        config=python("score"),
+        prepare=code("def score(completions, trainer_state): return [1]"),
+        expected="reward.path: score asks for TRL's 'trainer_state', which is not given here; ",
+    ),
+    "reward of an environment variable that is not set": Case(
+        config={"reward": {**python("score")["reward"], "env": ["NO_SUCH_KEY"]}},
+        prepare=code("def score(completion): return 1"),
+        expected="reward.env: there is no environment variable 'NO_SUCH_KEY'; set it, or remove",
     ),
     # the run folder
     "name is taken": Case(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lorelei.inference.server.process_guard import descendants
+from lorelei.process_guard import descendants
 from lorelei.store.check import check_run
 from lorelei.store.manifest import manifest_paths
 from tests.ray_nodes import RayNodes, ray_nodes

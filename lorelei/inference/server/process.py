@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lorelei.inference.server import process_guard
+from lorelei import process_guard
 
 if TYPE_CHECKING:
     from lorelei.inference.server.backend import ServerBackend

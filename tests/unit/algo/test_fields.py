@@ -157,7 +157,7 @@ def effects(kind: str, fields: Fields) -> list[Any]:
     equal = replace(group, rollouts=tuple(replace(r, reward=1.0) for r in group.rollouts))
     return [
         experiment.max_concurrent,
-        unfit(equal, getattr(experiment.algo, "drop_zero_variance_groups", False)),
+        unfit(equal, experiment.algo) if sampled else None,  # type: ignore[arg-type]
         work.policies,
         [len(one.batch.items) for one in work.rounds],
         [round(total(one, work.policies), 4) for one in work.rounds],

@@ -56,6 +56,17 @@ BAD = [
         GOOD + "train: {kind: megatron, tensor_parallel: 3, expert_parallel: 2}",
         "train.expert_parallel: 2 x expert_tensor_parallel 1 does not divide the 3 processes",
     ),
+    (GOOD + "reward: {kind: reasoning_gym, memory_gib: 0}", "reward.memory_gib: 0 is not allowed"),
+    (GOOD + "reward: {kind: reasoning_gym, start_timeout: -1}", "reward.start_timeout: -1 is not"),
+    (GOOD + "reward: {kind: reasoning_gym, env: [A]}", "reward.env: unknown key"),
+    (
+        ROWS + "reward: {kind: python, path: r.py:f, env: [A=1]}",
+        "reward.env: ['A=1'] is not allowed; write the names of variables",
+    ),
+    (
+        GOOD + "algo: {adv_norm: null, drop_zero_variance_groups: true}\nrollout: {n_samples: 1}",
+        "algo.drop_zero_variance_groups: true drops every group of rollout.n_samples: 1",
+    ),
     (GOOD + "rollout: {kind: vlm}", "rollout.kind: 'vlm' is not allowed; did you mean 'vllm'?"),
     (GOOD + "lora: {peft_type: dora}", "lora.peft_type: 'dora' is not allowed; allowed: 'lora'"),
     (GOOD + "dtype: fp32", "dtype: 'fp32' is not allowed; allowed: 'float32', 'bfloat16'"),

@@ -153,6 +153,9 @@ def test_the_numbers_of_a_step_are_those_of_its_rollouts(
     groups = [group([cut, told, failed], 0), group([sample(0.5, 2, 5), sample(0.5, 2, 5)], 1)]
     job = make_job(experiment({"lr_schedule": "linear"}), groups, store, version=5)
     job.collector.errors.update({"environment raised": 1, "stale": 2})
+    flat = group([sample(1.0, 4, 5), sample(1.0, 2, 5)], 2)
+    unscored = replace(flat, index=3, rollouts=(failed,))
+    job.collector.dropped += [("flat", flat), ("failed", unscored)]
     got = step(engine, job)
     expected = {
         "step": 6,
@@ -174,16 +177,24 @@ def test_the_numbers_of_a_step_are_those_of_its_rollouts(
         "optimizer_step": 1,
         "lr": 1e-2 * 0.5,
         "dropped_stale": 0.5,
+        "dropped_groups": 2,
+        "dropped_groups/flat": 1,
+        "dropped_groups/failed": 1,
+        "dropped_groups/stale": 0,
+        "dropped_rollouts": 3,
+        "dropped_tokens": 6,
+        "reward_sampled": 4 / 6,
     }
     assert {name: got[name] for name in expected} == pytest.approx(expected)
     assert got["errors"] == {"environment raised": 1, "stale": 2}
-    assert job.collector.errors == {}, "they are of one step"
+    assert job.collector.errors == {} and job.collector.dropped == [], "they are of one step"
     assert got["grad_norm"] > 0 and got["train_seconds"] > 0
     assert (job.version, job.reward, job.done) == (6, 0.5, False)
     assert job.state()["reward"] == 0.5 and job.state()["pending"] == []
     lines = (store.folder / "rollouts.jsonl").read_text().splitlines()
-    rewards = [json.loads(line)["reward"] for line in lines]
-    assert rewards == [1.0, 0.0, None, 0.5, 0.5]
+    logged = [(r["reward"], r.get("dropped")) for r in map(json.loads, lines)]
+    trained = [(reward, None) for reward in (1.0, 0.0, None, 0.5, 0.5)]
+    assert logged == [*trained, (1.0, "flat"), (1.0, "flat"), (None, "failed")]
 
 
 def batch_of(e: Experiment, values: Sequence[Sequence[float]], groups: Sequence[Group]) -> Batch:
@@ -255,6 +266,24 @@ def test_rollouts_without_a_reward_are_not_trained_on(
         assert engine.adapter_state("a").digest() == clean.adapter_state("a").digest()
     assert got["failed_rollouts"] == 2
     assert got["generated_tokens"] == got["trained_tokens"] + 6
+
+
+def test_failures_within_groups_are_told_at_once_and_then_ever_less_often(
+    engine: TrainEngine, store: RunStore
+) -> None:
+    told = io.StringIO()
+    warned: list[int] = []
+    job = make_job(experiment(), two_groups(), store)
+    job.evaluations.console = Console({"a": STEPS}, told)
+    for number in range(8):
+        job.collector.finished = two_groups(number)
+        job.collector.partly_failed = 1
+        job.collector.errors.update({"raised IndexError": 3})
+        assert step(engine, job)["partly_failed_groups"] == 1
+        warned.append(told.getvalue().count("training is biased"))
+    assert warned == [1, 1, 2, 2, 2, 2, 3, 3]
+    assert "in 1 groups some rollouts have no reward" in told.getvalue()
+    assert "raised IndexError: 3" in told.getvalue()
 
 
 def test_the_mismatch_is_measured_before_the_update(engine: TrainEngine, store: RunStore) -> None:

@@ -189,11 +189,6 @@ def test_math_verify_compares_values(gold, completion, value):
     assert metrics["parsed"] == float(completion != "no idea")
 
 
-def test_gold_answer_that_is_no_mathematics_is_an_error():
-    with pytest.raises(ValueError, match="'' is not a mathematical expression"):
-        math_verify.score({"answer": "####"}, "12")
-
-
 @pytest.mark.parametrize(
     ("kind", "data"), [("reasoning_gym", entry("chain_sum")), ("math_verify", {"answer": "#### 7"})]
 )

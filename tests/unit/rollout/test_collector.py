@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,9 @@ import pytest
 
 from lorelei.env.contract import Episode, Sampler
 from lorelei.inference.contract import EngineClosed
+from lorelei.reward.contract import RewardResult
+from lorelei.reward.contract import Sample as RewardSample
+from lorelei.reward.group import current_member
 from lorelei.rollout.admission import Admission
 from lorelei.rollout.collector import MAX_CONSECUTIVE_FAILED_GROUPS, Collector, RolloutsFail
 from lorelei.rollout.sampler import Policy
@@ -224,6 +227,69 @@ def test_a_group_with_fewer_than_two_rewards_gives_way_to_the_next_prompt(tmp_pa
     script = Script()
     script.reward = lambda _, index, sample: float(sample) if index != 1 or sample == 0 else None
     assert taken(run(finish(make(tmp_path, script)))) == [[0, 2], [3, 4], [5, 6]]
+
+
+def test_without_statistics_of_groups_one_sample_of_a_prompt_is_enough(tmp_path: Path) -> None:
+    algo = {"adv_norm": {"mean_level": "batch", "std_level": "batch"}}
+    collector = make(tmp_path, Script(), algo=algo, rollout={"n_samples": 1})
+    assert taken(run(finish(collector))) == [[0, 1], [2, 3], [4, 5]]
+    script = Script()
+    script.reward = lambda _, index, sample: float(sample) if index != 1 or sample == 0 else None
+    four = make(tmp_path / "four", script, algo=algo)
+    assert taken(run(finish(four))) == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_groups_that_failed_in_part_are_counted_whether_they_are_kept_or_not(
+    tmp_path: Path,
+) -> None:
+    script = Script()
+    # all of group 0 fail, three of group 1, one of group 2
+    script.reward = lambda _, index, sample: (
+        None if index == 0 or (index == 1 and sample) or (index == 2 and not sample) else 1.0
+    )
+    collector = make(tmp_path, script)
+    assert taken(run(finish(collector)))[0] == [2, 3]
+    assert collector.partly_failed == 2
+
+
+class WholeGroups:
+    """A reward of whole groups, and the environment that asks it: the longest text has 1."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    async def run(self, prompt: Prompt, sample: Sampler) -> Episode:
+        turn = await sample(prompt.tokens)
+        member = current_member()
+        assert member is not None
+        text = str(int(turn.completion.tokens[0]))
+        result = await member.score(RewardSample(data={}, completion=text), self.score_all)
+        return Episode(turns=(turn,), reward=result.value)
+
+    async def score_all(self, samples: Sequence[RewardSample]) -> list[RewardResult]:
+        texts = [one.completion for one in samples]
+        self.calls.append(texts)
+        return [RewardResult(value=float(text == max(texts))) for text in texts]
+
+
+def test_a_reward_of_whole_groups_is_asked_once_a_group_with_those_that_live(
+    tmp_path: Path,
+) -> None:
+    script = Script()
+    rng = random.Random(3)
+
+    async def wait(*_: object) -> None:
+        await asyncio.sleep(rng.random() / 100)
+
+    script.wait = wait
+    script.fail = lambda _, index, sample: ValueError() if (index, sample) == (1, 3) else None
+    collector = make(tmp_path, script)
+    env = WholeGroups()
+    collector.env = env
+    first = run(finish(collector))[0]
+    assert [[r.reward for r in g.rollouts] for g in first] == [[0, 0, 0, 1], [0, 0, 1, None]]
+    assert sorted(env.calls)[0] == ["1", "2", "3"]
+    assert sorted(env.calls)[1:] == [["1", "2", "3", "4"]] * 5
 
 
 @pytest.mark.parametrize(("drop", "first"), [(True, [1, 2]), (False, [0, 1])])

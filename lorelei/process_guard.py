@@ -28,9 +28,9 @@ def main() -> int:
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda caught, _: asked.append(caught))
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, preexec_fn=_die_with_guard, start_new_session=True
+        command, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent, start_new_session=True
     )
     while process.poll() is None and not asked and os.getppid() == starter:
         _reap(process.pid)
@@ -90,7 +90,13 @@ def _processes() -> Iterator[tuple[int, int, bool]]:
             yield int(entry.parent.name), int(parent), state == "Z"
 
 
-def _die_with_guard() -> None:
+def adopt_orphans() -> None:
+    """Make what this process's descendants leave behind its children (Linux)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent() -> None:
+    """Be killed when the thread that started this process ends (Linux)."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
