@@ -43,6 +43,7 @@ def score(data: Mapping[str, Any], completion: str) -> tuple[float, dict[str, fl
     gold_text = _of_gold(str(data["answer"]))
     if not gold_text.strip("$ "):
         raise ValueError(f"the gold answer {shown(str(data['answer']))} is empty")
+    completion = data.get("completion_answer", completion)  # numbers of the thinking are no answer
     said, whole = _of_completion(completion)
     if _as_text(said) == _as_text(gold_text):
         return 1.0, {"parsed": 1.0}

@@ -47,7 +47,8 @@ def score(
     the whole text. Metrics: `strict`, the same score, and `lenient`, 1.0 if the answer ends with
     the gold one, whatever precedes it (equal to `strict` where there is no single gold one).
     """
-    answer = _answer(completion, answer_after)
+    # behind the thinking, where a model thinks
+    answer = _answer(data.get("completion_answer", completion), answer_after)
     name = data["dataset"]
     if name in SYMPY_DATASETS and not is_plain_formula(answer):
         strict = 0.0

@@ -159,3 +159,12 @@ def test_the_last_box_is_the_answer(gold, text, value):
 def test_empty_gold_answer_is_an_error(gold):
     with pytest.raises(ValueError, match="is empty"):
         score({"answer": gold}, "12")
+
+
+@pytest.mark.parametrize(
+    ("thought", "said", "value"),
+    [(r"\boxed{4}", r"\boxed{5}", 0.0), (r"\boxed{5}", r"\boxed{4}", 1.0), ("4", "", 0.0)],
+)
+def test_what_was_only_thought_is_no_answer(thought: str, said: str, value: float) -> None:
+    whole = f"<think>{thought}</think>{said}"
+    assert score({"answer": "4", "completion_answer": said}, whole)[0] == value
