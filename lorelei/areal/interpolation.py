@@ -7,11 +7,9 @@ import re
 from typing import Any, cast
 
 from lorelei.config.errors import ConfigError, nearest
-from lorelei.config.section import is_mapping
+from lorelei.config.section import Raw, is_mapping
 
 _INNERMOST = re.compile(r"(?<!\\)\$\{([^${}]*)\}")
-
-Raw = dict[str, Any]
 
 
 def resolve(data: Raw) -> Raw:

@@ -4,7 +4,6 @@ every open. run.json is written again only for what was changed on purpose, whic
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping
@@ -42,14 +41,10 @@ class Identity:
 _IDENTITY = TypeAdapter(Identity)
 
 
-def new_identity(
-    config: Mapping[str, Any], run_id: str | None, inputs: Inputs | None = None
-) -> Identity:
-    """A fresh identity; `run_id` 8 hex digits, None: random. Raises ValueError."""
-    if run_id is not None and not re.fullmatch("[0-9a-f]{8}", run_id):
-        raise ValueError(f"run id: {run_id!r} must be 8 hex digits")
+def new_identity(config: Mapping[str, Any], inputs: Inputs | None = None) -> Identity:
+    """A fresh identity."""
     return Identity(
-        run_id=run_id or secrets.token_hex(4),
+        run_id=secrets.token_hex(4),
         created=now(),
         lorelei=lorelei.__version__,
         config=config,

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from lorelei.config.env import AgentEnv, PythonEnv, ToolsEnv
 from lorelei.config.experiment import Experiment
+from lorelei.config.reward import MathVerifyReward, PythonReward, ReasoningGymReward
 from lorelei.config.run import RunConfig
+from lorelei.config.task import HfTask, ReasoningGymTask
 from lorelei.model.fingerprint import file_digest, model_digests
 from lorelei.store.change import Change, change
 from lorelei.store.durable import StoreError
@@ -22,7 +25,7 @@ from lorelei.store.user_code import code_files
 Parts = Mapping[str, str]
 Inputs = Mapping[str, Parts]
 
-_WEIGHTS = ("adapter_config.json", "adapter_model.safetensors")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _PACKAGES = {"reasoning_gym": "reasoning-gym", "math_verify": "math-verify"}
 
 
@@ -103,27 +106,32 @@ def accepted(recorded: Inputs, found: Inputs, accept: Sequence[str], command: st
 
 
 def _of_adapter(e: Experiment) -> Iterator[tuple[str, Parts]]:
-    match e.task.kind:
-        case "reasoning_gym":
+    match e.task:
+        case ReasoningGymTask():
             yield "task.kind", _package("reasoning_gym")
-        case "hf":
-            yield "task.path", _data_set(e.task.path)
+        case HfTask(path=path):
+            yield "task.path", _data_set(path)
+        case task:
+            yield "task.path", _content(Path(task.path))
+    match e.reward:
+        case PythonReward(path=path):
+            yield "reward.path", _code([path])
+        case ReasoningGymReward() | MathVerifyReward() as scorer:
+            yield "reward.kind", _package(scorer.kind)
         case _:
-            yield "task.path", _content(Path(e.task.path))
-    if e.reward is not None:
-        if e.reward.kind == "python":
-            yield "reward.path", _code([e.reward.path])
-        elif e.reward.kind != "env":
-            yield "reward.kind", _package(e.reward.kind)
-    if e.env.kind in ("python", "agent"):
-        yield "env.path", _code([e.env.path])
-    elif e.env.kind == "tools":
-        yield "env.tools", _code(list(e.env.tools))
+            pass
+    match e.env:
+        case PythonEnv(path=path) | AgentEnv(path=path):
+            yield "env.path", _code([path])
+        case ToolsEnv(tools=tools):
+            yield "env.tools", _code(tools)
+        case _:
+            pass
     if ".py:" in e.algo.kind:
         yield "algo.kind", _code([e.algo.kind])
     if e.lora.init_from is not None:
         folder = Path(e.lora.init_from)
-        yield "lora.init_from", _digests(folder / name for name in _WEIGHTS)
+        yield "lora.init_from", _digests(folder / name for name in _ADAPTER)
 
 
 def _package(kind: str) -> Parts:
@@ -133,7 +141,7 @@ def _package(kind: str) -> Parts:
         return {}
 
 
-def _code(functions: list[str]) -> Parts:
+def _code(functions: Sequence[str]) -> Parts:
     """Names of functions, and digests of the files they are in, by path from the first's folder."""
     parts = {"functions": " ".join(name.rpartition(":")[2] for name in functions)}
     files = [Path(name.rpartition(":")[0]) for name in functions if ".py:" in name]
