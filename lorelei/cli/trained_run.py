@@ -55,7 +55,9 @@ class TrainedRun:
         reads: the sections whose inputs the command reads. Returns warnings about the others.
         Raises StoreError for a difference that is not accepted; the run records those that are.
         """
-        found = read_inputs(self.config, find_model(self.config.model)) if self.inputs else {}
+        if not self.inputs:
+            return []
+        found = read_inputs(self.config, find_model(self.config.model))
         read = {f: p for f, p in self.inputs.items() if _section(f) in reads}
         changes = accepted(read, found, accept or (), command)
         if changes:

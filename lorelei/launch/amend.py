@@ -80,10 +80,11 @@ def amend(recorded: Mapping[str, Any], overrides: Sequence[str]) -> Amended:
         _check(one.field, one.before, one.after)
     for old, new in zip(before.experiments(), config.experiments(), strict=True):
         if old.eval_size != new.eval_size:
+            fix = f"keep them with task.eval_size={old.eval_size}, and eval.n_prompts at most that"
             raise ConfigError(
                 f"eval: {new.eval_size} problems would be held out of adapter {new.name}'s data, "
-                f"not {old.eval_size}, and the order of the others would change; keep those with "
-                f"task.eval_size={old.eval_size}, and eval.n_prompts at most that"
+                f"not {old.eval_size}, and the order of the others would change; "
+                + (fix if old.eval_size else "a run that was begun without any goes on without")
             )
     return Amended(before=before, config=config, changes=changes)
 

@@ -77,7 +77,8 @@ def resume(folder: Path, overrides: Sequence[str] = (), accept: Sequence[str] = 
     with closing(RunStore.open(folder, keep=config.checkpoint.keep)) as store:
         notes = [*amended.notes, *check_steps(amended, store.latest)]
         if store.latest is not None and is_finished(store.latest, to_plain(config)):
-            store.change(amended.changes, config=to_plain(config))
+            if amended.changes:
+                store.change(amended.changes, config=to_plain(config))
             console = Console({})
             for note in (*notes, f"finished already, after step {store.latest.step}"):
                 console.note(note)
