@@ -81,7 +81,7 @@ REFUSED = [
     (ONE, "steps=many", "steps: 'many' is not allowed"),
     (ONE, "adapters.x.steps=4", "adapters.x.steps: a resume adds and removes no adapter"),
     (TWO, "adapters.c.steps=4", "with NAME one of: a, b"),
-    (TWO, "adapters.b.eval.every=1", "eval: 4 problems would be held out of adapter b's data"),
+    (TWO, "adapters.b.eval.every=1", "adapters.b.eval.n_prompts: 4 is more than task.eval_size: 0"),
     (TWO, "adapters.a.seed=4", "adapters.a.seed: a resume cannot change 0 to 4"),
 ]
 
