@@ -22,7 +22,8 @@ CHANGEABLE = frozenset(
         "steps",
         *("threads", "checkpoint", "cluster", "machine", "publish", "train"),
         *("eval", "task.eval_size"),  # as long as the same rows are held out
-        *("reward.timeout", "reward.workers", "env.timeout"),
+        *("reward.timeout", "reward.workers", "reward.start_timeout", "reward.memory_gib"),
+        *("reward.output_kib", "reward.trial", "reward.env", "env.timeout"),
         *("rollout.max_concurrent", "rollout.max_running", "rollout.replicas", "rollout.urls"),
         *("rollout.threads", "rollout.tensor_parallel_size", "rollout.cpu_cache_gib"),
         *("rollout.reserve_rank", "rollout.extra_args"),
