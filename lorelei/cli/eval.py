@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorelei.cli.arguments import AcceptChanged, Json, RunFolder, prepare_run
+from lorelei.cli.arguments import AcceptChanged, Json, RunFolder, prepare_run, say
 
 if TYPE_CHECKING:
     from lorelei.cli.trained_run import TrainedRun
@@ -36,7 +36,7 @@ def evaluate(
         raise ValueError("eval.every: 0 in every adapter: the run holds no problems out")
     reads = ("model", "task", "env", "reward")
     for warning in trained.check_inputs("eval", reads, accept_changed):
-        typer.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
     scores = asyncio.run(_scores(trained, n, base))
     if as_json:
         typer.echo(json.dumps(scores, indent=2))
@@ -44,7 +44,7 @@ def evaluate(
     for adapter, versions in scores.items():
         for version, means in versions.items():
             words = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-            typer.echo(f"{adapter}  {version:>5}  {words}")
+            say(f"{adapter}  {version:>5}  {words}")
 
 
 async def _scores(run: TrainedRun, n_prompts: int | None, base: bool) -> Scores:

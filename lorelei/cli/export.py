@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorelei.cli.arguments import AcceptChanged, AdapterName, RunFolder, prepare_run
+from lorelei.cli.arguments import AcceptChanged, AdapterName, RunFolder, prepare_run, say
 
 
 def export(
@@ -31,7 +31,7 @@ def export(
     trained = TrainedRun.read(folder)
     name = trained.adapter(adapter)
     for warning in trained.check_inputs("export", ("model",), accept_changed):
-        typer.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
     state = trained.state(name)
     out = out or folder / "export" / f"{name}-v{trained.manifest.adapters[name].record.version}"
     if state.spec.full:
@@ -41,4 +41,4 @@ def export(
         base = trained.inputs.get("model")
         beside = {ORIGIN: origin_bytes(base)} if base else None
         write_peft_folder(out, state, trained.config.model, beside)
-    typer.echo(out)
+    say(str(out))

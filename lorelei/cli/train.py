@@ -15,6 +15,7 @@ from lorelei.cli.arguments import (
     RunFolder,
     load_config,
     prepare_run,
+    say,
 )
 
 
@@ -35,7 +36,7 @@ def train(
             "or choose another with name=..."
         )
     for warning in planned.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
     from lorelei.launch import local
 
     with _exit_code_of_a_signal():

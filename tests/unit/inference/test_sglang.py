@@ -11,7 +11,7 @@ import torch
 from lorelei.config.errors import FieldError
 from lorelei.config.extra_args import SGLANG, check_extra_args
 from lorelei.inference.server.options import ServerOptions, binding
-from lorelei.inference.sglang.command import arguments, check_model
+from lorelei.inference.sglang.backend import arguments, check_model
 from lorelei.inference.sglang.in_server.sampling import uniforms
 from lorelei.inference.sglang.kind import SPARE
 from tests.tiny_models import sizes_of, tiny_config
@@ -56,8 +56,8 @@ def test_the_command_line_follows_from_the_run(tmp_path: Path) -> None:
 def test_options_that_follow_from_the_run_are_refused(name: str) -> None:
     for written in (name, f"--{name}", name.replace("-", "_")):
         with pytest.raises(FieldError, match="follows from"):
-            check_extra_args("sglang", {written: 1})
-    check_extra_args("sglang", {"chunked_prefill_size": 512})
+            check_extra_args(SGLANG, {written: 1})
+    check_extra_args(SGLANG, {"chunked_prefill_size": 512})
 
 
 def test_adapted_experts_are_refused_before_a_cpu_server_starts(tmp_path: Path) -> None:
