@@ -2,8 +2,9 @@
 
 Relative paths of files (task.path, env.path, env.tools, reward.path, lora.init_from, algo.kind of a
 class in a file, and a model that starts with '.') are taken from the YAML file's folder, those in
-command-line overrides from the working directory; both are made absolute here. runs_dir is relative
-to the working directory.
+command-line overrides from the working directory; both are made absolute here, and so is a model,
+or a data set of kind hf, that is a folder in the working directory. runs_dir is relative to the
+working directory.
 """
 
 from __future__ import annotations
@@ -89,35 +90,35 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
                 _override(data, _from_here(override))
         translation = translate(resolve(data), _kind(o for o in overrides if o not in theirs))
         data = translation.config
-    config = _absolute(_moved(data), path.resolve().parent)
+    config = _absolute(moved(data), path.resolve().parent)
     translated = dict(leaves(deepcopy(config)))
     for override in overrides:
         if override in theirs:  # one of ours before it may have set what it became
             for key in became(_key(override), translated):
-                _set(config, key, translated[key])
+                set_key(config, key, translated[key])
         else:
             _override(config, override)
-            config = _moved(config, replace=True)
+            config = moved(config, replace=True)
     if translation is not None:
         for key, reason in translation.missing.items():
             if key not in config:
                 raise ConfigError(f"{key}: {reason}")
-    config = _absolute(config, Path.cwd())
+    config = absolute_here(config)
     config.setdefault("name", path.stem)
     return Loaded(config=validate(config), translation=translation)
 
 
 def validate(data: Raw) -> RunConfig:
     """A configuration from plain values. Raises ConfigError like `load_config`."""
-    data = _moved(data)  # errors name the keys where they belong
+    data = moved(data)  # errors name the keys where they belong
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(describe(error, data)) from error
 
 
-def _moved(data: Raw, *, replace: bool = False) -> Raw:
-    """Keys of the optimizer moved out of `algo`, of the run and of every adapter.
+def moved(data: Raw, *, replace: bool = False) -> Raw:
+    """`data` with keys of the optimizer moved out of `algo`, of the run and of every adapter.
 
     Raises ConfigError for one that stands in both, unless that in `algo` is newer.
     """
@@ -213,13 +214,18 @@ def _from_here(override: str) -> str:
 
 def _override(config: Raw, override: str) -> None:
     """Set one dotted key of `config`, in place."""
+    set_key(config, *split_override(override))
+
+
+def split_override(override: str) -> tuple[str, object]:
+    """The dotted key and the value of 'optimizer.lr=1e-4'. Raises ConfigError."""
     dotted, equals, text = override.partition("=")
     if not equals or not all(dotted.strip().split(".")):
         raise ConfigError(f"override {override!r}: write key=value, such as optimizer.lr=1e-4")
-    _set(config, dotted.strip(), _parse(text, f"override {override!r}"))
+    return dotted.strip(), _parse(text, f"override {override!r}")
 
 
-def _set(config: Raw, dotted: str, value: object) -> None:
+def set_key(config: Raw, dotted: str, value: object) -> None:
     """Set one dotted key of `config`, in place. Raises ConfigError below a plain value."""
     keys = dotted.split(".")
     section = config
@@ -251,6 +257,15 @@ def _absolute(config: Raw, folder: Path) -> Raw:
     return config
 
 
+def absolute_here(config: Raw) -> Raw:
+    """A copy of `config` that means the same in every working directory, as far as it reads."""
+    config = _absolute(config, Path.cwd())
+    model = config.get("model")
+    if isinstance(model, str) and model and Path(model).is_dir():  # a folder goes before the hub
+        config["model"] = _join(Path.cwd(), model)
+    return config
+
+
 def _absolute_sections(sections: Raw, folder: Path, kind_above: object) -> Raw:
     sections = dict(sections)
     for name, key in (
@@ -263,16 +278,24 @@ def _absolute_sections(sections: Raw, folder: Path, kind_above: object) -> Raw:
         if not is_mapping(section):
             continue
         section = dict(section)
-        # the path of an hf task is a name on the hub
+        path = section.get(key)
+        # the path of an hf task is a name on the hub, unless it is a folder
         on_hub = name == "task" and section.get("kind", kind_above) == "hf"
-        if isinstance(section.get(key), str) and section[key] and not on_hub:
-            section[key] = _join(folder, section[key])
+        if isinstance(path, str) and path and (not on_hub or _is_folder(folder, path)):
+            section[key] = _join(folder, path)
         if name == "env" and isinstance(tools := section.get("tools"), list):
             section["tools"] = [_in_file(folder, tool) for tool in cast(list[object], tools)]
         sections[name] = section
     if is_mapping(algo := sections.get("algo")) and "kind" in algo:
         sections["algo"] = {**algo, "kind": _in_file(folder, algo["kind"])}
     return sections
+
+
+def _is_folder(folder: Path, path: str) -> bool:
+    """Whether a name that may be one on the hub is a folder."""
+    if path.startswith((".", "~")):
+        return (folder / Path(path).expanduser()).is_dir()
+    return folder == Path.cwd() and (folder / path).is_dir()
 
 
 def _in_file(folder: Path, name: object) -> object:

@@ -21,6 +21,15 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[str, typer.Argument(help="A run folder, or a run's name.", metavar="RUN")]
 AdapterName = Annotated[str | None, typer.Option("--adapter", help="Default: the only one.")]
+AcceptChanged = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--accept-changed",
+        help="An input that may differ from what the run was made with, such as model or "
+        "reward.path; repeatable. The run records it.",
+        metavar="FIELD",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -62,12 +71,12 @@ def find_run(run: str) -> Path:
     raise ValueError(f"run: there is no run folder {run!r}, nor runs/{run}; see `lorelei runs`")
 
 
-def prepare_run(run: str) -> Path:
+def prepare_run(run: str, overrides: list[str] | None = None) -> Path:
     """The run's folder, after setting its threads: torch may be imported from here on."""
+    from lorelei.launch.amend import amend
     from lorelei.process import set_threads
-    from lorelei.run_file import validate
     from lorelei.store.identity import read_identity
 
     folder = find_run(run)
-    set_threads(validate(dict(read_identity(folder).config)).threads)
+    set_threads(amend(read_identity(folder).config, overrides or []).config.threads)
     return folder

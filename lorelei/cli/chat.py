@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorelei.cli.arguments import AdapterName, RunFolder, prepare_run, say
+from lorelei.cli.arguments import AcceptChanged, AdapterName, RunFolder, prepare_run, say
 
 if TYPE_CHECKING:
     from lorelei.cli.trained_run import TrainedRun
@@ -25,6 +25,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 0.9,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    accept_changed: AcceptChanged = None,
 ) -> None:
     """Talk to an adapter. One line is one message; an empty line or the end of input ends."""
     folder = prepare_run(run)
@@ -33,6 +34,8 @@ def chat(
 
     trained = TrainedRun.read(folder)
     name = trained.adapter(adapter)
+    for warning in trained.check_inputs("chat", ("model",), accept_changed):
+        say(f"warning: {warning}", err=True)
     ref = None if base else trained.ref(name, trained.state(name))
     say(f"{ref or 'the base model'} answers; an empty line ends")
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)

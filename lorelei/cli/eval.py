@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorelei.cli.arguments import Json, RunFolder, prepare_run, say
+from lorelei.cli.arguments import AcceptChanged, Json, RunFolder, prepare_run, say
 
 if TYPE_CHECKING:
     from lorelei.cli.trained_run import TrainedRun
@@ -25,6 +25,7 @@ def evaluate(
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="The base model too.")] = False,
     as_json: Json = False,
+    accept_changed: AcceptChanged = None,
 ) -> None:
     """Score a run's adapters on its held-out problems."""
     folder = prepare_run(run)
@@ -33,6 +34,9 @@ def evaluate(
     trained = TrainedRun.read(folder)
     if not any(e.eval.every for e in trained.config.experiments()):
         raise ValueError("eval.every: 0 in every adapter: the run holds no problems out")
+    reads = ("model", "task", "env", "reward")
+    for warning in trained.check_inputs("eval", reads, accept_changed):
+        say(f"warning: {warning}", err=True)
     scores = asyncio.run(_scores(trained, n, base))
     if as_json:
         typer.echo(json.dumps(scores, indent=2))

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from lorelei.cli.arguments import AdapterName, RunFolder, prepare_run, say
+from lorelei.cli.arguments import AcceptChanged, AdapterName, RunFolder, prepare_run, say
 
 
 def export(
     run: RunFolder,
     adapter: AdapterName = None,
     out: Annotated[Path | None, typer.Option(help="Default: RUN/export/NAME-vN.")] = None,
+    accept_changed: AcceptChanged = None,
 ) -> None:
     """Write an adapter as a PEFT folder, which peft, vLLM and others read.
 
@@ -21,6 +22,7 @@ def export(
     """
     folder = prepare_run(run)
     from lorelei.cli.trained_run import TrainedRun
+    from lorelei.lora.origin import ORIGIN, origin_bytes
     from lorelei.lora.peft_folder import write_peft_folder
     from lorelei.model.load import read_config
     from lorelei.model.locate import resolve_model
@@ -28,11 +30,15 @@ def export(
 
     trained = TrainedRun.read(folder)
     name = trained.adapter(adapter)
+    for warning in trained.check_inputs("export", ("model",), accept_changed):
+        say(f"warning: {warning}", err=True)
     state = trained.state(name)
     out = out or folder / "export" / f"{name}-v{trained.manifest.adapters[name].record.version}"
     if state.spec.full:
         base = resolve_model(trained.config.model)
         write_model_folder(out, state, base, read_config(base))
     else:
-        write_peft_folder(out, state, trained.config.model)
+        base = trained.inputs.get("model")
+        beside = {ORIGIN: origin_bytes(base)} if base else None
+        write_peft_folder(out, state, trained.config.model, beside)
     say(str(out))

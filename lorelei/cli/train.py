@@ -8,10 +8,20 @@ from pathlib import Path
 
 import typer
 
-from lorelei.cli.arguments import ConfigFile, Overrides, RunFolder, load_config, prepare_run, say
+from lorelei.cli.arguments import (
+    AcceptChanged,
+    ConfigFile,
+    Overrides,
+    RunFolder,
+    load_config,
+    prepare_run,
+    say,
+)
 
 
-def train(run: ConfigFile, overrides: Overrides = None) -> None:
+def train(
+    run: ConfigFile, overrides: Overrides = None, accept_changed: AcceptChanged = None
+) -> None:
     """Train the adapters of a run."""
     from lorelei.plan.plan import plan
     from lorelei.process import set_threads
@@ -30,16 +40,21 @@ def train(run: ConfigFile, overrides: Overrides = None) -> None:
     from lorelei.launch import local
 
     with _exit_code_of_a_signal():
-        local.train(config)
+        local.train(config, accept_changed or ())
 
 
-def resume(run: RunFolder) -> None:
-    """Go on with a run from its last committed step."""
-    folder = prepare_run(run)
+def resume(
+    run: RunFolder, overrides: Overrides = None, accept_changed: AcceptChanged = None
+) -> None:
+    """Go on with a run from its last committed step.
+
+    Overrides may give it more steps, and whatever else does not change what was trained.
+    """
+    folder = prepare_run(run, overrides)
     from lorelei.launch import local
 
     with _exit_code_of_a_signal():
-        local.resume(folder)
+        local.resume(folder, overrides or (), accept_changed or ())
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AsyncExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorelei import loop as the_loop
@@ -14,16 +15,22 @@ from lorelei.config.run import RunConfig
 from lorelei.data.examples import ExampleSource
 from lorelei.inference.contract import EngineClosed
 from lorelei.inference.server.client import ServerTrouble
+from lorelei.launch.amend import amend, check_steps
 from lorelei.launch.assemble import RunComponents, build, make_loop, make_thread, warm_starts
+from lorelei.launch.warm_start import check_warm_starts
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot
+from lorelei.model.locate import resolve_model
 from lorelei.model.turn_end import turn_end
 from lorelei.obs.console import Console
 from lorelei.obs.history import read_metrics
 from lorelei.publish.contract import PublishError
 from lorelei.publish.page import CanaryFailed
-from lorelei.run_file import to_plain, validate
+from lorelei.run_file import to_plain
+from lorelei.store.change import Change
 from lorelei.store.identity import read_identity
+from lorelei.store.inputs import Inputs, accepted, read_inputs
+from lorelei.store.manifest import is_finished
 from lorelei.store.run import RunStore
 from lorelei.train.contract import EngineFailed, TrainEngine
 from lorelei.train.remote.restarting import Restarting
@@ -41,25 +48,58 @@ class Stopped(Exception):
         self.signal = signal_number
 
 
-def train(config: RunConfig) -> None:
-    """Start a new run. Raises ValueError for a user-fixable error, Stopped after a signal."""
-    asyncio.run(_main(config, Path(config.runs_dir) / config.name, None))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Start:
+    """What a run starts or goes on with, beside its configuration."""
+
+    store: RunStore | None = None  # None: it is new
+    inputs: Inputs | None = None  # None: not recorded yet
+    changes: Sequence[Change] = ()
+    notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
 
-def resume(folder: Path) -> None:
-    """Go on with a run from its last committed step. Raises like `train`."""
-    config = validate(dict(read_identity(folder).config))
+def train(config: RunConfig, accept: Sequence[str] = ()) -> None:
+    """Start a new run. Raises ValueError for a user-fixable error, Stopped after a signal.
+
+    accept: fields lora.init_from that may name an adapter of another base model.
+    """
+    found = check_warm_starts(config, accept)
+    start = _Start(changes=found.changes, warnings=found.warnings)
+    asyncio.run(_main(config, Path(config.runs_dir) / config.name, start))
+
+
+def resume(folder: Path, overrides: Sequence[str] = (), accept: Sequence[str] = ()) -> None:
+    """Go on with a run from its last committed step. Raises like `train`.
+
+    overrides: of fields that may change, see `amend`. accept: inputs that may have changed.
+    """
+    amended = amend(read_identity(folder).config, overrides)
+    config = amended.config
     with closing(RunStore.open(folder, keep=config.checkpoint.keep)) as store:
-        if store.latest is not None and store.latest.state["finished"]:
+        notes = [*amended.notes, *check_steps(amended, store.latest)]
+        if store.latest is not None and is_finished(store.latest, to_plain(config)):
+            if amended.changes:
+                store.change(amended.changes, config=to_plain(config))
             console = Console({})
-            console.note(f"finished already, after step {store.latest.step}")
+            for note in (*notes, f"finished already, after step {store.latest.step}"):
+                console.note(note)
             console.finished(_closing(store, finished=True))
             return
-        asyncio.run(_main(config, folder, store))
+        recorded = store.identity.inputs
+        start = _Start(store=store, changes=amended.changes, notes=notes)
+        if recorded is not None:
+            found = read_inputs(config, resolve_model(config.model))
+            changes = accepted(recorded, found, accept, "resume")
+            kept = {c.field: c.after for c in changes}
+            inputs = {f: kept.get(f) or recorded.get(f) or found[f] for f in found}
+            start = replace(start, inputs=inputs, changes=[*start.changes, *changes])
+        asyncio.run(_main(config, folder, start))
 
 
-async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None:
+async def _main(config: RunConfig, folder: Path, start: _Start) -> None:
     async with AsyncExitStack() as stack:
+        store, notes = start.store, list(start.notes)
         if store is None or store.latest is None:
             starts, origin = warm_starts(config), "lora.init_from"
         else:
@@ -71,9 +111,18 @@ async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None
             raise Broken(str(error)) from error
         thread = make_thread(config, parts, stack, store)
         _restore(thread.engine, starts, origin)
+        # not before: a data set of the hub is of the revision that was just read
+        inputs = start.inputs or read_inputs(config, parts.folder)
         if store is None:  # last: what is refused before leaves nothing behind
-            store = RunStore.create(folder, to_plain(config), keep=config.checkpoint.keep)
+            keep = config.checkpoint.keep
+            store = RunStore.create(folder, to_plain(config), keep=keep, inputs=inputs)
             stack.callback(store.close)
+        elif start.inputs is None:
+            notes.append(
+                f"recorded what this run is made of, which its version of lorelei did not: "
+                f"{', '.join(f for f, parts in inputs.items() if parts)}; changes are seen from now"
+            )
+        store.change(start.changes, config=to_plain(config), inputs=inputs)
         console = stack.enter_context(
             closing(Console({e.name: e.steps for e in config.experiments()}))
         )
@@ -84,7 +133,9 @@ async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None
         for job in loop.registry:
             stack.push_async_callback(job.close)
         console.resumed(read_metrics(folder / "metrics.jsonl"))
-        console.started(_opening(config, parts, loop))
+        console.started([*_opening(config, parts, loop), *notes])
+        for warning in start.warnings:
+            console.warn(warning)
         try:
             with _stopping_on_signals(loop) as received:
                 await the_loop.begin(loop)

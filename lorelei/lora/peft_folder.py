@@ -6,6 +6,7 @@ adapter_config.json and adapter_model.safetensors, as peft 0.18 writes them.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,16 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
-def write_peft_folder(folder: Path, state: AdapterState, base_model: str) -> None:
-    """Create the folder whole or not at all. Raises StoreError when it exists with content."""
+def write_peft_folder(
+    folder: Path,
+    state: AdapterState,
+    base_model: str,
+    beside: Mapping[str, bytes] | None = None,
+) -> None:
+    """Create the folder whole or not at all. Raises StoreError when it exists with content.
+
+    beside: more files, by name.
+    """
     spec = state.spec
     if spec.full:
         raise StoreError(
@@ -62,6 +71,7 @@ def write_peft_folder(folder: Path, state: AdapterState, base_model: str) -> Non
     files = {
         CONFIG: json.dumps(config, indent=2).encode() + b"\n",
         TENSORS: tensor_bytes(state.tensors, ("format", "pt")),
+        **(beside or {}),
     }
     write_folder(folder, files)
 

@@ -33,6 +33,20 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
     return _complete(_from_hub(name, cached, weights), name, weights)
 
 
+def find_model(name: str) -> Path | None:
+    """The folder of a model that is on this machine; nothing is downloaded."""
+    if (folder := local_folder(name)) is not None:
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # a folder that is not there
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def local_folder(name: str) -> Path | None:
     """The folder of a model on this machine, if there is one outside of the hub's cache."""
     folders = (Path(name).expanduser(), _cached(name))

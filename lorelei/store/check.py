@@ -6,8 +6,12 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lorelei.config.errors import ConfigError
+from lorelei.model.locate import find_model
+from lorelei.run_file import validate
 from lorelei.store.durable import StoreError
-from lorelei.store.identity import read_identity
+from lorelei.store.identity import Identity, read_identity
+from lorelei.store.inputs import differences, missing, read_inputs
 from lorelei.store.leftover import temporary_files, unnamed_snapshots
 from lorelei.store.lock import is_locked
 from lorelei.store.log import LOGS
@@ -18,8 +22,8 @@ from lorelei.store.record import read_record
 def check_run(folder: Path) -> list[str]:
     """One line for each problem; empty: the folder is sound and a resume loses nothing.
 
-    Verifies checksums, the chain of manifests, names, versions, logs, spooled groups, and leftovers
-    of a crash (not while a run is writing: then they are its work in progress).
+    Verifies checksums, the chain of manifests, names, versions, logs, spooled groups, the inputs,
+    and leftovers of a crash (not while a run is writing: then they are its work in progress).
     """
     running = is_locked(folder)
     problems: list[str] = []
@@ -37,9 +41,25 @@ def check_run(folder: Path) -> list[str]:
             crumbs = [*unnamed_snapshots(folder, found.verified), *temporary_files(folder)]
             problems += [f"{p}: left over from a crash; the next resume removes it" for p in crumbs]
         read_record(folder / "incarnation.json")
+        problems += _input_problems(identity)
     except StoreError as error:
         problems.append(str(error))
     return problems
+
+
+def _input_problems(identity: Identity) -> Iterator[str]:
+    """What the run was made with is there, and the same."""
+    if identity.inputs is None:  # a resume records it
+        return
+    try:
+        config = validate(dict(identity.config))
+    except ConfigError as error:
+        yield f"run.json: config: {error}"
+        return
+    found = read_inputs(config, find_model(config.model))
+    yield from map(str, differences(identity.inputs, found))
+    for field in missing(identity.inputs, found):
+        yield f"{field}: what it names is not there, and a resume reads it"
 
 
 def _version_problems(manifests: Sequence[Manifest]) -> Iterator[str]:

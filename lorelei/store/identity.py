@@ -1,19 +1,22 @@
-"""Who a run is: run.json, written once, and incarnation.json, counted up by every open."""
+"""Who a run is: run.json, with its configuration and inputs, and incarnation.json, counted up by
+every open. run.json is written again only for what was changed on purpose, which it lists.
+"""
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
 import lorelei
+from lorelei.store.change import Change, now
 from lorelei.store.durable import CorruptFile, StoreError, write_file
+from lorelei.store.inputs import Inputs
 from lorelei.store.record import parse_record, read_record, record_bytes
 
 
@@ -25,20 +28,27 @@ class Identity:
     created: str  # ISO 8601, UTC
     lorelei: str  # version that created the run
     config: Mapping[str, Any]  # resolved
+    inputs: Inputs | None = None  # None: made by a version that did not record them
+    changes: tuple[Change, ...] = ()
+
+    def changed(self, changes: Iterable[Change], **fields: Any) -> Identity:
+        """With `fields` replaced, and every change listed that its field did not last have."""
+        last = {change.field: replace(change, created="") for change in self.changes}
+        new = tuple(c for c in changes if replace(c, created="") != last.get(c.field))
+        return replace(self, changes=(*self.changes, *new), **fields)
 
 
 _IDENTITY = TypeAdapter(Identity)
 
 
-def now() -> str:
-    """ISO 8601 in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def new_identity(config: Mapping[str, Any]) -> Identity:
+def new_identity(config: Mapping[str, Any], inputs: Inputs | None = None) -> Identity:
     """A fresh identity."""
     return Identity(
-        run_id=secrets.token_hex(4), created=now(), lorelei=lorelei.__version__, config=config
+        run_id=secrets.token_hex(4),
+        created=now(),
+        lorelei=lorelei.__version__,
+        config=config,
+        inputs=inputs,
     )
 
 
@@ -53,6 +63,11 @@ def read_identity(folder: Path) -> Identity:
     if not path.exists():
         raise StoreError(f"{folder}: not a run folder, it has no run.json; create the run first")
     return parse_record(_IDENTITY, read_record(path), path)
+
+
+def write_identity(folder: Path, identity: Identity) -> None:
+    """The caller holds the folder's lock. Raises StoreError."""
+    write_file(folder / "run.json", identity_bytes(identity))
 
 
 def next_incarnation(folder: Path) -> tuple[int, str | None]:

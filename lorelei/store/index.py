@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lorelei.store.durable import CorruptFile, StoreError, write_file
 from lorelei.store.identity import read_identity
 from lorelei.store.lock import is_locked
-from lorelei.store.manifest import Manifest, manifest_paths, read_manifest
+from lorelei.store.manifest import Manifest, is_finished, manifest_paths, read_manifest
 
 Status = Literal["running", "finished", "stopped", "damaged"]
 
@@ -91,10 +91,12 @@ def _add(index: sqlite3.Connection, manifest: Manifest) -> None:
 
 def _summary(folder: Path) -> RunSummary:
     model, updated, damaged = "", "", False
+    config: Mapping[str, Any] = {}
     latest: Manifest | None = None
     try:
         identity = read_identity(folder)
-        model, updated = str(identity.config.get("model", "")), identity.created
+        config, updated = identity.config, identity.created
+        model = str(config.get("model", ""))
     except StoreError:
         damaged = True
     for path in reversed(manifest_paths(folder)):
@@ -104,13 +106,12 @@ def _summary(folder: Path) -> RunSummary:
         except CorruptFile:
             # a running run may have retired it since the listing
             damaged = damaged or path.exists()
-    state: Mapping[str, Any] = latest.state if latest else {}
     status: Status = "stopped"
     if damaged:
         status = "damaged"
     elif is_locked(folder):
         status = "running"
-    elif state.get("finished") is True:
+    elif latest is not None and is_finished(latest, config):
         status = "finished"
     return RunSummary(
         name=folder.name,

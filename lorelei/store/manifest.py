@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from lorelei.config.run import DEFAULT_ADAPTER
 from lorelei.config.section import NAME_PATTERN
 from lorelei.store.durable import CorruptFile, read_file
 from lorelei.store.record import parse_record, read_record, record_bytes
@@ -73,6 +74,24 @@ class Checkpoints:
 
     verified: tuple[Manifest, ...]
     rejected: Mapping[Path, str]
+
+
+def steps_done(record: AdapterRecord) -> int:
+    """Training steps: a job that does not publish after every one keeps count itself."""
+    return record.state.get("step", record.version)
+
+
+def is_finished(manifest: Manifest, config: Mapping[str, Any]) -> bool:
+    """Whether every job had ended, and none has been given more steps since.
+
+    config: of the run as it is now, resolved.
+    """
+    entries: Mapping[str, Any] = config.get("adapters") or {DEFAULT_ADAPTER: config}
+    for name, entry in manifest.adapters.items():
+        steps = entries.get(name, {}).get("steps", 0)  # one that was added to the live run: no more
+        if steps_done(entry.record) < steps:
+            return False
+    return manifest.state.get("finished") is True
 
 
 def snapshot_path(adapter: str, step: int, sha256: str) -> str:

@@ -1,7 +1,7 @@
 """The run folder while a run writes it.
 
     runs/<name>/
-      run.json           who the run is, its config; written once
+      run.json           who the run is, its config and inputs, what was changed of them
       incarnation.json   how often it was opened
       lock               flock of the process that writes
       manifests/         000012.json: step 12 is true
@@ -26,6 +26,7 @@ from typing import Any
 
 from lorelei.config.section import NAME_PATTERN
 from lorelei.lora.state import AdapterSnapshot
+from lorelei.store.change import Change, now
 from lorelei.store.durable import (
     CorruptFile,
     StoreError,
@@ -39,10 +40,11 @@ from lorelei.store.identity import (
     identity_bytes,
     new_identity,
     next_incarnation,
-    now,
     read_identity,
+    write_identity,
     write_incarnation,
 )
+from lorelei.store.inputs import Inputs
 from lorelei.store.leftover import delete_run, temporary_files, unnamed_snapshots
 from lorelei.store.lock import FolderLock
 from lorelei.store.log import LOGS, JsonLog
@@ -76,25 +78,31 @@ class RunStore:
     ) -> None:
         """Not for callers."""
         self.folder = folder
-        self.config = identity.config
         self.warnings: list[str] = []
         self._lock = lock
-        self._identity = identity
+        self.identity = identity
         self._incarnation = incarnation
         self._manifests = list(manifests)  # verified, by rising step
         self._keep = keep
         self._logs = {name: JsonLog(folder / name) for name in LOGS}
 
     @classmethod
-    def create(cls, folder: Path, config: Mapping[str, Any], keep: int = 2) -> RunStore:
+    def create(
+        cls,
+        folder: Path,
+        config: Mapping[str, Any],
+        keep: int = 2,
+        inputs: Inputs | None = None,
+    ) -> RunStore:
         """Start a new run in a folder that has none.
 
-        config: resolved, plain JSON. keep: checkpoints to keep. Raises ValueError.
+        config: resolved, plain JSON. keep: checkpoints to keep. inputs: what it is made of,
+        beside. Raises ValueError.
         """
         _check_keep(keep)
         if not NAME_PATTERN.fullmatch(folder.name):
             raise ValueError(f"run name: {folder.name!r} must match {NAME_PATTERN.pattern}")
-        identity = new_identity(config)
+        identity = new_identity(config, inputs)
         data = identity_bytes(identity)
         make_folder(folder / "manifests")
         make_folder(folder / "snapshots")
@@ -141,9 +149,14 @@ class RunStore:
         return store
 
     @property
+    def config(self) -> Mapping[str, Any]:
+        """As the run goes on: resolved, plain JSON."""
+        return self.identity.config
+
+    @property
     def run_id(self) -> str:
         """For AdapterRef.run_id: differs in every open, so no version name comes twice."""
-        return f"{self._identity.run_id}i{self._incarnation}"
+        return f"{self.identity.run_id}i{self._incarnation}"
 
     @property
     def latest(self) -> Manifest | None:
@@ -200,7 +213,7 @@ class RunStore:
                 record=record, snapshot=path, ref=earlier.ref if earlier and same else None
             )
         draft = Manifest(
-            run=self._identity.run_id,
+            run=self.identity.run_id,
             incarnation=self._incarnation,
             step=step,
             created=now(),
@@ -255,6 +268,16 @@ class RunStore:
         self._manifests.append(read_manifest(path))
         self._retire()
 
+    def change(self, changes: Iterable[Change], **fields: Any) -> None:
+        """List what was changed on purpose, and have `fields` of the identity from now on.
+
+        Raises StoreError, and ValueError for what is not plain JSON.
+        """
+        identity = self.identity.changed(changes, **fields)
+        if identity != self.identity:
+            write_identity(self.folder, identity)
+            self.identity = identity
+
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl; part of the next commit. NaN and infinities become null."""
         self._logs["metrics.jsonl"].append([record])
@@ -302,6 +325,18 @@ class RunStore:
                 )
             else:
                 log.truncate(committed)
+
+
+def record_changes(folder: Path, changes: Iterable[Change]) -> None:
+    """List what was accepted for one command, in a run that nobody writes. Raises StoreError."""
+    identity = read_identity(folder)
+    if identity.changed(changes) == identity:
+        return
+    lock = FolderLock(folder)
+    try:
+        write_identity(folder, read_identity(folder).changed(changes))
+    finally:
+        lock.release()
 
 
 def _check_keep(keep: int) -> None:

@@ -38,7 +38,9 @@ def place(
     shutil.copytree(FIXTURE / NAME, folder / "runs" / NAME)
     moved(folder / "runs" / NAME / "run.json", folder)
     assert lorelei(folder, "check", NAME) == "no problems\n"
-    assert "resuming after step 2" in lorelei(folder, "resume", NAME)
+    said = lorelei(folder, "resume", NAME)
+    assert "resuming after step 2" in said
+    assert "recorded what this run is made of" in said and ": model, task.path, rew" in said
     return folder
 
 
