@@ -19,9 +19,9 @@ import yaml
 from pydantic import ValidationError
 
 from lorelei.algo.kinds import DEFAULT
-from lorelei.areal.file import became, is_areal, is_areal_key, leaves
+from lorelei.areal.file import became, default_of, is_areal, is_areal_key, leaves
 from lorelei.areal.interpolation import resolve
-from lorelei.areal.translate import Translation, translate
+from lorelei.areal.translate import Translation, require, translate
 from lorelei.config.errors import ConfigError, FieldError, describe, shown
 from lorelei.config.experiment import SAMPLED
 from lorelei.config.optimizer import from_algo
@@ -85,11 +85,13 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         raise ConfigError(f"{path}: {shown(data)} is not a configuration; write key: value lines")
     translation, theirs = None, set[str]()
     if is_areal(data):
-        theirs = {override for override in overrides if is_areal_key(_key(override))}
+        theirs = {override for override in overrides if is_areal_key(_key(override), data)}
         for override in overrides:
             if override in theirs:
                 _override(data, _from_here(override))
-        translation = translate(resolve(data), _kind(o for o in overrides if o not in theirs))
+        translation = translate(
+            resolve(data, default_of), _kind(o for o in overrides if o not in theirs)
+        )
         data = translation.config
     config = _absolute(_moved(data), path.resolve().parent)
     translated = dict(leaves(deepcopy(config)))
@@ -101,9 +103,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
             _override(config, override)
             config = _moved(config, replace=True)
     if translation is not None:
-        for key, reason in translation.missing.items():
-            if key not in config:
-                raise ConfigError(f"{key}: {reason}")
+        require(translation, config)
     config = _absolute(config, Path.cwd())
     config.setdefault("name", path.stem)
     return Loaded(config=validate(config), translation=translation)

@@ -50,7 +50,7 @@ class PolicyAlgorithm(Algorithm):
     kl_ctl: float = Field(default=0.0, ge=0, description="Weight of the divergence from the base.")
     use_kl_in_reward: bool = Field(
         default=False,
-        description="Subtract the divergence from the rewards of tokens. false: add it to the loss.",
+        description="Subtract the divergence from tokens' rewards. false: add it to the loss.",
     )
     kl_estimator: Estimator = Field(
         default="k3", description="How a token's divergence is estimated; in the loss always k3."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from typing import Any
 
 from lorelei.areal.rule import Rule
-from lorelei.areal.rules import REPEATED, RULES
+from lorelei.areal.rules import RULES
+from lorelei.areal.service_rules import REPEATED
 from lorelei.config.errors import ConfigError, nearest
 from lorelei.config.section import is_mapping
 
@@ -24,21 +26,33 @@ def is_areal(data: Raw) -> bool:
     return sum(mark in data for mark in _MARKS) > 1
 
 
-def is_areal_key(key: str) -> bool:
-    """Whether a dotted key means something in AReaL's files."""
-    return rule_of(key) is not None or key.partition(".")[0] in _MARKS
+def is_areal_key(key: str, data: Raw) -> bool:
+    """Whether a dotted key means something in AReaL's files, or stands in this one."""
+    if rule_of(key) is not None or key.partition(".")[0] in _MARKS:
+        return True
+    found: object = data
+    for name in key.split("."):
+        if not is_mapping(found) or name not in found:
+            return False
+        found = found[name]
+    return True
 
 
 def rule_of(key: str) -> Rule | None:
     """The rule of a dotted key: its own, else that of the innermost section that has one."""
     if key in _BY_KEY:
         return _BY_KEY[key]
-    above, _, leaf = key.rpartition(".")
-    if leaf in REPEATED and above:
-        return REPEATED[leaf]
+    if (rule := _repeated(key)) is not None:
+        return rule
     sections = [key, *_above(key)]
     found = (_BY_KEY.get(section + BELOW) for section in sections)
     return next((rule for rule in found if rule is not None), None)
+
+
+def is_sft(data: Raw) -> bool:
+    """Whether a file is for supervised fine-tuning: nothing is sampled."""
+    section = data.get("train_dataset")
+    return is_mapping(section) and section.get("type") == "sft"
 
 
 def became(key: str, ours: Iterable[str]) -> list[str]:
@@ -54,8 +68,9 @@ class ArealFile:
     def __init__(self, data: Raw) -> None:
         """Raises ConfigError for a key without a rule."""
         self.values = dict(leaves(data))
+        self.sft = is_sft(data)
         for key, value in self.values.items():
-            if rule_of(key) is None and not (value is None and _is_section(key)):
+            if rule_of(key) is None and value is not None:  # null removes a key
                 raise ConfigError(f"{key}: unknown key; {_fix(key)}")
 
     def has(self, key: str) -> bool:
@@ -100,9 +115,15 @@ def _above(key: str) -> Iterator[str]:
         yield key
 
 
-def _is_section(key: str) -> bool:
-    """Whether rules stand below it: a section of null says nothing."""
-    return any(name.startswith(f"{key}.") for name in _BY_KEY)
+def _repeated(key: str) -> Rule | None:
+    """Of the keys that many sections have, by their ends."""
+    _, *parts = key.split(".")
+    for start in range(len(parts)):
+        end = ".".join(parts[start:])
+        variables = re.sub(r"(?<=\benv_vars)\..*", "", end)
+        if variables in REPEATED:
+            return REPEATED[variables]
+    return None
 
 
 def _fix(key: str) -> str:
@@ -114,4 +135,14 @@ def _fix(key: str) -> str:
         for name in _BY_KEY
         if name.startswith(prefix) and len(name.removesuffix(BELOW).split(".")) > depth
     }
-    return nearest(leaf, known)
+    fix = nearest(leaf, known)
+    if not section and not fix.startswith("did"):
+        return f"no option class of AReaL's has it; {key}=null leaves it out"
+    return fix
+
+
+def default_of(key: str) -> tuple[bool, Any]:
+    """Whether AReaL's classes have a dotted key, and its value where a file leaves it out."""
+    rule = rule_of(key)
+    known = rule is not None and rule.how != "own"
+    return known, rule.default if rule is not None and rule.key == key else None

@@ -57,8 +57,8 @@ def page() -> str:
 
     parts = [_OPENING.replace("{rows}", f"{GSM8K_ROWS:,}")]
     for section, rows in tables():
-        lines = [f"| `{key}` | {outcome} | {note} |" for key, outcome, note in rows]
-        head = ["| AReaL's key | becomes | how, or why not |", "| --- | --- | --- |"]
+        lines = [f"| {keys} | {outcome} | {note} |" for keys, outcome, note in rows]
+        head = ["| AReaL's keys | becomes | how, or why not |", "| --- | --- | --- |"]
         parts.append("\n".join([f"## {section}", "", *head, *lines, ""]))
     return "\n".join(parts)
 

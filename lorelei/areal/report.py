@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, cast
 
-from lorelei.areal.file import BELOW, rule_of
+from lorelei.areal.backends import EXTRA, unused
+from lorelei.areal.file import rule_of
 from lorelei.areal.rule import Rule
-from lorelei.areal.rules import REPEATED, RULES
+from lorelei.areal.rules import RULES
+from lorelei.areal.service_rules import REPEATED
 from lorelei.areal.translate import Translation
 from lorelei.config.errors import shown
 from lorelei.config.section import is_mapping
@@ -19,6 +21,7 @@ Raw = dict[str, Any]
 REPLACED = {  # by what takes its place
     "total_train_epochs": "total_train_steps",
     "evaluator.freq_epochs": "evaluator.freq_steps",
+    "actor.optimizer.warmup_steps_proportion": "actor.optimizer.warmup_steps",
 }
 
 
@@ -38,9 +41,9 @@ def fates(translation: Translation) -> tuple[KeyOutcome, ...]:
     ours = dict(_leaves(translation.config, ""))
     file = translation.file
     found = [_fate(key, value, ours, translation) for key, value in file.values.items()]
-    other = _unused(translation)
+    others = tuple(f"{section}." for section in unused(file))
     for rule in RULES:
-        if rule.key.startswith(f"{other}."):
+        if rule.key.startswith(others):
             continue
         left_out = rule.key not in file.values and rule.how in ("copied", "made")
         if left_out and rule.default is not None and (became := _became(rule, ours)):
@@ -74,14 +77,13 @@ def _fate(key: str, value: Any, ours: Raw, translation: Translation) -> KeyOutco
     rule = rule_of(key)
     if rule is None:
         return KeyOutcome(key=key, value=value, became={}, why="null: nothing is set")
-    if key.startswith(f"{_unused(translation)}."):
-        sampler = translation.config["rollout"]["kind"]
-        return KeyOutcome(key=key, value=value, became={}, why=f"rollout.backend is {sampler}")
+    if key.startswith(tuple(f"{section}." for section in unused(translation.file))):
+        return KeyOutcome(key=key, value=value, became={}, why=_not_chosen(key, translation))
     if (other := REPLACED.get(key)) and translation.file.has(other):
         return KeyOutcome(key=key, value=value, became={}, why=f"{other} takes its place")
     if rule.how in ("copied", "made") and value is not None:
         became = _became(rule, ours)
-        if rule.key.endswith(BELOW):
+        if rule.ours == EXTRA:
             option = key.rpartition(".")[2].replace("_", "-")
             became = {k: v for k, v in became.items() if k.endswith(f".{option}")}
         if became:
@@ -89,9 +91,13 @@ def _fate(key: str, value: Any, ours: Raw, translation: Translation) -> KeyOutco
     return KeyOutcome(key=key, value=value, became={}, why=_nothing(rule, value))
 
 
-def _unused(translation: Translation) -> str:
-    """The section of the server that does not sample."""
-    return {"sglang": "vllm", "vllm": "sglang"}[translation.config["rollout"]["kind"]]
+def _not_chosen(key: str, translation: Translation) -> str:
+    """Why the section of an engine is not read."""
+    if key.startswith("actor."):
+        return f"actor.backend is {translation.config['train']['kind']}"
+    if translation.file.sft:
+        return "nothing is sampled with train_dataset.type: sft"
+    return f"rollout.backend is {translation.config['rollout']['kind']}"
 
 
 def _nothing(rule: Rule, value: Any) -> str:
@@ -102,7 +108,7 @@ def _nothing(rule: Rule, value: Any) -> str:
         return "null: nothing is set"
     if rule.how == "only":
         return "needs nothing here"
-    if rule.how == "copied":
+    if rule.how == "copied" or (rule.how == "made" and rule.ours):
         return "means nothing with the other settings"
     return rule.why
 
@@ -143,12 +149,16 @@ def _text(value: object) -> str:
 
 
 def tables() -> Iterator[tuple[str, Sequence[tuple[str, str, str]]]]:
-    """For docs/areal.md: by section, rows of key, what it becomes, how or why not."""
-    by_section: dict[str, list[tuple[str, str, str]]] = {}
+    """For docs/areal.md: by section, rows of keys, what they become, how or why not."""
+    by_section: dict[str, dict[tuple[str, str], list[str]]] = {}
     for rule in (*RULES, *(_anywhere(name, rule) for name, rule in REPEATED.items())):
-        section = rule.key.partition(".")[0] if "." in rule.key else "top level"
-        by_section.setdefault(section, []).append((rule.key, _outcome(rule), _note(rule)))
-    yield from by_section.items()
+        above, _, _ = rule.key.partition(".")
+        section = "top level" if "." not in rule.key or rule.how == "own" else above
+        rows = by_section.setdefault(section, {})
+        key = above if rule.how == "own" else rule.key
+        rows.setdefault((_outcome(rule), _note(rule)), []).append(f"`{key}`")
+    for section, rows in by_section.items():
+        yield section, [(", ".join(keys), *row) for row, keys in rows.items()]
 
 
 def _anywhere(name: str, rule: Rule) -> Rule:
@@ -156,6 +166,8 @@ def _anywhere(name: str, rule: Rule) -> Rule:
 
 
 def _outcome(rule: Rule) -> str:
+    if rule.how == "own":
+        return f"give `{rule.ours[0]}`" if rule.ours else "nothing"
     if rule.ours:
         return ", ".join(f"`{name}`" for name in rule.ours)
     match rule.how:
