@@ -19,7 +19,15 @@ import yaml
 from pydantic import ValidationError
 
 from lorelei.algo.kinds import DEFAULT
-from lorelei.areal.file import became, default_of, is_areal, is_areal_key, leaves
+from lorelei.areal.file import (
+    became,
+    default_of,
+    holds,
+    is_areal,
+    is_areal_key,
+    leaves,
+    refuse_companion,
+)
 from lorelei.areal.interpolation import resolve
 from lorelei.areal.translate import Translation, require, translate
 from lorelei.config.errors import ConfigError, FieldError, describe, shown
@@ -85,7 +93,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         raise ConfigError(f"{path}: {shown(data)} is not a configuration; write key: value lines")
     translation, theirs = None, set[str]()
     if is_areal(data):
-        theirs = {override for override in overrides if is_areal_key(_key(override), data)}
+        theirs = {override for override in overrides if _is_theirs(override, data)}
         for override in overrides:
             if override in theirs:
                 _override(data, _from_here(override))
@@ -93,6 +101,8 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
             resolve(data, default_of), _kind(o for o in overrides if o not in theirs)
         )
         data = translation.config
+    else:
+        refuse_companion(data)
     config = _absolute(_moved(data), path.resolve().parent)
     translated = dict(leaves(deepcopy(config)))
     for override in overrides:
@@ -211,6 +221,13 @@ def _from_here(override: str) -> str:
     if key.strip().endswith("path") and value.startswith((".", "~")):
         value = _join(Path.cwd(), value)
     return f"{key}{equals}{value}"
+
+
+def _is_theirs(override: str, data: Raw) -> bool:
+    """Whether an override belongs into the AReaL file `data`: key=null removes what is there."""
+    key = _key(override)
+    removes = _parse(override.partition("=")[2], f"override {override!r}") is None
+    return is_areal_key(key, RunConfig.model_fields) or (removes and holds(data, key))
 
 
 def _override(config: Raw, override: str) -> None:

@@ -28,6 +28,8 @@ OBJECTIVES = {"dpo": "DPO", "rw": "a reward model"}
 
 def check(file: ArealFile) -> None:
     """Raises ConfigError with field, value and fix."""
+    if not file.has_section("actor"):
+        raise ConfigError("actor: is required; a file without it samples, and trains nothing")
     # what is trained comes first: nothing else of the file matters then
     if (kind := file.value("train_dataset.type", "rl")) not in KINDS:
         raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatch
 from typing import Any
 
@@ -17,6 +17,7 @@ Raw = dict[str, Any]
 
 BELOW = ".*"  # at the end of a rule's key: for all keys there that have none of their own
 _BY_KEY = {rule.key: rule for rule in RULES}
+_SECTIONS = {key.partition(".")[0] for key in _BY_KEY}
 # one is enough: ours have none of them
 _MARKS = ("actor", "gconfig", "allocation_mode", "experiment_name", "train_dataset")
 
@@ -26,10 +27,27 @@ def is_areal(data: Raw) -> bool:
     return sum(mark in data for mark in _MARKS) > 1
 
 
-def is_areal_key(key: str, data: Raw) -> bool:
-    """Whether a dotted key means something in AReaL's files, or stands in this one."""
-    if rule_of(key) is not None or key.partition(".")[0] in _MARKS:
-        return True
+def refuse_companion(data: Raw) -> None:
+    """Raises ConfigError for files beside AReaL's examples that describe no run."""
+    if "resources" in data and "run" in data:
+        raise ConfigError(
+            "resources: this is a task for SkyPilot, which starts a run and describes none; use "
+            "the YAML file that its `run` names"
+        )
+    if "env_vars" in data and len(data) == 1:
+        raise ConfigError(
+            "env_vars: these are environment variables, and no run; set them where you start one"
+        )
+
+
+def is_areal_key(key: str, ours: Collection[str]) -> bool:
+    """Whether a dotted key means something in AReaL's files. ours: our sections."""
+    section = key.partition(".")[0]
+    return rule_of(key) is not None or (section in _SECTIONS and section not in ours)
+
+
+def holds(data: Raw, key: str) -> bool:
+    """Whether a file has a dotted key."""
     found: object = data
     for name in key.split("."):
         if not is_mapping(found) or name not in found:

@@ -75,7 +75,12 @@ ROLLOUT = (
     ignored("rollout.scheduling_strategy.target", "see rollout.scheduling_strategy.type"),
     ignored("rollout.scheduling_strategy.fork", "see rollout.scheduling_strategy.type"),
     only("rollout.agent.agent_cls_path", None, "", why="set env: {kind: agent, path: FILE.py:FN}"),
-    only("rollout.agent.mode", "inline", "subproc", why="`lorelei serve` has clients of its own"),
+    only(
+        "rollout.agent.mode",
+        "inline",
+        "subproc",
+        why="episodes are driven by `env`, not by clients",
+    ),
     only("rollout.agent.turn_discount", 1.0, why="set env.turn_discount"),
     only("rollout.agent.export_style", "individual", "concat", why="turns share prefixes anyway"),
     *(
@@ -233,7 +238,9 @@ _LOSS = (
         copied(f"actor.{key}", "algo.rejection_sampling.upper", why="of older files")
         for key in ("behave_imp_weight_cap", "behav_imp_weight_cap")
     ),
-    only("actor.prox_logp_method", "recompute", objective="approximation of the proximal policy"),
+    only(
+        "actor.prox_logp_method", "recompute", objective="an approximation of the proximal policy"
+    ),
     only("actor.importance_sampling_level", "token", objective="GSPO"),
     only("actor.m2_threshold", None, objective="M2PO"),
     only("actor.use_sapo_loss", False, objective="SAPO"),
