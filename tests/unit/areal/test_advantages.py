@@ -1,10 +1,10 @@
 """Advantages of AReaL's files against its formulas, written token by token from its documentation.
 
-There: rewards are (score + bias) * scaling, clipped, then normalised over rollouts. A token's reward
-is minus kl_ctl times its divergence, and the last token of an answer has the rollout's besides. A
-token's advantage is the sum of rewards from it on. Advantages are normalised over tokens. Means and
-squares are of all values of a level; the deviation is around the mean that was subtracted, divides
-by their number less one, and 1e-5 is added to it.
+There: rewards are (score + bias) * scaling, clipped, then normalised over rollouts. The reward of a
+token is minus kl_ctl times its divergence, and the last token of an answer has the rollout's
+besides. The advantage of a token is the sum of rewards from it on. Advantages are normalised over
+tokens. Means and squares are of all values of a level; the deviation is around the mean that was
+subtracted, divides by their number less one, and 1e-5 is added to it.
 """
 
 from __future__ import annotations
