@@ -19,9 +19,9 @@ train: setup model
 test: lint setup model
 	$(PYTEST) -m "not slow and not matrix" $(ARGS)
 
-# what `make test` leaves out: all engines, servers, kills; one at a time, servers have deadlines
+# what `make test` leaves out: all engines, servers, kills
 test-all: setup model
-	$(BIN)/python -m pytest -m "slow and not matrix" $(ARGS)
+	$(PYTEST) -m "slow and not matrix" $(ARGS)
 
 unit: setup
 	$(PYTEST) tests/unit -m "not slow and not matrix" $(ARGS)

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lorelei.cli.trained_run import TrainedRun
-from lorelei.launch.train_engine import make_train_engine
+from lorelei.launch.assemble import make_train_engine
 from lorelei.model.locate import resolve_model
 from lorelei.store.snapshot import read_snapshot
 from tests.contract.reference_rollout import reference_logprobs

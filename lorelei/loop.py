@@ -22,8 +22,8 @@ from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.obs.console import Console
 from lorelei.publish.canary import Canary, Watched
 from lorelei.publish.contract import Publisher
-from lorelei.store.manifest import AdapterEntry, AdapterRecord
-from lorelei.store.run import Pending, RunStore
+from lorelei.store.manifest import AdapterEntry, AdapterRecord, Manifest
+from lorelei.store.run import RunStore
 from lorelei.train.contract import TrainEngine
 from lorelei.train.engine_thread import EngineThread
 from lorelei.train.step import run_works
@@ -249,7 +249,7 @@ async def _save(loop: Loop) -> None:
 
 async def _stage(
     loop: Loop, snapshots: Mapping[str, AdapterSnapshot], published: Mapping[str, int]
-) -> Pending:
+) -> Manifest:
     manifest = loop.store.latest
     latest: Mapping[str, AdapterEntry] = manifest.adapters if manifest else {}
     records = {
@@ -266,12 +266,12 @@ async def _stage(
     return await asyncio.to_thread(loop.store.stage, loop.step, snapshots, records, {})
 
 
-async def _commit(loop: Loop, pending: Pending, refs: Mapping[str, AdapterRef]) -> None:
+async def _commit(loop: Loop, draft: Manifest, refs: Mapping[str, AdapterRef]) -> None:
     older = {n: ref for n, ref in loop.refs.items() if n in loop.registry}
     # what the jobs were told came after the staging
     states = {job.name: job.state() for job in loop.registry}
     state = {"finished": loop.registry.finished}
-    await asyncio.to_thread(loop.store.commit, pending, {**older, **refs}, states, state)
+    await asyncio.to_thread(loop.store.commit, draft, {**older, **refs}, states, state)
     loop.unsaved.clear()
     for job in loop.registry:
         job.saved()

@@ -34,9 +34,7 @@ from lorelei.config.errors import ConfigError, FieldError, describe, shown
 from lorelei.config.experiment import SAMPLED
 from lorelei.config.optimizer import from_algo
 from lorelei.config.run import RunConfig
-from lorelei.config.section import is_mapping
-
-Raw = dict[str, Any]
+from lorelei.config.section import Raw, is_mapping
 
 
 class _Loader(yaml.SafeLoader):

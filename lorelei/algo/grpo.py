@@ -119,75 +119,57 @@ class Grpo(PolicyAlgorithm):
         return LossSpec(path=path, params=params, streams=("advantage", "behaviour"))
 
 
-def decoupled_loss(
-    current_I: Tensor,
-    items: LossItems,
-    *,
-    upper: float = float("inf"),
-    lower: float = 0.0,
-    **clip: float,
-) -> LossResult:
-    """The form for batches that older versions sampled. clip: see `_clipped`."""
-    proximal, correction, kept = _off_policy(current_I, items, upper, lower)
-    weight = correction.where(kept, correction.new_zeros(()))
-    return _clipped(current_I, proximal, items, kept, weight, **clip)
+def decoupled_loss(current_I: Tensor, items: LossItems, **params: float) -> LossResult:
+    """The form for batches that older versions sampled. params: see `_clipped`."""
+    proximal, correction = _off_policy(current_I, items)
+    return _clipped(current_I, proximal, items, correction, correction, **params)
 
 
-def recomputed_loss(
-    current_I: Tensor,
-    items: LossItems,
-    *,
-    upper: float = float("inf"),
-    lower: float = 0.0,
-    **clip: float,
-) -> LossResult:
+def recomputed_loss(current_I: Tensor, items: LossItems, **params: float) -> LossResult:
     """The ratio to the trainer's own log-probabilities at the start of the update."""
-    proximal, _, kept = _off_policy(current_I, items, upper, lower)
-    return _clipped(current_I, proximal, items, kept, kept, **clip)
+    proximal, correction = _off_policy(current_I, items)
+    return _clipped(current_I, proximal, items, correction, None, **params)
 
 
-def plain_loss(
-    current_I: Tensor,
-    items: LossItems,
-    *,
-    upper: float = float("inf"),
-    lower: float = 0.0,
-    **clip: float,
-) -> LossResult:
+def plain_loss(current_I: Tensor, items: LossItems, **params: float) -> LossResult:
     """The ratio to the log-probabilities that the sampler gave."""
-    _, _, kept = _off_policy(current_I, items, upper, lower)
-    return _clipped(current_I, items.streams["behaviour"], items, kept, kept, **clip)
+    _, correction = _off_policy(current_I, items)
+    return _clipped(current_I, items.streams["behaviour"], items, correction, None, **params)
 
 
-def _off_policy(
-    current_I: Tensor, items: LossItems, upper: float, lower: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Proximal log-probabilities, proximal / behaviour, and whether that is within the bounds."""
+def _off_policy(current_I: Tensor, items: LossItems) -> tuple[Tensor, Tensor]:
+    """Proximal log-probabilities, and proximal / behaviour."""
     # no stream: the policy has not moved since the start of the update
     proximal = items.streams.get("proximal", current_I.detach())
-    correction = (proximal - items.streams["behaviour"]).exp()
-    return proximal, correction, (correction <= upper) & (correction >= lower)
+    return proximal, (proximal - items.streams["behaviour"]).exp()
 
 
 def _clipped(
     current_I: Tensor,
     anchor_I: Tensor,
     items: LossItems,
-    kept_I: Tensor,
-    weight_I: Tensor,
+    correction_I: Tensor,
+    weight_I: Tensor | None,
     *,
     eps_clip: float = 0.2,
     eps_clip_higher: float | None = None,
     kl_ctl: float = 0.0,
+    upper: float = float("inf"),
+    lower: float = 0.0,
 ) -> LossResult:
-    """Ratios to the anchor below 1 - eps_clip and above 1 + eps_clip_higher (or eps_clip) clip."""
+    """Ratios to the anchor below 1 - eps_clip and above 1 + eps_clip_higher (or eps_clip) clip.
+
+    Items whose correction is not within [lower, upper] are left out; weight: of the others, or 1.
+    """
+    kept_I = (correction_I <= upper) & (correction_I >= lower)
     # what is rejected may be infinite; it is replaced before the exp, because 0 * inf is not 0
     zero = current_I.new_zeros(())
     advantage = items.streams["advantage"]
+    weight = kept_I if weight_I is None else weight_I.where(kept_I, zero)
     ratio = (current_I - anchor_I).where(kept_I, zero).exp()
     high = eps_clip if eps_clip_higher is None else eps_clip_higher
     clipped = ratio.clamp(1 - eps_clip, 1 + high)
-    item_loss = -(ratio * advantage).minimum(clipped * advantage) * weight_I
+    item_loss = -(ratio * advantage).minimum(clipped * advantage) * weight
     metrics = {
         "clipped": ((ratio != clipped) * items.weight).sum().detach(),
         "rejected": (~kept_I * items.weight).sum(),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import asdict
 
 from lorelei.areal.file import ArealFile, rule_of
 from lorelei.config.errors import ConfigError, nearest
 from lorelei.config.extra_args import DERIVED
 from lorelei.config.parallel import Allocation, Backend, parse_allocation, parse_backend
-
-Raw = dict[str, Any]
+from lorelei.config.section import Raw
 
 TRAIN = ("archon", "fsdp", "megatron")
 ROLLOUT = ("sglang", "vllm")
@@ -84,16 +83,9 @@ def train_section(backend: Backend, field: str) -> Raw:
                 "sequence_parallel": sizes.context,
             }
         case _:
-            return {
-                "kind": "megatron",
-                "data_parallel": sizes.data,
-                "tensor_parallel": sizes.tensor,
-                "pipeline_parallel": sizes.pipeline,
-                "context_parallel": sizes.context,
-                "expert_parallel": sizes.expert,
-                "expert_tensor_parallel": sizes.expert_tensor,
-                "sequence_parallel": sizes.tensor > 1,  # as AReaL sets it
-            }
+            section: Raw = {f"{name}_parallel": size for name, size in asdict(sizes).items()}
+            # as AReaL sets it
+            return {"kind": "megatron", **section, "sequence_parallel": sizes.tensor > 1}
 
 
 def rollout_section(file: ArealFile, backend: Backend) -> Raw:
@@ -156,9 +148,7 @@ def _check_kind(kind: str, allowed: tuple[str, ...], field: str) -> None:
 
 
 def _only_sizes(backend: Backend, field: str, *allowed: str) -> None:
-    sizes = backend.sizes
-    for name in ("data", "tensor", "pipeline", "context", "expert", "expert_tensor"):
-        value = getattr(sizes, name)
+    for name, value in asdict(backend.sizes).items():
         if value > 1 and name not in allowed:
             raise ConfigError(
                 f"{field}: {backend.kind} has no {name} parallel size, and {value} is asked for; "

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lorelei.areal.file import ArealFile, rule_of
 from lorelei.config.errors import ConfigError, shown
-
-Raw = dict[str, Any]
+from lorelei.config.section import Raw
 
 GSM8K = "openai/gsm8k"
 GSM8K_ROWS = 7473  # of its split train

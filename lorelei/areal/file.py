@@ -11,9 +11,7 @@ from lorelei.areal.rule import Rule
 from lorelei.areal.rules import RULES
 from lorelei.areal.service_rules import REPEATED
 from lorelei.config.errors import ConfigError, nearest
-from lorelei.config.section import is_mapping
-
-Raw = dict[str, Any]
+from lorelei.config.section import Raw, is_mapping
 
 BELOW = ".*"  # at the end of a rule's key: for all keys there that have none of their own
 _BY_KEY = {rule.key: rule for rule in RULES}
@@ -62,7 +60,8 @@ def rule_of(key: str) -> Rule | None:
         return _BY_KEY[key]
     if (rule := _repeated(key)) is not None:
         return rule
-    sections = [key, *_above(key)]
+    parts = key.split(".")
+    sections = (".".join(parts[:depth]) for depth in range(len(parts), 0, -1))
     found = (_BY_KEY.get(section + BELOW) for section in sections)
     return next((rule for rule in found if rule is not None), None)
 
@@ -125,12 +124,6 @@ def leaves(data: Raw, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{name}.")
         else:
             yield name, value
-
-
-def _above(key: str) -> Iterator[str]:
-    while "." in key:
-        key = key.rpartition(".")[0]
-        yield key
 
 
 def _repeated(key: str) -> Rule | None:

@@ -8,11 +8,9 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from lorelei.config.errors import ConfigError, nearest
-from lorelei.config.section import is_mapping
+from lorelei.config.section import Raw, is_mapping
 
 _INNERMOST = re.compile(r"(?<!\\)\$\{([^${}]*)\}")
-
-Raw = dict[str, Any]
 
 
 Default = Callable[[str], tuple[bool, Any]]  # of a dotted key: whether there is one, and which

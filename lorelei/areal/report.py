@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any, cast
 
 from lorelei.areal.backends import EXTRA, unused
-from lorelei.areal.file import rule_of
+from lorelei.areal.file import became, leaves, rule_of
 from lorelei.areal.rule import Rule
 from lorelei.areal.rules import RULES
 from lorelei.areal.service_rules import REPEATED
 from lorelei.areal.translate import Translation
 from lorelei.config.errors import shown
-from lorelei.config.section import is_mapping
-
-Raw = dict[str, Any]
+from lorelei.config.section import Raw
 
 REPLACED = {  # by what takes its place
     "total_train_epochs": "total_train_steps",
@@ -38,18 +35,18 @@ class KeyOutcome:
 
 def fates(translation: Translation) -> tuple[KeyOutcome, ...]:
     """Of all keys of the file in its order, then of AReaL's defaults that count."""
-    ours = dict(_leaves(translation.config, ""))
+    ours = dict(leaves(translation.config))
     file = translation.file
     found = [_fate(key, value, ours, translation) for key, value in file.values.items()]
     others = tuple(f"{section}." for section in unused(file))
     for rule in RULES:
-        if rule.key.startswith(others):
+        counts = rule.key not in file.values and rule.how in ("copied", "made")
+        if rule.default is None or not counts or rule.key.startswith(others):
             continue
-        left_out = rule.key not in file.values and rule.how in ("copied", "made")
-        if left_out and rule.default is not None and (became := _became(rule, ours)):
+        if taken := {k: ours[k] for k in became(rule.key, ours)}:
             found.append(
                 KeyOutcome(
-                    key=rule.key, value=rule.default, became=became, why=rule.why, default=True
+                    key=rule.key, value=rule.default, became=taken, why=rule.why, default=True
                 )
             )
     return tuple(found)
@@ -74,21 +71,19 @@ def lines(translation: Translation, name: str) -> list[str]:
 
 
 def _fate(key: str, value: Any, ours: Raw, translation: Translation) -> KeyOutcome:
-    rule = rule_of(key)
+    rule, taken = rule_of(key), Raw()
     if rule is None:
-        return KeyOutcome(key=key, value=value, became={}, why="null: nothing is set")
-    if key.startswith(tuple(f"{section}." for section in unused(translation.file))):
-        return KeyOutcome(key=key, value=value, became={}, why=_not_chosen(key, translation))
-    if (other := REPLACED.get(key)) and translation.file.has(other):
-        return KeyOutcome(key=key, value=value, became={}, why=f"{other} takes its place")
-    if rule.how in ("copied", "made") and value is not None:
-        became = _became(rule, ours)
-        if rule.ours == EXTRA:
-            option = key.rpartition(".")[2].replace("_", "-")
-            became = {k: v for k, v in became.items() if k.endswith(f".{option}")}
-        if became:
-            return KeyOutcome(key=key, value=value, became=became, why=rule.why)
-    return KeyOutcome(key=key, value=value, became={}, why=_nothing(rule, value))
+        why = "null: nothing is set"
+    elif key.startswith(tuple(f"{section}." for section in unused(translation.file))):
+        why = _not_chosen(key, translation)
+    elif (other := REPLACED.get(key)) and translation.file.has(other):
+        why = f"{other} takes its place"
+    else:
+        if rule.how in ("copied", "made") and value is not None:
+            option = f".{key.rpartition('.')[2].replace('_', '-')}" if rule.ours == EXTRA else ""
+            taken = {k: ours[k] for k in became(key, ours) if k.endswith(option)}
+        why = rule.why if taken else _nothing(rule, value)
+    return KeyOutcome(key=key, value=value, became=taken, why=why)
 
 
 def _not_chosen(key: str, translation: Translation) -> str:
@@ -111,20 +106,6 @@ def _nothing(rule: Rule, value: Any) -> str:
     if rule.how == "copied" or (rule.how == "made" and rule.ours):
         return "means nothing with the other settings"
     return rule.why
-
-
-def _became(rule: Rule, ours: Raw) -> Raw:
-    """What of our configuration comes from it."""
-    patterns = [pattern for name in rule.ours for pattern in (name, f"{name}.*")]
-    return {k: v for k, v in ours.items() if any(fnmatch(k, pattern) for pattern in patterns)}
-
-
-def _leaves(config: Raw, prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if is_mapping(value) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _line(fate: KeyOutcome) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lorelei.algo.kinds import DEFAULT, fields_of
 from lorelei.areal.backends import (
@@ -20,9 +19,7 @@ from lorelei.areal.data import IMAGES, data_sections, own_sections
 from lorelei.areal.file import ArealFile
 from lorelei.areal.rules import RULES
 from lorelei.config.errors import ConfigError
-from lorelei.config.section import is_mapping
-
-Raw = dict[str, Any]
+from lorelei.config.section import Raw, is_mapping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from lorelei.config.run import RunConfig
 
 ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="RUN.yaml")]
@@ -33,11 +37,14 @@ def load_config(run: Path, overrides: list[str] | None) -> RunConfig:
     return loaded.config
 
 
-def set_threads(config: RunConfig) -> None:
-    """Call before torch is imported, which reads the environment then."""
-    from lorelei.process import set_threads
+def show(value: object, as_json: bool, table: Callable[[], RenderableType]) -> None:
+    """Print plain values as JSON, or a table for people."""
+    if as_json:
+        typer.echo(json.dumps(value, indent=2))
+        return
+    from rich.console import Console
 
-    set_threads(config.threads)
+    Console().print(table())
 
 
 def find_run(run: str) -> Path:
@@ -50,9 +57,10 @@ def find_run(run: str) -> Path:
 
 def prepare_run(run: str) -> Path:
     """The run's folder, after setting its threads: torch may be imported from here on."""
+    from lorelei.process import set_threads
     from lorelei.run_file import validate
     from lorelei.store.identity import read_identity
 
     folder = find_run(run)
-    set_threads(validate(dict(read_identity(folder).config)))
+    set_threads(validate(dict(read_identity(folder).config)).threads)
     return folder

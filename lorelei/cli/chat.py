@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,8 +13,7 @@ from lorelei.cli.arguments import AdapterName, RunFolder, prepare_run
 
 if TYPE_CHECKING:
     from lorelei.cli.trained_run import TrainedRun
-    from lorelei.model.tokenizer import Tokenizer
-    from lorelei.types import AdapterRef, Ints, SamplingParams
+    from lorelei.types import AdapterRef, SamplingParams
 
 
 def chat(
@@ -48,6 +48,7 @@ def _answers(
     import asyncio
     from dataclasses import replace
 
+    from lorelei.data.chat import ChatTemplate
     from lorelei.inference.embedded.engine import EmbeddedEngine
     from lorelei.model.backend import DTYPES, default_device
     from lorelei.model.config import ForeignModel
@@ -58,7 +59,9 @@ def _answers(
 
     model = resolve_model(trained.config.model)
     tokenizer = load_tokenizer(model)
-    sampling = replace(sampling, stop_token_ids=stop_token_ids(model, tokenizer))
+    stops = stop_token_ids(model, tokenizer)
+    template = ChatTemplate(tokenizer=tokenizer, stop_token_ids=stops)
+    sampling = replace(sampling, stop_token_ids=stops)
     try:
         decoder = load_decoder(model, DTYPES[trained.config.dtype], default_device())
     except ForeignModel as error:
@@ -75,7 +78,7 @@ def _answers(
             for number, question in enumerate(_lines()):
                 messages.append({"role": "user", "content": question})
                 request = GenerateRequest(
-                    tokens=_tokens(tokenizer, messages),
+                    tokens=template.prompt(messages),
                     adapter=ref,
                     sampling=sampling,
                     key=f"chat/{number}",
@@ -88,20 +91,8 @@ def _answers(
             runner.run(engine.close())
 
 
-def _tokens(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> Ints:
-    import numpy as np
-
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return np.asarray(tokenizer(str(text), add_special_tokens=False)["input_ids"], dtype=np.int32)
-
-
 def _lines() -> Iterator[str]:
     """Lines of standard input until an empty one."""
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        if not line.strip():
-            return
-        yield line
+    with suppress(EOFError):
+        while (line := input("> " if sys.stdin.isatty() else "")).strip():
+            yield line

@@ -14,7 +14,6 @@ from lorelei.cli.arguments import Json, RunFolder, prepare_run
 
 if TYPE_CHECKING:
     from lorelei.cli.trained_run import TrainedRun
-    from lorelei.rollout.evaluate import Evaluator, LossEvaluator
 
 Scores = dict[str, dict[str, dict[str, float]]]  # adapter: {"base" or version: {score: mean}}
 
@@ -56,18 +55,15 @@ async def _scores(run: TrainedRun, n_prompts: int | None, base: bool) -> Scores:
         for name, evaluator in evaluators(run.config, parts).items():
             if name not in run.manifest.adapters:  # it was removed while the run went on
                 continue
-            if n_prompts is not None:
-                evaluator = _on_first(evaluator, n_prompts)
+            held_out = evaluator.prompts
+            if n_prompts is not None and n_prompts > len(held_out):
+                raise ValueError(
+                    f"-n: {n_prompts} is more than the {len(held_out)} problems that are held out"
+                )
+            evaluator = replace(evaluator, prompts=held_out[:n_prompts])
             state = run.state(name)
             ref = run.ref(name, state)
             await evaluator.engine.load(ref, state)
             found[name] = {"base": (await evaluator.run(None)).means} if base else {}
             found[name][f"v{ref.version}"] = (await evaluator.run(ref)).means
     return found
-
-
-def _on_first(evaluator: Evaluator | LossEvaluator, n: int) -> Evaluator | LossEvaluator:
-    held_out = len(evaluator.prompts)
-    if n > held_out:
-        raise ValueError(f"-n: {n} is more than the {held_out} problems that are held out")
-    return replace(evaluator, prompts=evaluator.prompts[:n])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from lorelei.cli.arguments import Json
+from lorelei.cli.arguments import Json, show
 
 
 def install(
@@ -25,9 +24,4 @@ def doctor(as_json: Json = False) -> None:
     from lorelei.plan.doctor import diagnose, doctor_table
 
     found = diagnose()
-    if as_json:
-        typer.echo(json.dumps(asdict(found), indent=2))
-        return
-    from rich.console import Console
-
-    Console().print(doctor_table(found))
+    show(asdict(found), as_json, lambda: doctor_table(found))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lorelei.cli.arguments import ConfigFile, Json, Overrides, load_config
+from lorelei.cli.arguments import ConfigFile, Json, Overrides, load_config, show
 
 
 def schema() -> None:
@@ -33,6 +33,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a run would train and need, and where, without loading weights."""
+    from lorelei.plan.format import plan_table
     from lorelei.plan.hardware import wanted
     from lorelei.plan.plan import plan as make_plan
 
@@ -40,14 +41,7 @@ def plan(
     machine = [f"machine.{key}={value}" for key, value in asked.items() if value is not None]
     config = load_config(run, [*(overrides or []), *machine])
     planned = make_plan(config, wanted(config.machine))
-    if as_json:
-        typer.echo(json.dumps(planned.to_json(), indent=2))
-        return
-    from rich.console import Console
-
-    from lorelei.plan.format import plan_table
-
-    Console().print(plan_table(planned))
+    show(planned.to_json(), as_json, lambda: plan_table(planned))
 
 
 def convert(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorelei.cli.arguments import Json, RunFolder, find_run
+from lorelei.cli.arguments import Json, RunFolder, find_run, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,12 +39,7 @@ def runs(
     if not folder.is_dir():
         raise ValueError(f"runs: there is no folder {str(folder)!r}; give the one with the runs")
     found = list_runs(folder)
-    if as_json:
-        typer.echo(json.dumps([asdict(run) for run in found], indent=2))
-        return
-    from rich.console import Console
-
-    Console().print(_table(found))
+    show([asdict(run) for run in found], as_json, lambda: _table(found))
 
 
 def samples(

@@ -8,22 +8,16 @@ from pathlib import Path
 
 import typer
 
-from lorelei.cli.arguments import (
-    ConfigFile,
-    Overrides,
-    RunFolder,
-    load_config,
-    prepare_run,
-    set_threads,
-)
+from lorelei.cli.arguments import ConfigFile, Overrides, RunFolder, load_config, prepare_run
 
 
 def train(run: ConfigFile, overrides: Overrides = None) -> None:
     """Train the adapters of a run."""
     from lorelei.plan.plan import plan
+    from lorelei.process import set_threads
 
     config = load_config(run, overrides)
-    set_threads(config)  # some models are planned with torch
+    set_threads(config.threads)  # some models are planned with torch
     planned = plan(config)
     folder = Path(config.runs_dir) / config.name
     if (folder / "run.json").exists():

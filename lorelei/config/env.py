@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from lorelei.config.errors import nearest
-from lorelei.config.section import Section, tagged
+from lorelei.config.section import FUNCTION, Section, in_a_file, tagged
 
 BUILT_IN_TOOLS = ("calculator",)
-_FUNCTION = re.compile(r".+\.py:[A-Za-z_]\w*")
 
 
 class SingleTurnEnv(Section):
@@ -60,7 +58,7 @@ class ToolsEnv(_Turns):
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            if name not in BUILT_IN_TOOLS and _FUNCTION.fullmatch(name) is None:
+            if name not in BUILT_IN_TOOLS and FUNCTION.fullmatch(name) is None:
                 raise ValueError(
                     f"{name!r} is neither built in nor FILE.py:FUNCTION; "
                     f"{nearest(name, BUILT_IN_TOOLS)}"
@@ -69,17 +67,10 @@ class ToolsEnv(_Turns):
 
 
 class _YourCode(_Turns):
-    path: str = Field(
+    path: Annotated[str, in_a_file("my_env.py:step")] = Field(
         description="'my_env.py:function', a file and a function in it; the file's path is "
         "relative to the YAML file."
     )
-
-    @field_validator("path")
-    @classmethod
-    def _file_and_function(cls, value: str) -> str:
-        if _FUNCTION.fullmatch(value) is None:
-            raise ValueError("write FILE.py:FUNCTION, such as my_env.py:step")
-        return value
 
 
 class PythonEnv(_YourCode):

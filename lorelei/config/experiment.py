@@ -12,18 +12,18 @@ from lorelei.algo.grpo import Grpo
 from lorelei.algo.kinds import AlgoConfig, fields_of
 from lorelei.config.env import EnvConfig, SingleTurnEnv
 from lorelei.config.errors import ConfigError, FieldError, describe
-from lorelei.config.evaluation import EvalConfig
 from lorelei.config.lora import LoraConfig
 from lorelei.config.optimizer import OptimizerConfig, from_algo
 from lorelei.config.reward import EnvReward, ReasoningGymReward, RewardConfig
 from lorelei.config.rollout import (
     EmbeddedRollout,
+    EvalConfig,
     RolloutConfig,
     Sampling,
     SglangRollout,
     VllmRollout,
 )
-from lorelei.config.section import Section, is_mapping
+from lorelei.config.section import Raw, Section, is_mapping
 from lorelei.config.task import ReasoningGymTask, TaskConfig
 
 _OWN_REWARD = frozenset({"python", "agent"})  # environments that may give the reward themselves
@@ -32,8 +32,6 @@ _FOR_THE_RUN = "belongs to the whole run, not to one adapter; move it to the top
 _ROLLOUT_FIELDS = {
     f for kind in (EmbeddedRollout, VllmRollout, SglangRollout) for f in kind.model_fields
 }
-
-Raw = dict[str, Any]
 
 
 class ExperimentDefaults(Section):
@@ -177,7 +175,12 @@ def resolve(name: str, defaults: ExperimentDefaults, overrides: AdapterOverrides
     reward = merged.reward
     if merged.algo.job != "rl":
         refuse_unused(overrides if prefix else defaults, merged.algo.kind, dotted)
-        _check_answers(merged.task, merged.algo.kind, dotted)
+        if isinstance(merged.task, ReasoningGymTask):
+            raise ConfigError(
+                f"{dotted}task.kind: 'reasoning_gym' makes problems to be scored, without answers "
+                f"that a model could imitate, which algo.kind: {merged.algo.kind} learns from; use "
+                "jsonl, parquet or hf"
+            )
         reward = None
     elif reward is None:
         if isinstance(merged.task, ReasoningGymTask):
@@ -251,14 +254,6 @@ def refuse_unused(given: Section, kind: str, dotted: str = "") -> None:
                 f"{dotted}{key}: has no effect with algo.kind: {kind}, which samples nothing; "
                 "remove it"
             )
-
-
-def _check_answers(task: TaskConfig, kind: str, dotted: str) -> None:
-    if isinstance(task, ReasoningGymTask):
-        raise ConfigError(
-            f"{dotted}task.kind: 'reasoning_gym' makes problems to be scored, without answers that "
-            f"a model could imitate, which algo.kind: {kind} learns from; use jsonl, parquet or hf"
-        )
 
 
 def _check_statistics(algo: PolicyAlgorithm, rollout: RolloutConfig) -> None:

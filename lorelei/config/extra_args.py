@@ -66,9 +66,8 @@ SGLANG: Mapping[str, str] = {
 DERIVED: Mapping[str, Mapping[str, str]] = {"vllm": VLLM, "sglang": SGLANG}
 
 
-def check_extra_args(kind: str, extra_args: Mapping[str, object]) -> None:
-    """Raises FieldError for an option that follows from the run. kind: of the server."""
-    derived = DERIVED[kind]
+def check_extra_args(derived: Mapping[str, str], extra_args: Mapping[str, object]) -> None:
+    """Raises FieldError for an option that follows from the run: one of `derived`."""
     for name in extra_args:
         plain = name.strip("-").replace("_", "-")
         if plain in derived:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from lorelei.config.errors import FieldError
-from lorelei.config.section import Section
+from lorelei.config.section import Section, Words
 from lorelei.types import FULL_WEIGHTS, AdapterSpec
 
 
@@ -21,13 +21,13 @@ class LoraConfig(Section):
     )
     lora_rank: int = Field(default=16, ge=1, le=512, description="Rank r of A [r, in], B [out, r].")
     lora_alpha: float = Field(default=32.0, gt=0, description="The adapter acts with alpha / r.")
-    target_modules: tuple[str, ...] = Field(
+    target_modules: Words = Field(
         default=("all-linear",),
         min_length=1,
         description="Linear layers that get an adapter: all-linear (never lm_head or a router), "
         "or names, name endings or full-match regular expressions.",
     )
-    exclude_modules: tuple[str, ...] = Field(
+    exclude_modules: Words = Field(
         default=(), description="Linear layers left out, written like target_modules."
     )
     peft_type: Literal["lora"] = Field(default="lora", description="The kind of adapter.")
@@ -40,11 +40,6 @@ class LoraConfig(Section):
         description="A folder in PEFT's format to start from (warm start); its path is relative to "
         "the YAML file. Default: A random, B zero.",
     )
-
-    @field_validator("target_modules", "exclude_modules", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _starts_from_an_adapter(self) -> LoraConfig:

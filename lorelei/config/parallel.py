@@ -9,7 +9,6 @@ sglang:d4+fsdp:d4                allocation_mode: who samples, who trains
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -18,6 +17,7 @@ from lorelei.config.errors import ConfigError, shown
 LETTERS = {"d": "data", "p": "pipeline", "t": "tensor", "c": "context", "e": "expert"}
 _ATTENTION, _EXPERTS = "dptc", "dpte"
 _SIZES = re.compile(r"(?:[a-z][0-9]+)+")
+_BETWEEN = re.compile(r"([+|])(?![^(]*\))")  # outside of brackets
 _APART = re.compile(r"\(attn:([a-z0-9]+)\|ffn:([a-z0-9]+)\)")
 
 
@@ -44,11 +44,6 @@ class ParallelSizes:
     def world(self) -> int:
         """All processes."""
         return self.data * self.tensor * self.pipeline * self.context
-
-    @property
-    def expert_data(self) -> int:
-        """Copies of every expert."""
-        return self.world // (self.pipeline * self.expert * self.expert_tensor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,13 +96,13 @@ def parse_allocation(text: str, field: str) -> Allocation:
 
     AReaL's older forms are read too: a dot for the colon, and no engine for training.
     """
-    parts = list(_apart(text))
-    if len(parts) != 2:
+    parts = _BETWEEN.split(text)
+    if len(parts) != 3:
         raise ConfigError(
             f"{field}: {shown(text)} is not allowed; write who samples and who trains, such as "
             "sglang:d4+fsdp:d4"
         )
-    rollout, train = (re.sub(r"^([a-z]+)\.", r"\1:", part) for part in parts)
+    rollout, train = (re.sub(r"^([a-z]+)\.", r"\1:", part) for part in parts[::2])
     if ":" not in train or train.startswith("("):
         sizes = parse_sizes(train, field)
         needs_megatron = sizes.pipeline > 1 or sizes.expert > 1
@@ -115,7 +110,7 @@ def parse_allocation(text: str, field: str) -> Allocation:
     return Allocation(
         rollout=parse_backend(rollout, field),
         train=parse_backend(train, field),
-        shared=len(parts[0]) < len(text) and text[len(parts[0])] == "|",
+        shared=parts[1] == "|",
     )
 
 
@@ -142,16 +137,3 @@ def _check_alike(attention: dict[str, int], experts: dict[str, int]) -> None:
     a, b = prod(attention.values()), prod(experts.values())
     if a != b:
         raise ValueError(f"attn takes {a} processes and ffn {b}; use as many")
-
-
-def _apart(text: str) -> Iterator[str]:
-    """Split at '+' and '|' outside of brackets."""
-    depth, part = 0, ""
-    for character in text:
-        depth += {"(": 1, ")": -1}.get(character, 0)
-        if depth == 0 and character in "+|":
-            yield part
-            part = ""
-        else:
-            part += character
-    yield part

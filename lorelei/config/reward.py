@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from lorelei.config.section import Section, tagged
+from lorelei.config.section import Section, in_a_file, tagged
 
 
 class _Reward(Section):
@@ -42,17 +41,10 @@ class PythonReward(_Reward):
     """A function of yours."""
 
     kind: Literal["python"] = Field(description="Which scorer.")
-    path: str = Field(
+    path: Annotated[str, in_a_file("rewards.py:my_reward")] = Field(
         description="'rewards.py:my_reward', a file and a function in it; the file's path is "
         "relative to the YAML file."
     )
-
-    @field_validator("path")
-    @classmethod
-    def _file_and_function(cls, value: str) -> str:
-        if re.fullmatch(r".+\.py:[A-Za-z_]\w*", value) is None:
-            raise ValueError("write FILE.py:FUNCTION, such as rewards.py:my_reward")
-        return value
 
 
 class EnvReward(Section):

@@ -1,4 +1,4 @@
-"""The rollout engine, and how completions are sampled for training."""
+"""The rollout engine, and how completions are sampled, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lorelei.config.errors import FieldError
-from lorelei.config.extra_args import check_extra_args
-from lorelei.config.section import Section, tagged
+from lorelei.config.extra_args import SGLANG, VLLM, check_extra_args
+from lorelei.config.section import Section, Words, tagged
 
 _TRUNCATION = (
     "is refused in training: the log-probabilities of a truncated distribution are not those the "
@@ -33,7 +33,7 @@ class Sampling(Section):
     n_samples: int = Field(default=8, ge=1, description="Rollouts of each prompt: a group.")
     max_new_tokens: int = Field(default=64, ge=1, description="Longest completion, in tokens.")
     temperature: float = Field(default=1.0, description="Sampling temperature, above 0.")
-    stop_strings: tuple[str, ...] = Field(
+    stop_strings: Words = Field(
         default=(), description="A completion ends when its text contains one of these."
     )
     max_head_offpolicyness: int = Field(
@@ -67,11 +67,6 @@ class Sampling(Section):
                 "greedy samples of a prompt are all the same and teach nothing; use a value above 0"
             )
         return value
-
-    @field_validator("stop_strings", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
 
     @field_validator("stop_strings")
     @classmethod
@@ -110,11 +105,13 @@ class EmbeddedRollout(Sampling):
 class ServerRollout(Sampling):
     """What the engines that are servers have."""
 
+    derived: ClassVar[Mapping[str, str]]  # options of the server that follow from the run
+
     replicas: int = Field(default=1, ge=1, description="Servers to start on this machine.")
     tensor_parallel_size: int = Field(
         default=1, ge=1, description="Processes that share each server's model."
     )
-    urls: tuple[str, ...] = Field(
+    urls: Words = Field(
         default=(),
         description="Attach to servers that run already instead of starting any; their token is in "
         "the environment variable LORELEI_SERVER_TOKEN.",
@@ -132,11 +129,6 @@ class ServerRollout(Sampling):
         "refused.",
     )
 
-    @field_validator("urls", mode="before")
-    @classmethod
-    def _one_or_many_urls(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
-
     @field_validator("urls")
     @classmethod
     def _are_urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -153,29 +145,42 @@ class ServerRollout(Sampling):
                 raise FieldError(
                     name, "means nothing with urls: those servers run already; remove one"
                 )
+        check_extra_args(self.derived, self.extra_args)
         return self
 
 
 class VllmRollout(ServerRollout):
     """vLLM servers; `make vllm` installs them."""
 
-    kind: Literal["vllm"] = Field(description="Which rollout engine.")
+    derived: ClassVar[Mapping[str, str]] = VLLM
 
-    @model_validator(mode="after")
-    def _derived_stay_derived(self) -> VllmRollout:
-        check_extra_args(self.kind, self.extra_args)
-        return self
+    kind: Literal["vllm"] = Field(description="Which rollout engine.")
 
 
 class SglangRollout(ServerRollout):
     """SGLang servers; `make sglang` installs them."""
 
+    derived: ClassVar[Mapping[str, str]] = SGLANG
+
     kind: Literal["sglang"] = Field(description="Which rollout engine.")
 
-    @model_validator(mode="after")
-    def _derived_stay_derived(self) -> SglangRollout:
-        check_extra_args(self.kind, self.extra_args)
-        return self
+
+class EvalConfig(Section):
+    """How often, how much, and how completions are sampled for it."""
+
+    every: int = Field(default=5, ge=0, description="Steps between evaluations; 0: never.")
+    n_prompts: int = Field(default=128, ge=1, description="Held-out problems of one evaluation.")
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="Longest completion. Default: rollout.max_new_tokens."
+    )
+    temperature: float = Field(default=0.0, ge=0, description="0: greedy.")
+    top_k: int = Field(default=0, ge=0, description="Sample from the k likeliest tokens; 0: all.")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Sample from the likeliest tokens of this total mass."
+    )
+    min_p: float = Field(
+        default=0.0, ge=0, lt=1, description="Drop tokens below this share of the likeliest one's."
+    )
 
 
 AnyServer = VllmRollout | SglangRollout

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lorelei.config.checkpoint import CheckpointConfig
 from lorelei.config.cluster import ClusterConfig, LocalCluster
 from lorelei.config.errors import FieldError
 from lorelei.config.experiment import (
@@ -18,7 +17,7 @@ from lorelei.config.experiment import (
 )
 from lorelei.config.machine import MachineConfig
 from lorelei.config.publish import MemoryPublish, PublishConfig
-from lorelei.config.section import Name, is_mapping
+from lorelei.config.section import Name, Section, is_mapping
 from lorelei.config.train import ArchonTrain, TrainConfig
 
 DEFAULT_ADAPTER = "default"
@@ -31,6 +30,15 @@ def default_publisher(rollout_kind: str) -> str:
 
 LOW_LORA_LR = 1e-5
 HIGH_FULL_LR = 1e-4
+
+
+class CheckpointConfig(Section):
+    """Checkpoints of adapters; the base model is never written."""
+
+    every: int = Field(default=1, ge=1, description="Steps between checkpoints.")
+    keep: int = Field(
+        default=2, ge=2, description="Checkpoints kept; at least 2, so that one damaged is no loss."
+    )
 
 
 class RunConfig(ExperimentDefaults):

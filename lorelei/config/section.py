@@ -10,7 +10,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, mod
 
 from lorelei.config.errors import FieldError, nearest, shown, unknown_key
 
-NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+Raw = dict[str, Any]  # plain values, as YAML and JSON have them
+
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # safe as a path component
 
 
 def _checked_name(name: str) -> str:
@@ -22,6 +24,26 @@ def _checked_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_checked_name)]
+
+
+def _one_or_many(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]  # one needs no list
+
+FUNCTION = re.compile(r".+\.py:[A-Za-z_]\w*")
+
+
+def in_a_file(example: str) -> AfterValidator:
+    """Refuses what is not a function in a file, and shows the example."""
+
+    def check(value: str) -> str:
+        if FUNCTION.fullmatch(value) is None:
+            raise ValueError(f"write FILE.py:FUNCTION, such as {example}")
+        return value
+
+    return AfterValidator(check)
 
 
 def is_mapping(value: object) -> TypeGuard[dict[str, Any]]:

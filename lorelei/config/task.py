@@ -62,6 +62,10 @@ class ReasoningGymTask(_Task):
     )
     size: int = Field(default=10_000, ge=1, description="Training problems of one epoch.")
 
+    @property
+    def title(self) -> str:
+        return self.name or " + ".join(item.name for item in self.mixture or ())
+
     @model_validator(mode="after")
     def _name_or_mixture(self) -> ReasoningGymTask:
         if (self.name is None) == (self.mixture is None):

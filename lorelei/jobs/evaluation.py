@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from lorelei.obs.console import Console
+from lorelei.rollout.evaluate import Scores
 from lorelei.store.run import RunStore
 
 # which of an evaluation's means stands for it; the first that is there
 HEADLINES = ("strict", "reward", "loss")
-
-
-class Evaluated(Protocol):
-    """What came of one evaluation."""
-
-    @property
-    def means(self) -> Mapping[str, float]: ...
-
-    @property
-    def n(self) -> int: ...
-
-    @property
-    def errors(self) -> Sequence[str]: ...
-
-    @property
-    def seconds(self) -> float: ...
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -38,7 +21,7 @@ class EvaluationLog:
     console: Console
     score: float | None = None  # of the last one, its headline
 
-    def add(self, step: int, scores: Evaluated) -> None:
+    def add(self, step: int, scores: Scores) -> None:
         """Record an evaluation after a step."""
         self.score = next(scores.means[name] for name in HEADLINES if name in scores.means)
         self.store.append_metrics(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lorelei.config.experiment import Experiment
 from lorelei.publish.canary import Watched
 from lorelei.train.work import Result, Work
 from lorelei.types import AdapterRef, AdapterSpec
@@ -87,3 +89,34 @@ class Job(Protocol):
     async def close(self) -> None:
         """Stop what runs. Idempotent."""
         ...
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class OfExperiment:
+    """What a job has of the experiment that it runs."""
+
+    experiment: Experiment
+
+    @property
+    def name(self) -> str:
+        return self.experiment.name
+
+    @property
+    def spec(self) -> AdapterSpec:
+        return self.experiment.lora.spec()
+
+    @property
+    def seed(self) -> int:
+        return self.experiment.seed
+
+
+def step_metrics(result: Result) -> dict[str, float]:
+    """What a step's record says of the optimizer step of the last round."""
+    asked, done = result.work.rounds[-1].step, result.rounds[-1].step
+    assert asked is not None and done is not None, "every round steps"
+    return {
+        "grad_norm": done.grad_norm,
+        "optimizer_step": done.step,
+        "lr": asked.lr,
+        "train_seconds": result.seconds,
+    }

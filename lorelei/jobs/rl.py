@@ -17,20 +17,20 @@ from lorelei.algo.algorithm import PolicyAlgorithm
 from lorelei.algo.loss import item_weights
 from lorelei.config.experiment import Experiment
 from lorelei.jobs.evaluation import EvaluationLog, due
+from lorelei.jobs.job import OfExperiment, step_metrics
 from lorelei.publish.canary import Watched
 from lorelei.rollout.collector import Collector, RolloutsFail
 from lorelei.rollout.evaluate import Evaluator
 from lorelei.store.run import RunStore
 from lorelei.train.batch import rollout_batch
 from lorelei.train.work import Result, Round, RoundResult, Work
-from lorelei.types import AdapterRef, AdapterSpec, Batch, Group, Rollout
+from lorelei.types import AdapterRef, Batch, Group, Rollout
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class RlJob:
+class RlJob(OfExperiment):
     """Implements Job."""
 
-    experiment: Experiment
     algo: PolicyAlgorithm
     collector: Collector
     evaluator: Evaluator | None  # None: no problems are held out
@@ -39,18 +39,6 @@ class RlJob:
     store: RunStore
     version: int = 0
     reward: float | None = None  # of the last batch
-
-    @property
-    def name(self) -> str:
-        return self.experiment.name
-
-    @property
-    def spec(self) -> AdapterSpec:
-        return self.experiment.lora.spec()
-
-    @property
-    def seed(self) -> int:
-        return self.experiment.seed
 
     @property
     def done(self) -> bool:
@@ -193,18 +181,11 @@ def _rollout_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
 
 
 def _train_metrics(result: Result) -> dict[str, float]:
-    first, last = result.rounds[0], result.rounds[-1]
-    metrics = _mismatch(result.work.rounds[0].batch, first)  # later rounds: the policy has moved
+    # later rounds: the policy has moved
+    metrics = _mismatch(result.work.rounds[0].batch, result.rounds[0])
     for one in result.rounds:
         metrics |= one.metrics
-    step = result.work.rounds[-1].step
-    assert last.step is not None and step is not None, "every round steps"
-    return metrics | {
-        "grad_norm": last.step.grad_norm,
-        "optimizer_step": last.step.step,
-        "lr": step.lr,
-        "train_seconds": result.seconds,
-    }
+    return metrics | step_metrics(result)
 
 
 def _mismatch(batch: Batch, result: RoundResult) -> dict[str, float]:

@@ -7,36 +7,26 @@ The held-out loss is what the train engine says of the held-out examples.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lorelei.algo.algorithm import Algorithm
-from lorelei.config.experiment import Experiment
 from lorelei.data.examples import ExampleSource
 from lorelei.jobs.evaluation import EvaluationLog, due
+from lorelei.jobs.job import OfExperiment, step_metrics
 from lorelei.publish.canary import Watched
+from lorelei.rollout.evaluate import Scores
 from lorelei.train.batch import example_batch
 from lorelei.train.engine_thread import EngineThread
 from lorelei.train.work import Result, Round, Work
-from lorelei.types import CURRENT, AdapterRef, AdapterSpec, Batch
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeldOutLoss:
-    """What the model makes of the held-out examples."""
-
-    means: Mapping[str, float]  # loss: nats of a predicted token
-    n: int  # examples
-    seconds: float
-    errors: Sequence[str] = ()
+from lorelei.types import CURRENT, AdapterRef, Batch
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class SftJob:
+class SftJob(OfExperiment):
     """Implements Job."""
 
-    experiment: Experiment
     algo: Algorithm
     source: ExampleSource
     thread: EngineThread
@@ -44,18 +34,6 @@ class SftJob:
     watched: Watched | None
     version: int = 0
     step: int = 0  # steps done; a version is published where an evaluation is due
-
-    @property
-    def name(self) -> str:
-        return self.experiment.name
-
-    @property
-    def spec(self) -> AdapterSpec:
-        return self.experiment.lora.spec()
-
-    @property
-    def seed(self) -> int:
-        return self.experiment.seed
 
     @property
     def done(self) -> bool:
@@ -82,7 +60,6 @@ class SftJob:
 
     async def tell(self, result: Result, ref: AdapterRef | None) -> Mapping[str, Any]:
         (one,), (asked,) = result.rounds, result.work.rounds
-        assert one.step is not None and asked.step is not None, "the round steps"
         self.step += 1
         if ref is not None:
             self.version = ref.version
@@ -94,10 +71,7 @@ class SftJob:
             "entropy": float(one.outputs.entropy.mean()),
             "trained_tokens": float(len(asked.batch.items)),
             "read_tokens": float(tokens),
-            "grad_norm": one.step.grad_norm,
-            "optimizer_step": one.step.step,
-            "lr": asked.step.lr,
-            "train_seconds": result.seconds,
+            **step_metrics(result),
         }
 
     async def admit(self, ref: AdapterRef | None) -> None:
@@ -122,9 +96,10 @@ class SftJob:
         start = time.perf_counter()
         batch = example_batch(self.name, self.source.held_out)
         loss = await self.thread.call(self._loss, batch)
-        seconds = time.perf_counter() - start
-        found = HeldOutLoss(means={"loss": loss}, n=len(self.source.held_out), seconds=seconds)
-        self.evaluations.add(self.step, found)
+        seconds, n = time.perf_counter() - start, len(self.source.held_out)
+        self.evaluations.add(
+            self.step, Scores(means={"loss": loss}, n=n, errors=(), seconds=seconds)
+        )
 
     def _loss(self, batch: Batch) -> float:
         """Mean negative log-likelihood of the predicted tokens, in the engine's thread."""

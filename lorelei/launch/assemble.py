@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from lorelei.config.cluster import RayCluster
 from lorelei.config.experiment import Experiment
 from lorelei.config.publish import DiskPublish, HttpPublish, MemoryPublish, XcclPublish
 from lorelei.config.rollout import EmbeddedRollout, ServerRollout, SglangRollout, VllmRollout
 from lorelei.config.run import RunConfig
-from lorelei.config.task import ReasoningGymTask
 from lorelei.config.train import MegatronTrain
 from lorelei.data.chat import ChatTemplate
 from lorelei.data.examples import ExampleSource
@@ -25,7 +24,6 @@ from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.inference.server.engine import ServerEngine
 from lorelei.jobs.registry import Registry
 from lorelei.launch.jobs import Data, DataMaker, JobMaker, Problems, Sampler
-from lorelei.launch.train_engine import make_train_engine
 from lorelei.loop import Loop
 from lorelei.lora.peft_folder import read_peft_folder
 from lorelei.lora.state import AdapterSnapshot, AdapterState
@@ -43,9 +41,12 @@ from lorelei.rollout.evaluate import Evaluator, LossEvaluator
 from lorelei.rollout.meter import Meter
 from lorelei.store.run import RunStore
 from lorelei.store.spool import Spool
+from lorelei.train.contract import TrainEngine
 from lorelei.train.engine_thread import EngineThread
-from lorelei.train.kinds import trains_here
-from lorelei.train.remote.workers import LOOPBACK
+from lorelei.train.kinds import TRAIN, trains_here
+from lorelei.train.remote.engine import RemoteEngine
+from lorelei.train.remote.restarting import Restarting
+from lorelei.train.remote.workers import LOOPBACK, Launcher, LocalWorkers
 from lorelei.types import Ints
 from lorelei.venvs.recipe import interpreter
 
@@ -84,7 +85,6 @@ async def build(
     stops = stop_token_ids(folder, tokenizer)
     chat = ChatTemplate(tokenizer=tokenizer, stop_token_ids=stops)
     maker = DataMaker(
-        tokenizer=tokenizer,
         chat=chat,
         model=known.sizes,
         max_context=config.rollout.max_context,
@@ -104,12 +104,16 @@ async def build(
     stack.push_async_callback(rollout.close)
     if isinstance(rollout, ServerEngine):
         await rollout.start()
+
+    def decode(tokens: Ints) -> str:
+        return str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+
     return RunComponents(
         folder=folder,
         decoder=decoder,
         device=device,
         data=data,
-        sampler=Sampler(engine=rollout, decode=decoder_of(tokenizer), stop_token_ids=stops),
+        sampler=Sampler(engine=rollout, decode=decode, stop_token_ids=stops),
         cluster=cluster,
     )
 
@@ -120,13 +124,11 @@ def _cluster(config: RunConfig, training: bool) -> Cluster | None:
     workers, servers, cpus = config.train.workers if training else 0, 0, 1
     if isinstance(rollout, ServerRollout) and not rollout.urls:
         servers, cpus = rollout.replicas, rollout.threads * rollout.tensor_parallel_size
-    match config.cluster:
-        case RayCluster() as ray if workers + servers:
-            from lorelei.launch.ray_cluster import Cluster
+    if config.cluster.kind == "local" or not workers + servers:
+        return None
+    from lorelei.launch.ray_cluster import Cluster
 
-            return Cluster(ray, workers, servers, cpus)
-        case _:
-            return None
+    return Cluster(config.cluster, workers, servers, cpus)
 
 
 async def _endpoint(
@@ -156,6 +158,26 @@ def make_thread(
     for e in _trained(config, store):
         engine.add_adapter(e.name, e.lora.spec(), e.seed)
     return thread
+
+
+def make_train_engine(
+    config: RunConfig, folder: Path, decoder: Decoder | None, cluster: Cluster | None
+) -> TrainEngine:
+    """folder: of the model. decoder: for an engine in this process; None: in workers."""
+    train = config.train
+    kind = TRAIN[train.kind]
+    if kind.here is not None and trains_here(config):
+        assert decoder is not None, "loaded for it"
+        return kind.here(train, decoder)
+    launcher: Launcher = LocalWorkers if cluster is None else cluster.launch_workers
+    spec = kind.make_spec(train, folder, config.dtype)
+    python = sys.executable if kind.venv is None else str(interpreter(kind.venv))
+
+    # casts: both have the protocol's calls, but only at run time (see remote.forwarding)
+    def make() -> TrainEngine:
+        return cast(TrainEngine, RemoteEngine(spec, train.workers, python, launcher=launcher))
+
+    return cast(TrainEngine, Restarting(make, config.cluster.restarts))
 
 
 def _trained(config: RunConfig, store: RunStore | None) -> list[Experiment]:
@@ -229,10 +251,7 @@ def _rollout_engine(
         case VllmRollout() | SglangRollout() as servers:
             from lorelei.launch.servers import make_server_engine
 
-            built = (config, servers, folder, model, tokenizer, logs)
-            if cluster is None:
-                return make_server_engine(*built)
-            return make_server_engine(*built, cluster, "cuda" if cluster.gpus else "cpu")
+            return make_server_engine(config, servers, folder, model, tokenizer, logs, cluster)
 
 
 def _transport(
@@ -274,13 +293,13 @@ def evaluators(config: RunConfig, parts: RunComponents) -> dict[str, Evaluator |
 def warm_starts(config: RunConfig) -> dict[str, AdapterSnapshot]:
     """The adapters of `lora.init_from`. Raises ValueError for one of another shape."""
     return {
-        e.name: _untrained(_warm_start(e, e.lora.init_from))
+        e.name: _warm_start(e, e.lora.init_from)
         for e in config.experiments()
         if e.lora.init_from is not None
     }
 
 
-def _warm_start(e: Experiment, folder: str) -> AdapterState:
+def _warm_start(e: Experiment, folder: str) -> AdapterSnapshot:
     state = read_peft_folder(Path(folder))
     wanted = e.lora.spec()
     for field, here, there in (
@@ -293,21 +312,6 @@ def _warm_start(e: Experiment, folder: str) -> AdapterState:
                 f"lora.init_from: {folder!r} has {field} {there}, adapter {e.name!r} "
                 f"has {here}; set lora.{field}: {str(there).lower()}"
             )
-    return AdapterState(spec=wanted, tensors=state.tensors)
-
-
-def _untrained(state: AdapterState) -> AdapterSnapshot:
+    state = AdapterState(spec=wanted, tensors=state.tensors)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in state.tensors.items()}
     return AdapterSnapshot(state=state, exp_avg=zeros, exp_avg_sq=zeros, step=0)
-
-
-def decoder_of(tokenizer: Tokenizer) -> Callable[[Ints], str]:
-    """Token ids to text, without special tokens."""
-    return lambda tokens: str(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
-
-
-def task_words(e: Experiment) -> str:
-    """A task in a few words."""
-    if not isinstance(e.task, ReasoningGymTask):
-        return e.task.path
-    return e.task.name or " + ".join(item.name for item in e.task.mixture or ())

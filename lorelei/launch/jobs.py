@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 from lorelei.algo.algorithm import PolicyAlgorithm
 from lorelei.config.experiment import Experiment
@@ -37,9 +36,6 @@ from lorelei.store.spool import Spool
 from lorelei.train.engine_thread import EngineThread
 from lorelei.types import Ints, Prompt, SamplingParams
 
-if TYPE_CHECKING:
-    from lorelei.model.tokenizer import Tokenizer
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problems:
@@ -57,7 +53,6 @@ Data = Problems | ExampleSource
 class DataMaker:
     """Reads and checks the data of a run's adapters, before anything heavy is loaded."""
 
-    tokenizer: Tokenizer
     chat: ChatTemplate
     model: ModelSizes
     max_context: int | None  # as configured
@@ -65,13 +60,13 @@ class DataMaker:
 
     @property
     def context(self) -> int:
-        return min(self.max_context or self.model.max_positions, self.model.max_positions)
+        return self.model.context(self.max_context)
 
     def data(self, e: Experiment, endpoint: Endpoint | None) -> Data:
         """endpoint: what agents speak to. Raises ValueError for what a user can fix."""
         if e.algo.job == "sft":
             return self._examples(e)
-        source = make_source(e.task, self.tokenizer, e.seed, eval_size=e.eval_size)
+        source = make_source(e.task, self.chat.tokenizer, e.seed, eval_size=e.eval_size)
         held_out = source.eval_prompts(e.eval.n_prompts) if e.eval.every else []
         self._check([source.prompt(0), *held_out])
         return Problems(source=source, held_out=held_out, env=self._env(e, endpoint))
@@ -79,7 +74,7 @@ class DataMaker:
     def _examples(self, e: Experiment) -> ExampleSource:
         source = make_examples(
             e.task,
-            self.tokenizer,
+            self.chat.tokenizer,
             e.seed,
             eval_size=e.eval_size,
             stop_token_ids=self.chat.stop_token_ids,
@@ -152,28 +147,26 @@ class Sampler:
 
     def evaluator(self, e: Experiment, problems: Problems, meter: Meter) -> Evaluator:
         """What scores an adapter on its held-out problems."""
-        sampling = SamplingParams(
+        policy = self.policy(e)
+        sampling = replace(
+            policy.sampling,
             temperature=e.eval.temperature,
             max_new_tokens=e.eval.max_new_tokens or e.rollout.max_new_tokens,
-            stop_token_ids=self.stop_token_ids,
-            stop_strings=e.rollout.stop_strings,
-            seed=e.seed,
             top_k=e.eval.top_k,
             top_p=e.eval.top_p,
             min_p=e.eval.min_p,
-        )
-        policy = Policy(
-            ref=None,
-            sampling=sampling,
-            stream=f"{e.name}/eval",
-            decode=self.decode,
-            training=False,
         )
         return Evaluator(
             engine=self.engine,
             prompts=problems.held_out,
             env=problems.env,
-            policy=policy,
+            policy=replace(
+                policy,
+                sampling=sampling,
+                stream=f"{e.name}/eval",
+                interruptible=False,
+                training=False,
+            ),
             meter=meter,
         )
 

@@ -13,14 +13,7 @@ from lorelei import loop as the_loop
 from lorelei.config.run import RunConfig
 from lorelei.inference.contract import EngineClosed
 from lorelei.inference.server.client import ServerTrouble
-from lorelei.launch.assemble import (
-    RunComponents,
-    build,
-    make_loop,
-    make_thread,
-    task_words,
-    warm_starts,
-)
+from lorelei.launch.assemble import RunComponents, build, make_loop, make_thread, warm_starts
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot
 from lorelei.obs.console import Console
@@ -79,7 +72,9 @@ async def _main(config: RunConfig, folder: Path, store: RunStore | None) -> None
         if store is None:  # last: what is refused before leaves nothing behind
             store = RunStore.create(folder, to_plain(config), keep=config.checkpoint.keep)
             stack.callback(store.close)
-        console = stack.enter_context(Console({e.name: e.steps for e in config.experiments()}))
+        console = stack.enter_context(
+            closing(Console({e.name: e.steps for e in config.experiments()}))
+        )
         if isinstance(thread.engine, Restarting):
             thread.engine.tell = console.warn
         loop = make_loop(config, parts, thread, store, console)
@@ -144,12 +139,10 @@ def _opening(config: RunConfig, parts: RunComponents, loop: Loop) -> list[str]:
         lines.append(f"resuming after step {loop.step}")
     for e in config.experiments():
         trained = f"rank {e.lora.lora_rank}" if e.lora.use_lora else "all weights"
-        batch = f"{e.algo.batch_size} prompts x {e.rollout.n_samples} samples"
-        if not e.samples:
-            batch = f"{e.algo.batch_size} rows"
-        lines.append(
-            f"  {e.name}: {e.algo.kind} on {task_words(e)}, {trained}, {batch}, {e.steps} steps"
-        )
+        samples = f"prompts x {e.rollout.n_samples} samples" if e.samples else "rows"
+        batch = f"{e.algo.batch_size} {samples}"
+        task = e.task.title if e.task.kind == "reasoning_gym" else e.task.path
+        lines.append(f"  {e.name}: {e.algo.kind} on {task}, {trained}, {batch}, {e.steps} steps")
     return lines
 
 

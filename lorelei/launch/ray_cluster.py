@@ -55,7 +55,9 @@ class Cluster:
         _connect(config.address)
         self.host = config.host or ray.util.get_node_ip_address()
         try:
-            self.gpus = self._gpus()
+            self.gpus = config.gpus_per_worker
+            if self.gpus is None:
+                self.gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
             self._idle: list[Any] = []
             self._bundles = [{"CPU": config.cpus_per_worker, "GPU": self.gpus}] * workers
             self._bundles += [{"CPU": server_cpus, "GPU": self.gpus}] * servers
@@ -108,11 +110,6 @@ class Cluster:
             )
             .remote()
         )
-
-    def _gpus(self) -> int:
-        if self._config.gpus_per_worker is not None:
-            return self._config.gpus_per_worker
-        return 1 if ray.cluster_resources().get("GPU", 0) else 0
 
     def _check(self, actors: Sequence[Any]) -> None:
         """Every node has what this machine has, and asks for a token."""
@@ -265,17 +262,15 @@ def _answer(ref: Any) -> Future[bytes]:
     answer: Future[bytes] = Future()
 
     def done(came: Future[Any]) -> None:
-        error = came.exception()
-        if error is None:
+        if (error := came.exception()) is None:
             answer.set_result(came.result())
-        elif isinstance(error, RayTaskError) and isinstance(error.cause, WorkerGone):
-            answer.set_exception(WorkerGone(str(error.cause)))
+            return
+        why = _last_line(error)
+        if isinstance(error, RayTaskError) and isinstance(error.cause, WorkerGone):
+            why = str(error.cause)
         elif isinstance(error, RayActorError):
-            answer.set_exception(
-                WorkerGone(f"was lost with its node or actor ({_last_line(error)})")
-            )
-        else:
-            answer.set_exception(WorkerGone(_last_line(error)))
+            why = f"was lost with its node or actor ({why})"
+        answer.set_exception(WorkerGone(why))
 
     ref.future().add_done_callback(done)
     return answer

@@ -24,7 +24,6 @@ class NodeFacts:
     """A node, and what is installed on it."""
 
     address: str
-    node: str  # Ray's id of it
     auth: str  # of its Ray: "token", or nobody has to show one
     versions: tuple[tuple[str, str], ...]
 
@@ -48,7 +47,6 @@ class Host:
     def facts(self) -> NodeFacts:
         return NodeFacts(
             address=ray.util.get_node_ip_address(),
-            node=ray.get_runtime_context().get_node_id(),
             auth=os.environ.get("RAY_AUTH_MODE", ""),
             versions=installed(),
         )

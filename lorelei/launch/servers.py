@@ -12,9 +12,8 @@ from lorelei.config.rollout import AnyServer
 from lorelei.config.run import RunConfig
 from lorelei.inference.kinds import SERVERS
 from lorelei.inference.limits import Limits
-from lorelei.inference.server.backend import ServerBackend
 from lorelei.inference.server.engine import ServerEngine
-from lorelei.inference.server.launcher import LOCAL, Launcher
+from lorelei.inference.server.launcher import LOCAL
 from lorelei.inference.server.options import ServerOptions, largest_rank, versions_in_use
 from lorelei.lora.targets import match_targets
 from lorelei.model.config import ModelInfo
@@ -24,6 +23,7 @@ from lorelei.plan.hardware import has_accelerator
 from lorelei.plan.model_info import model_info
 
 if TYPE_CHECKING:
+    from lorelei.launch.ray_cluster import Cluster
     from lorelei.model.tokenizer import Tokenizer
 
 TOKEN = "LORELEI_SERVER_TOKEN"
@@ -38,16 +38,19 @@ def make_server_engine(
     model: ModelInfo,
     tokenizer: Tokenizer,
     logs: Path,
-    launcher: Launcher = LOCAL,
-    device: Device | None = None,
+    cluster: Cluster | None,
 ) -> ServerEngine:
     """Not started yet. folder: of the model. logs: a folder for what the servers print.
 
-    launcher: starts them. device: of its machines; None: this machine's.
+    cluster: where they are started; None: on this machine.
     """
     context = model.sizes.context(rollout.max_context)
+    options = None
+    if not rollout.urls:
+        device = device_here() if cluster is None else "cuda" if cluster.gpus else "cpu"
+        options = server_options(config, rollout, folder, model, device)
     return ServerEngine(
-        _backend(config, rollout, folder, model, device or device_here()),
+        SERVERS[rollout.kind].backend(options),
         Limits(vocab=model.sizes.vocab, context=context, decodes_text=True),
         logs,
         tokenizer=tokenizer,
@@ -55,7 +58,7 @@ def make_server_engine(
         urls=rollout.urls,
         token=os.environ.get(TOKEN),
         max_running=rollout.max_running,
-        launcher=launcher,
+        launcher=cluster or LOCAL,
     )
 
 
@@ -72,25 +75,13 @@ def serve(config: RunConfig, host: str, port: int) -> NoReturn:
         )
     folder = resolve_model(config.model)
     model = model_info(config, folder, read_config(folder))
-    rollout = rollout.model_copy(update={"urls": ()})
-    backend = _backend(config, rollout, folder, model, device_here())
-    launch = backend.launch(0, port, token, Path.cwd(), host)
+    options = server_options(config, rollout, folder, model, device_here())
+    launch = SERVERS[rollout.kind].backend(options).launch(0, port, token, Path.cwd(), host)
     os.execvpe(launch.command[0], launch.command, {**os.environ, **launch.environment})
 
 
 def device_here() -> Device:
     return "cuda" if has_accelerator() else "cpu"
-
-
-def _backend(
-    config: RunConfig,
-    rollout: AnyServer,
-    folder: Path,
-    model: ModelInfo,
-    device: Device,
-) -> ServerBackend:
-    options = None if rollout.urls else server_options(config, rollout, folder, model, device)
-    return SERVERS[rollout.kind].backend(options)
 
 
 def server_options(

@@ -6,7 +6,7 @@ Or one model that is trained as a whole, see lora.full.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Generic, Protocol, TypeVar
@@ -14,8 +14,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lorelei.lora.full import FullWeights
-from lorelei.lora.linear import LoraPart, Span, lora_linear, side_by_side
+from lorelei.lora.full import FullWeights, trained_copy
+from lorelei.lora.linear import LoraPart, ModelRoute, Span, lora_linear, side_by_side
 from lorelei.lora.sharded import set_from
 from lorelei.lora.state import (
     AdapterState,
@@ -28,7 +28,7 @@ from lorelei.lora.state import (
 )
 from lorelei.lora.targets import match_targets, tied_names
 from lorelei.model.backend import Weight
-from lorelei.model.linear import FrozenLinear, FusedInput, Route, transformed
+from lorelei.model.linear import FrozenLinear, FusedInput, transformed
 from lorelei.types import AdapterSpec
 
 
@@ -54,16 +54,6 @@ class Base(Protocol):
 T = TypeVar("T")
 
 
-class ModelRoute(Route, Protocol):
-    """A route that knows which layers it changes."""
-
-    def adapts(self, layer: FrozenLinear) -> bool:
-        """Whether any adapter of the row acts on this layer."""
-        ...
-
-    def take(self, index: Tensor) -> ModelRoute: ...
-
-
 class Named(dict[str, T]):
     """Adapters by name."""
 
@@ -76,28 +66,14 @@ class Named(dict[str, T]):
         if name in self:
             raise ValueError(f"adapter {name!r} exists already; drop it first")
 
+    def drop(self, name: str) -> None:
+        """Forget an adapter."""
+        self[name]
+        del self[name]
+
 
 B = TypeVar("B", bound=Base)
-M = TypeVar("M", bound=Base, covariant=True)
-
-
-class Trained(Protocol[M]):
-    """A copy of a base model that is trained as a whole."""
-
-    @property
-    def spec(self) -> AdapterSpec: ...
-
-    @property
-    def decoder(self) -> M: ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The live tensors by the checkpoint's names, sorted."""
-        ...
-
-    def route(self) -> ModelRoute: ...
-
-
-Copy = Callable[[B, torch.dtype], Trained[B]]
+Copy = Callable[[B, torch.dtype], FullWeights[B]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,31 +94,17 @@ class Adapter:
         return dict(sorted(found.items()))
 
 
-class AdapterBank(Generic[B]):
+class AdapterBank(Named["Adapter | FullWeights[Any]"], Generic[B]):
     """Holds adapters and makes the routes that apply them.
 
     Adapter tensors are fp32 over a base of any narrower dtype, and on the base's device.
     """
 
-    def __init__(self, decoder: B, copy: Copy[Any] = FullWeights.copy_of) -> None:
+    def __init__(self, decoder: B, copy: Copy[Any] = trained_copy) -> None:
         """copy: makes the full weights of a base."""
+        super().__init__()
         self.decoder, self._copy = decoder, copy
-        self._dtype = torch.promote_types(decoder.dtype, torch.float32)
-        self._adapters = Named[Adapter | Trained[B]]()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of every adapter tensor."""
-        return self._dtype
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._adapters
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._adapters)
-
-    def __getitem__(self, name: str) -> Adapter | Trained[B]:
-        return self._adapters[name]
+        self.dtype = torch.promote_types(decoder.dtype, torch.float32)
 
     def lora(self, name: str) -> Adapter:
         """An adapter that is not full weights."""
@@ -150,64 +112,44 @@ class AdapterBank(Generic[B]):
         assert isinstance(adapter, Adapter), f"{name} is full weights"
         return adapter
 
-    def add(self, name: str, spec: AdapterSpec, seed: int = 0) -> Adapter | Trained[B]:
+    def add(self, name: str, spec: AdapterSpec, seed: int = 0) -> Adapter | FullWeights[B]:
         """A fresh adapter: A kaiming-uniform, B zero. Full weights: those of the base.
 
         Raises ValueError when the name is taken, a target matches nothing or full weights would
         not be alone.
         """
-        self._adapters.check_free(name)
-        if self._adapters and (spec.full or self._full() is not None):
+        self.check_free(name)
+        if self and (spec.full or self._full() is not None):
             raise ValueError(
                 f"adapter {name!r}: full fine-tuning trains one model and nothing beside it, and "
-                f"{min(self._adapters)!r} is there; drop it first, or use LoRA"
+                f"{min(self)!r} is there; drop it first, or use LoRA"
             )
         if spec.full:
-            self._adapters[name] = self._copy(self.decoder, self._dtype)
-            return self._adapters[name]
+            self[name] = self._copy(self.decoder, self.dtype)
+            return self[name]
         linears = self.decoder.linears()
         parts = {part.name: layer for layer in linears for part in layer.parts}
         targets = match_targets(list(parts), spec, self.decoder.architecture)
         tied = tied_names(targets, spec)
-        shared: dict[str, Tensor] = {}
-        layers = {
-            layer: chosen
-            for layer in linears
-            if (chosen := self._fresh_parts(layer, tied, spec.rank, seed, shared))
-        }
-        self._adapters[name] = Adapter(spec, seed, layers, tied)
-        return self._adapters[name]
+        shared: dict[str, Tensor] = {}  # every A so far by its name
+        layers: dict[FrozenLinear, tuple[LoraPart, ...]] = {}
+        for layer in linears:
+            made: list[LoraPart] = []
+            for part in (p for p in layer.parts if p.name in tied):
+                called = tied[part.name]
+                if called not in shared:
+                    a = fresh_a(called, seed, spec.rank, layer.in_features)
+                    shared[called] = a.to(self.decoder.device, self.dtype).requires_grad_()
+                b = shared[called].new_zeros(part.stop - part.start, spec.rank, requires_grad=True)
+                made.append(LoraPart(part.name, shared[called], b, part.start, part.stop))
+            if made:
+                layers[layer] = tuple(made)
+        self[name] = Adapter(spec, seed, layers, tied)
+        return self[name]
 
-    def _full(self) -> Trained[B] | None:
-        alone = next(iter(self._adapters.values()), None)
+    def _full(self) -> FullWeights[B] | None:
+        alone = next(iter(self.values()), None)
         return None if isinstance(alone, Adapter) else alone
-
-    def _fresh_parts(
-        self,
-        layer: FrozenLinear,
-        tied: Mapping[str, str],
-        rank: int,
-        seed: int,
-        shared: dict[str, Tensor],
-    ) -> tuple[LoraPart, ...]:
-        """shared: every A so far by its name; those that are missing are added."""
-        device = self.decoder.device
-        made: list[LoraPart] = []
-        for part in (p for p in layer.parts if p.name in tied):
-            called = tied[part.name]
-            if called not in shared:
-                a = fresh_a(called, seed, rank, layer.in_features)
-                shared[called] = a.to(device, self._dtype).requires_grad_()
-            b = torch.zeros(part.stop - part.start, rank, dtype=self._dtype, device=device)
-            made.append(
-                LoraPart(part.name, shared[called], b.requires_grad_(), part.start, part.stop)
-            )
-        return tuple(made)
-
-    def drop(self, name: str) -> None:
-        """Forget an adapter."""
-        self[name]
-        del self._adapters[name]
 
     def state(self, name: str) -> AdapterState:
         """A copy of an adapter's tensors."""
@@ -234,7 +176,7 @@ class AdapterBank(Generic[B]):
         """The decoder that a row of tokens goes through, and its route; see `route`."""
         full = self._full()
         if full is not None and all(name is not None for name, _ in spans):
-            return full.decoder, full.route()
+            return full.decoder, full.route
         return self.decoder, self.route(spans, dropout_seed)
 
     def route(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from lorelei.lora.linear import ModelRoute
 from lorelei.lora.state import AdapterState
 from lorelei.model.autograd import Function
 from lorelei.model.decoder import Decoder
@@ -21,52 +22,50 @@ from lorelei.model.norm import RmsNorm
 from lorelei.model.weights import named_tensors, rebuilt, unpack
 from lorelei.types import FULL_WEIGHTS, AdapterSpec
 
+M = TypeVar("M")
 
-@dataclass(frozen=True, slots=True, eq=False)
-class FullWeights:
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class FullWeights(Generic[M]):
     """The trained copy of a base model."""
 
-    spec: AdapterSpec
-    decoder: Decoder
-    layers: Mapping[FrozenLinear, tuple[Tensor, ...]]  # weight of each part, bias of each part
-    named: Mapping[str, Tensor]
+    decoder: M
+    named: Mapping[str, Tensor]  # the live tensors by the checkpoint's names, sorted
+    route: ModelRoute  # every token through it
+    spec: AdapterSpec = FULL_WEIGHTS
 
-    @classmethod
-    def copy_of(cls, base: Decoder, dtype: torch.dtype) -> FullWeights:
-        """A copy that starts as the base, in the plain layout: it is written at every step."""
-        decoder = rebuilt(base, dict(named_tensors(base)), dtype)
-        unpack(decoder)
-        # the parts of a fused layer are trained as views of it
-        named = {name: tensor.requires_grad_() for name, tensor in named_tensors(decoder)}
-        layers: dict[FrozenLinear, tuple[Tensor, ...]] = {}
-        for layer in decoder.linears():
-            names = [f"{part.name}.weight" for part in layer.parts]
-            if layer.bias is not None:
-                names += [f"{part.name}.bias" for part in layer.parts]
-            layers[layer] = tuple(named[name] for name in names if name in named)
-        if decoder.tied:
-            layers[decoder.head] = (decoder.embedding,)
-        return cls(FULL_WEIGHTS, decoder, layers, dict(sorted(named.items())))
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self.named
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The live tensors by the checkpoint's names, sorted."""
-        return dict(self.named)
 
-    def route(self) -> FullRoute:
-        """Every token through it."""
-        return FullRoute(self)
+def trained_copy(base: Decoder, dtype: torch.dtype) -> FullWeights[Decoder]:
+    """A copy that starts as the base, in the plain layout: it is written at every step."""
+    decoder = rebuilt(base, dict(named_tensors(base)), dtype)
+    unpack(decoder)
+    # the parts of a fused layer are trained as views of it
+    named = {name: tensor.requires_grad_() for name, tensor in named_tensors(decoder)}
+    layers: dict[FrozenLinear, tuple[Tensor, ...]] = {}
+    for layer in decoder.linears():
+        names = [f"{part.name}.weight" for part in layer.parts]
+        if layer.bias is not None:
+            names += [f"{part.name}.bias" for part in layer.parts]
+        layers[layer] = tuple(named[name] for name in names if name in named)
+    if decoder.tied:
+        layers[decoder.head] = (decoder.embedding,)
+    return FullWeights(decoder=decoder, named=dict(sorted(named.items())), route=FullRoute(layers))
 
 
 class FullRoute:
     """Every token through the trained model; with `FullWeights.decoder` only."""
 
-    def __init__(self, weights: FullWeights) -> None:
-        self._weights = weights
+    def __init__(self, layers: Mapping[FrozenLinear, tuple[Tensor, ...]]) -> None:
+        """layers: the weight of each part and the bias of each part."""
+        self._layers = layers
 
     def __call__(
         self, layer: FrozenLinear, x_TD: Tensor, fused_input: FusedInput | None = None
     ) -> Tensor:
-        trained = self._weights.layers[layer]
+        trained = self._layers[layer]
         # norms outside of a linear layer, the embedding and routers are autograd's
         norm = (fused_input.weight,) if isinstance(fused_input, RmsNorm) else ()
         return _FullLinear.apply(x_TD, layer, fused_input, *trained, *norm)

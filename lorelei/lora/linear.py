@@ -7,14 +7,24 @@ Source: Hu et al., 2021 (arXiv 2106.09685).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lorelei.model.autograd import Function
 from lorelei.model.backend import add_product
-from lorelei.model.linear import FrozenLinear, FusedInput, transformed
+from lorelei.model.linear import FrozenLinear, FusedInput, Route, transformed
+
+
+class ModelRoute(Route, Protocol):
+    """A route that knows which layers it changes."""
+
+    def adapts(self, layer: FrozenLinear) -> bool:
+        """Whether any adapter of the row acts on this layer."""
+        ...
+
+    def take(self, index: Tensor) -> ModelRoute: ...
 
 
 @dataclass(frozen=True, slots=True)

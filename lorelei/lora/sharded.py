@@ -7,11 +7,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds a part."""
-    return isinstance(tensor, DTensor)
-
-
 def whole(tensor: Tensor) -> Tensor:
     """All of it; every process of its mesh calls it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -38,19 +38,23 @@ def module_shapes(hf_config: Mapping[str, Any]) -> dict[str, Shape]:
     model = DecoderConfig.from_hf(hf_config)
     hidden, queries = model.hidden, model.heads * model.head_dim
     keys = model.kv_heads * model.head_dim
+    attention = {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+    }
     shapes: dict[str, Shape] = {}
     for layer in range(model.layers):
-        prefix = f"model.layers.{layer}"
-        shapes[f"{prefix}.self_attn.q_proj"] = (queries, hidden)
-        shapes[f"{prefix}.self_attn.k_proj"] = (keys, hidden)
-        shapes[f"{prefix}.self_attn.v_proj"] = (keys, hidden)
-        shapes[f"{prefix}.self_attn.o_proj"] = (hidden, queries)
+        prefix, width, mlps = f"model.layers.{layer}", model.intermediate, ["mlp"]
         if model.moe is not None and model.moe.is_sparse(layer):
-            for expert in range(model.moe.experts):
-                at = f"{prefix}.mlp.experts.{expert}"
-                shapes |= _mlp_shapes(at, hidden, model.moe.intermediate)
-        else:
-            shapes |= _mlp_shapes(f"{prefix}.mlp", hidden, model.intermediate)
+            width = model.moe.intermediate
+            mlps = [f"mlp.experts.{expert}" for expert in range(model.moe.experts)]
+        shapes |= {f"{prefix}.self_attn.{leaf}": shape for leaf, shape in attention.items()}
+        for mlp in mlps:
+            shapes[f"{prefix}.{mlp}.gate_proj"] = (width, hidden)
+            shapes[f"{prefix}.{mlp}.up_proj"] = (width, hidden)
+            shapes[f"{prefix}.{mlp}.down_proj"] = (hidden, width)
     shapes[HEAD] = (model.vocab, hidden)
     return shapes
 
@@ -93,14 +97,6 @@ def tied_names(chosen: Iterable[str], spec: AdapterSpec) -> dict[str, str]:
         called[name] = f"{parent}.{fused[leaf]}" if leaf in fused else name
     sharing = Counter(called.values())
     return {name: a if sharing[a] > 1 else name for name, a in called.items()}
-
-
-def _mlp_shapes(prefix: str, hidden: int, intermediate: int) -> dict[str, Shape]:
-    return {
-        f"{prefix}.gate_proj": (intermediate, hidden),
-        f"{prefix}.up_proj": (intermediate, hidden),
-        f"{prefix}.down_proj": (hidden, intermediate),
-    }
 
 
 def _matches(names: Sequence[str], target: str, field: str, model_name: str) -> set[str]:

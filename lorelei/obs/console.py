@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
-from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
@@ -33,17 +32,6 @@ class Console:
         self._progress = {name: Progress(total=total) for name, total in total_steps.items()}
         self._screen = open_screen(sys.stdout if stream is None else stream)
         self._began = time.monotonic()
-
-    def __enter__(self) -> Console:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def started(self, lines: Iterable[str]) -> None:
         """Say what is about to run, and show the live table from now on."""

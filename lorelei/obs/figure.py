@@ -78,12 +78,9 @@ def titles(figure: Figure, title: str, subtitle: str) -> None:
     """A bold line and a grey one at the top left, 22 and 44 pixels from the edge."""
     height = figure.get_figheight() * DPI
     left = 24 / (figure.get_figwidth() * DPI)
-    figure.text(
-        left, 1 - 14 / height, title, fontsize=15, fontweight="bold", va="top", parse_math=False
-    )
-    figure.text(
-        left, 1 - 42 / height, subtitle, fontsize=10.5, color=GREY, va="top", parse_math=False
-    )
+    both: dict[str, Any] = {"va": "top", "parse_math": False}
+    figure.text(left, 1 - 14 / height, title, fontsize=15, fontweight="bold", **both)
+    figure.text(left, 1 - 42 / height, subtitle, fontsize=10.5, color=GREY, **both)
 
 
 def smoothed(values_N: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -21,12 +21,8 @@ class StepRecord:
     reward_std: float = nan
     loss: float = nan
     grad_norm: float = nan
-    lr: float = nan
-    entropy: float = nan
     kl_sampler: float = nan
     ratio_max: float = nan
-    clipped: float = nan
-    rejected: float = nan
     dropped_stale: float = nan  # share of finished groups that had become too old
     trainer_idle: float = nan  # share of the step that it waited for rollouts
     rollout_idle: float = nan  # share of the step without a request in flight
@@ -52,8 +48,6 @@ class EvalRecord:
     step: int
     adapter: str
     scores: Mapping[str, float]
-    n: int = 0
-    seconds: float = nan
 
 
 _PHASES = {"rollout": "wait"}  # the names of earlier runs
@@ -79,9 +73,9 @@ def eval_record(raw: Mapping[str, Any]) -> EvalRecord:
         step=int(_required(raw, "step")),
         adapter=str(_required(raw, "adapter")),
         # A score that is null or NaN was not measured: absent, so that nobody draws or averages it.
-        scores={str(k): float(v) for k, v in _required(raw, "scores").items() if _measured(v)},
-        n=int(raw.get("n") or 0),
-        seconds=_number(raw.get("seconds")),
+        scores={
+            str(k): float(v) for k, v in _required(raw, "scores").items() if isfinite(_number(v))
+        },
     )
 
 
@@ -91,10 +85,6 @@ def _number(value: Any) -> float:
 
 def _mapping(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return raw.get(key) or {}
-
-
-def _measured(value: Any) -> bool:
-    return isfinite(_number(value))
 
 
 def _required(raw: Mapping[str, Any], key: str) -> Any:

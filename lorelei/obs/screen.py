@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from typing import Protocol, TextIO
+from typing import TextIO
 
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
@@ -19,23 +19,7 @@ from rich.text import Text
 _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
-class Screen(Protocol):
-    """Prints permanent lines; may show one table below them."""
-
-    def line(self, words: Sequence[str], style: str = "") -> None:
-        """Print one line that stays."""
-        ...
-
-    def show(self, live: RenderableType) -> None:
-        """Replace what is shown below the lines."""
-        ...
-
-    def close(self) -> None:
-        """Leave the terminal as it was. Idempotent."""
-        ...
-
-
-def open_screen(stream: TextIO) -> Screen:
+def open_screen(stream: TextIO) -> PlainScreen | TerminalScreen:
     """A live screen on a terminal that can draw one, plain lines anywhere else."""
     rich = RichConsole(file=stream, highlight=False)
     unicode = (getattr(stream, "encoding", None) or "").lower().startswith("utf")
@@ -58,11 +42,9 @@ class PlainScreen:
         self._stream.write(text + "\n")
         self._stream.flush()
 
-    def show(self, live: RenderableType) -> None:
-        pass
+    def show(self, live: RenderableType) -> None: ...
 
-    def close(self) -> None:
-        pass
+    def close(self) -> None: ...
 
 
 class TerminalScreen:
@@ -73,16 +55,19 @@ class TerminalScreen:
         self._live: Live | None = None
 
     def line(self, words: Sequence[str], style: str = "") -> None:
+        """Print one line that stays."""
         shown = [escaped(word) for word in words]
         self._rich.print(Text("  ".join(shown[: fitting(shown, self._rich.width)]), style=style))
 
     def show(self, live: RenderableType) -> None:
+        """Replace what is shown below the lines."""
         if self._live is None:
             self._live = Live(console=self._rich, refresh_per_second=1)
             self._live.start()
         self._live.update(live, refresh=True)
 
     def close(self) -> None:
+        """Leave the terminal as it was. Idempotent."""
         if self._live is not None:
             self._live.stop()
             self._live = None

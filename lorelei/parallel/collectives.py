@@ -7,6 +7,7 @@ A single process exchanges nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,30 +17,36 @@ from torch import Tensor
 from lorelei.model.autograd import Function
 from lorelei.parallel.mesh import Axis
 
+_OneWay = Callable[[Tensor, Axis], Tensor]
+
 
 def spread(x: Tensor, axis: Axis) -> Tensor:
     """x, the same everywhere, before each process multiplies with its part of a matrix."""
-    return x if axis.size == 1 else _Spread.apply(x, axis)
+    return _Exchange.over(x, axis, _same, _sum)
 
 
 def summed(x: Tensor, axis: Axis) -> Tensor:
     """The sum of every process's x; what follows is the same everywhere."""
-    return x if axis.size == 1 else _Summed.apply(x, axis)
+    return _Exchange.over(x, axis, _sum, _same)
 
 
 def gathered(x: Tensor, axis: Axis) -> Tensor:
     """[..., n] of each process -> [..., n * size]; what follows is the same everywhere."""
-    return x if axis.size == 1 else _Gathered.apply(x, axis)
+    return _Exchange.over(x, axis, _gather, _own)
 
 
 def divided(x: Tensor, axis: Axis) -> Tensor:
     """[..., n * size], the same everywhere -> this process's [..., n]."""
-    return x if axis.size == 1 else _Divided.apply(x, axis)
+    return _Exchange.over(x, axis, _own, _gather)
 
 
 def exchanged(x: Tensor, axis: Axis) -> Tensor:
     """[size, ...]: entry i goes to process i; what comes back from process i is entry i."""
-    return x if axis.size == 1 else _Exchanged.apply(x, axis)
+    return _Exchange.over(x, axis, _swap, _swap)
+
+
+def _same(x: Tensor, axis: Axis) -> Tensor:
+    return x.view_as(x)
 
 
 def _sum(x: Tensor, axis: Axis) -> Tensor:
@@ -59,61 +66,24 @@ def _own(x: Tensor, axis: Axis) -> Tensor:
     return x[..., start:stop].contiguous()
 
 
-def _exchange(x: Tensor, axis: Axis) -> Tensor:
+def _swap(x: Tensor, axis: Axis) -> Tensor:
     got = torch.empty_like(x, memory_format=torch.contiguous_format)
     dist.all_to_all_single(got, x.contiguous(), group=axis.group)
     return got
 
 
-class _Spread(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
+class _Exchange(Function):
+    """One exchange on the way forward, its transpose on the way back."""
+
+    @classmethod
+    def over(cls, x: Tensor, axis: Axis, ahead: _OneWay, back: _OneWay) -> Tensor:
+        return x if axis.size == 1 else cls.apply(x, axis, ahead, back)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _sum(grads[0], ctx.axis), None
-
-
-class _Summed(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        return _sum(x, axis)
+    def forward(ctx: Any, x: Tensor, axis: Axis, ahead: _OneWay, back: _OneWay) -> Tensor:
+        ctx.axis, ctx.back = axis, back
+        return ahead(x, axis)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-class _Gathered(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _gather(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _own(grads[0], ctx.axis), None
-
-
-class _Divided(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _own(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gather(grads[0], ctx.axis), None
-
-
-class _Exchanged(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _exchange(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _exchange(grads[0], ctx.axis), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grads[0], ctx.axis), None, None, None

@@ -49,7 +49,9 @@ def lora_size(
         if (parts := layers.get(_layer(name), 0)) > 0:
             merged += out * wide
             serving += rank * parts * out  # B of all parts, one block each on the diagonal
-    trained = trained_size(shapes, modules, rank, tied)
+    tied = tied or {}
+    read = {tied.get(name, name): shapes[name][1] for name in modules}  # an A that is shared: once
+    trained = rank * (sum(read.values()) + sum(shapes[name][0] for name in modules))
     inputs = sum(rank * shapes[name][1] for name in modules)
     return AdapterSize(
         trained=trained,
@@ -58,18 +60,6 @@ def lora_size(
         merged=merged,
         lifted=round(sum(rank * _share(model, name) for name in modules)),
     )
-
-
-def trained_size(
-    shapes: Mapping[str, Shape],
-    modules: Sequence[str],
-    rank: int,
-    tied: Mapping[str, str] | None = None,
-) -> int:
-    """Numbers in A and B of these modules; an A that several share counts once."""
-    tied = tied or {}
-    read = {tied.get(name, name): shapes[name][1] for name in modules}
-    return rank * (sum(read.values()) + sum(shapes[name][0] for name in modules))
 
 
 def tied_head(model: ModelSizes) -> int:

@@ -9,19 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lorelei.config.publish import PublishConfig
-from lorelei.config.rollout import RolloutConfig
-from lorelei.config.train import TrainConfig
 from lorelei.inference.kinds import INFERENCE, SERVERS
 from lorelei.model.locate import cache_folder
 from lorelei.process import physical_cores
+from lorelei.train.kinds import TRAIN
 from lorelei.venvs.recipe import KINDS, PACKAGE, command, packages, recipe
 
 _SMOLLM2 = "HuggingFaceTB--SmolLM2-135M-Instruct"
@@ -63,40 +60,22 @@ def diagnose() -> Diagnosis:
     return Diagnosis(parts=tuple(_parts()), combinations=tuple(_combinations()))
 
 
-def kinds(section: Any) -> tuple[str, ...]:
-    """The kinds that a tagged section of the configuration may have, in its order."""
-    members = get_args(section)
-    if not members:
-        return get_args(section.model_fields["kind"].annotation)
-    sections = (m for m in members if hasattr(m, "model_fields") or get_args(m))
-    return tuple(kind for member in sections for kind in kinds(member))
-
-
 def doctor_table(found: Diagnosis) -> Group:
     """Tables of what is installed, what can run and what is missing."""
-    missing = [part for part in found.parts if part.found is None]
-    tables = [_found(found.parts), _runs(found.combinations)]
+    installed = [(part.name, part.found) for part in found.parts if part.found is not None]
+    missing = [(part.name, part.fix) for part in found.parts if part.found is None]
+    tables = [_words("installed", "", installed), _runs(found.combinations)]
     if missing:
-        tables.append(_missing(missing))
+        tables.append(_words("missing", "what to do", missing))
     return Group(*tables)
 
 
-def _missing(parts: Sequence[Component]) -> Table:
+def _words(what: str, then: str, rows: Sequence[tuple[str, str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("missing", no_wrap=True)
-    table.add_column("what to do")
-    for part in parts:
-        table.add_row(Text(part.name), Text(part.fix))
-    return table
-
-
-def _found(parts: Sequence[Component]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("installed", no_wrap=True)
-    table.add_column("", overflow="fold")
-    for part in parts:
-        if part.found is not None:
-            table.add_row(Text(part.name), Text(part.found))
+    table.add_column(what, no_wrap=True)
+    table.add_column(then, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -119,7 +98,9 @@ def _parts() -> Iterator[Component]:
     yield Component(name="python", found=platform.python_version())
     yield Component(name="torch", found=torch.__version__)
     yield Component(name="device", found=_device())
-    yield _compiler()
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    fix = "a C compiler (`apt install gcc`) makes training on a CPU faster"
+    yield Component(name="C compiler", found=compiler, fix=fix)
     yield _kernels()
     for kind in KINDS:
         yield _environment(kind)
@@ -145,12 +126,6 @@ def _short(path: Path) -> str:
     """With ~ for the home folder."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
-
-
-def _compiler() -> Component:
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    fix = "a C compiler (`apt install gcc`) makes training on a CPU faster"
-    return Component(name="C compiler", found=compiler, fix=fix)
 
 
 def _kernels() -> Component:
@@ -181,14 +156,12 @@ def _package(name: str, without: str) -> Component:
 
 
 def _combinations() -> Iterator[Combination]:
-    known = kinds(PublishConfig)
-    for train in kinds(TrainConfig):
-        for rollout in kinds(RolloutConfig):
-            publishers = tuple(p for p in INFERENCE[rollout].publishers if p in known)
+    for train in TRAIN:
+        for rollout, kind in INFERENCE.items():
             yield Combination(
                 train=train,
                 rollout=rollout,
-                publishers=publishers,
+                publishers=kind.publishers,
                 fix=_obstacle(train) or _obstacle(rollout),
             )
 

@@ -10,11 +10,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lorelei.plan.memory import PROMPT_SHARE
-from lorelei.plan.memory_item import ProcessGroup
+from lorelei.plan.memory import GIB, PROMPT_SHARE, ProcessGroup
 from lorelei.plan.plan import AdapterPlan, Plan
-
-_GIB = 1024**3
 
 
 def plan_table(plan: Plan) -> Group:
@@ -42,7 +39,7 @@ def _spread(plan: Plan) -> bool:
 def _estimate(plan: Plan) -> str:
     what = "memory" if plan.memory else "largest process"
     words = (
-        f"{what}: {plan.total_memory / _GIB:.2f} GiB, estimated, with completions of full length "
+        f"{what}: {plan.total_memory / GIB:.2f} GiB, estimated, with completions of full length "
         f"and prompts of {PROMPT_SHARE:.0%} of task.max_prompt_tokens"
     )
     if plan.device == "accelerator":
@@ -53,7 +50,7 @@ def _estimate(plan: Plan) -> str:
 def _verdict(plan: Plan) -> str:
     assert plan.device_memory is not None
     most = max(g.bytes for g in plan.processes if any("gpu" in place for place in g.places))
-    return f"fits: at most {most / _GIB:.1f} of {plan.device_memory / _GIB:.1f} GiB of a device"
+    return f"fits: at most {most / GIB:.1f} of {plan.device_memory / GIB:.1f} GiB of a device"
 
 
 def _processes(plan: Plan) -> list[Table | Text]:
@@ -70,8 +67,8 @@ def _processes(plan: Plan) -> list[Table | Text]:
         table.add_row(
             Text(f"{group.role}{count}"),
             Text(_places(group.places)),
-            Text(f"{group.bytes / _GIB:.1f}" if group.parts else ""),
-            Text(f"{limit / _GIB:.1f}" if limit else ""),
+            Text(f"{group.bytes / GIB:.1f}" if group.parts else ""),
+            Text(f"{limit / GIB:.1f}" if limit else ""),
         )
     return [table, *(_arithmetic(group) for group in plan.processes if group.parts)]
 
@@ -79,10 +76,10 @@ def _processes(plan: Plan) -> list[Table | Text]:
 def _arithmetic(group: ProcessGroup) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_footer=True)
     table.add_column(group.role, footer="total", no_wrap=True)
-    table.add_column("GiB", footer=f"{group.bytes / _GIB:.2f}", justify="right", no_wrap=True)
+    table.add_column("GiB", footer=f"{group.bytes / GIB:.2f}", justify="right", no_wrap=True)
     table.add_column("how", footer=group.note, overflow="fold")
     for part in group.parts:
-        table.add_row(Text(part.name), Text(f"{part.bytes / _GIB:.2f}"), Text(part.how))
+        table.add_row(Text(part.name), Text(f"{part.bytes / GIB:.2f}"), Text(part.how))
     return table
 
 
@@ -112,11 +109,11 @@ def _memory(phases: Mapping[str, Mapping[str, int]], device: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_footer=True)
     table.add_column(f"GiB, {device}", footer="total")
     for phase, parts in phases.items():
-        footer = f"{sum(parts.values()) / _GIB:.2f}"
+        footer = f"{sum(parts.values()) / GIB:.2f}"
         table.add_column(phase, footer=footer, justify="right", no_wrap=True)
     for name in dict.fromkeys(name for parts in phases.values() for name in parts):
         held = (parts.get(name, 0) for parts in phases.values())
-        table.add_row(Text(name), *(Text(f"{x / _GIB:.2f}" if x else "") for x in held))
+        table.add_row(Text(name), *(Text(f"{x / GIB:.2f}" if x else "") for x in held))
     return table
 
 

@@ -17,23 +17,47 @@ from lorelei.inference.embedded.kind import FIRST_CAPACITY, PREFILL_TOKENS, row_
 from lorelei.model.config import BYTES, CHUNK_ELEMENTS, GPU_LOGITS, ModelSizes, flash_heads
 from lorelei.plan.adapter_size import AdapterSize, tied_head
 
-_FP32 = 4
-_MIB = 1 << 20
+FP32 = 4  # bytes
+MIB, GIB = 1 << 20, 1 << 30
 # `python -m benchmarks.memory programs` prints these: resident memory of each kind of process of a
 # run on a model of almost no size (Linux, CPU build of torch). Most of it is Python, torch,
 # transformers and the tokenizer.
-CONTROLLER = 450 * _MIB
-TRAIN_WORKER = 340 * _MIB
+CONTROLLER = 450 * MIB
+TRAIN_WORKER = 340 * MIB
 REWARD_WORKER = {
-    "reasoning_gym": 111 * _MIB,
-    "math_verify": 60 * _MIB,
-    "python": 15 * _MIB,
+    "reasoning_gym": 111 * MIB,
+    "math_verify": 60 * MIB,
+    "python": 15 * MIB,
     "env": 0,
 }
 # task.max_prompt_tokens is a guard against odd problems: prompts are taken to be this much of it
 PROMPT_SHARE = 0.25
 
 Parts = dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryItem:
+    """An amount of memory of a process."""
+
+    name: str
+    bytes: int
+    how: str  # the product that gives it, for people
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessGroup:
+    """Processes that hold the same amounts."""
+
+    role: str
+    places: tuple[str, ...]  # of each process: a device, a URL or the CPU
+    parts: tuple[MemoryItem, ...]  # of one process
+    note: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """Of one process."""
+        return sum(part.bytes for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,9 +156,9 @@ def _trained(run: Footprint) -> Parts:
     workers = run.config.train.workers
     trained = sum(size.trained for size in run.adapters)
     return {
-        "adapters": workers * trained * _FP32,
+        "adapters": workers * trained * FP32,
         "published adapters": published_bytes(run),
-        "optimizer": workers * 2 * trained * _FP32,  # Adam's two moments
+        "optimizer": workers * 2 * trained * FP32,  # Adam's two moments
     }
 
 
@@ -142,7 +166,7 @@ def published_bytes(run: Footprint) -> int:
     """Of all versions that may be sampled from; servers hold them themselves."""
     # rollouts in flight use the versions they started on
     versions = 1 + max((e.rollout.max_head_offpolicyness for e in run.samplers), default=0)
-    published = sum(size.published for size in run.adapters) * _FP32
+    published = sum(size.published for size in run.adapters) * FP32
     if not run.served:
         published += sum(size.serving for size in run.adapters) * BYTES[run.config.dtype]
     return versions * published
@@ -195,13 +219,13 @@ def decoding_bytes(run: Footprint, prompts: int, rows: int) -> int:
     model = run.model
     read = min(prompts * _prompt_tokens(run), PREFILL_TOKENS)
     prefill = read * (2 * model.hidden + 3 * intermediate(model)) * BYTES[run.config.dtype]
-    return max(prefill, 2 * rows * model.vocab * _FP32)
+    return max(prefill, 2 * rows * model.vocab * FP32)
 
 
 def _training(run: Footprint) -> Parts:
     workers = run.config.train.workers
     return {
-        "gradients": workers * sum(size.trained for size in run.adapters) * _FP32,
+        "gradients": workers * sum(size.trained for size in run.adapters) * FP32,
         "activations": workers * activation_bytes(run),
     }
 
@@ -216,7 +240,7 @@ def activation_bytes(run: Footprint) -> int:
     model, recompute = run.model, run.config.train.gradient_checkpointing
     T, D = micro_batch_tokens(run), model.hidden
     each, block = BYTES[run.config.dtype], T * block_elements(run)
-    logits = 3 * CHUNK_ELEMENTS * (1 if run.on_cpu else GPU_LOGITS) * _FP32
+    logits = 3 * CHUNK_ELEMENTS * (1 if run.on_cpu else GPU_LOGITS) * FP32
     mlp = T * 6 * intermediate(model) * each
     if recompute:
         return T * (model.layers + 2) * D * each + max(logits, block * each + mlp)
@@ -270,7 +294,7 @@ def snapshot_bytes(run: Footprint) -> int:
     safetensors hands the bytes that it wrote over to Python.
     """
     trained = [size.trained for size in run.adapters]
-    return 3 * (sum(trained) + 2 * max(trained)) * _FP32
+    return 3 * (sum(trained) + 2 * max(trained)) * FP32
 
 
 def _prompt_tokens(run: Footprint) -> int:

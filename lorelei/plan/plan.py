@@ -18,13 +18,12 @@ from lorelei.config.run import RunConfig
 from lorelei.config.section import is_mapping
 from lorelei.config.task import JsonlTask, ParquetTask
 from lorelei.inference.kinds import INFERENCE
-from lorelei.lora.targets import Shape, match_targets, tied_names
+from lorelei.lora.targets import match_targets, tied_names
 from lorelei.model.config import BYTES, ModelInfo, ModelSizes
 from lorelei.model.shapes import find_shape
-from lorelei.plan.adapter_size import AdapterSize, full_size, lora_size, trained_size
+from lorelei.plan.adapter_size import AdapterSize, full_size, lora_size
 from lorelei.plan.hardware import Hardware, this_machine
-from lorelei.plan.memory import Footprint, estimate_memory
-from lorelei.plan.memory_item import ProcessGroup
+from lorelei.plan.memory import Footprint, ProcessGroup, estimate_memory
 from lorelei.plan.model_info import model_info
 from lorelei.plan.processes import process_groups
 from lorelei.train.kinds import TRAIN
@@ -103,7 +102,9 @@ def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
     _check_context(config, model)
     _check_files(config)
     TRAIN[config.train.kind].check(config.train, model, hf_config)
-    adapters = tuple(_adapter_plan(e, config, known) for e in config.experiments())
+    adapters, sizes = zip(
+        *(_adapter_plan(e, config, known) for e in config.experiments()), strict=True
+    )
     on_cpu, modules = hardware.on_cpu, {name for a in adapters for name in a.modules}
     INFERENCE[config.rollout.kind].check(config, model, sorted(modules), on_cpu)
     run = Footprint(
@@ -111,7 +112,7 @@ def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
         model=model,
         base=sum(parameters.values()),
         stored=_stored(hf_config),
-        adapters=tuple(_size(a, model, shapes) for a in adapters),
+        adapters=sizes,
         on_cpu=on_cpu,
     )
     alone = TRAIN[config.train.kind].here is not None and config.cluster.kind == "local"
@@ -134,8 +135,10 @@ def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
     )
 
 
-def _adapter_plan(experiment: Experiment, config: RunConfig, model: ModelInfo) -> AdapterPlan:
-    spec, shapes = experiment.lora.spec(), model.linears
+def _adapter_plan(
+    experiment: Experiment, config: RunConfig, model: ModelInfo
+) -> tuple[AdapterPlan, AdapterSize]:
+    spec, shapes, task = experiment.lora.spec(), model.linears, experiment.task
     try:
         modules = (
             list(shapes) if spec.full else match_targets(shapes, spec, model.sizes.architecture)
@@ -144,9 +147,13 @@ def _adapter_plan(experiment: Experiment, config: RunConfig, model: ModelInfo) -
         where = f"adapters.{experiment.name}." if config.adapters else ""
         raise ConfigError(f"{where}{error}") from error
     tied = {name: a for name, a in tied_names(modules, spec).items() if a != name}
-    return AdapterPlan(
+    if spec.full:
+        size = full_size(model.sizes, sum(model.parameters.values()))
+    else:
+        size = lora_size(model.sizes, shapes, modules, spec.rank, tied)
+    adapter = AdapterPlan(
         name=experiment.name,
-        task=_task_name(experiment),
+        task=task.title if task.kind == "reasoning_gym" else f"{task.kind} {Path(task.path).name}",
         reward=experiment.reward.kind if experiment.reward else None,
         algo=short_name(experiment.algo.kind),
         steps=experiment.steps,
@@ -155,29 +162,15 @@ def _adapter_plan(experiment: Experiment, config: RunConfig, model: ModelInfo) -
         rank=spec.rank,
         modules=tuple(modules),
         tied=tied,
-        parameters=sum(model.parameters.values())
-        if spec.full
-        else trained_size(shapes, modules, spec.rank, tied),
+        parameters=size.trained,
     )
-
-
-def _size(adapter: AdapterPlan, model: ModelSizes, shapes: Mapping[str, Shape]) -> AdapterSize:
-    if adapter.rank == 0:
-        return full_size(model, adapter.parameters)
-    return lora_size(model, shapes, adapter.modules, adapter.rank, adapter.tied)
+    return adapter, size
 
 
 def _stored(hf_config: Mapping[str, Any]) -> str:
     """The dtype of the checkpoint's tensors; older files name it torch_dtype, or not at all."""
     named = hf_config.get("dtype") or hf_config.get("torch_dtype")
     return named if named in BYTES else "float32"
-
-
-def _task_name(experiment: Experiment) -> str:
-    task = experiment.task
-    if task.kind != "reasoning_gym":
-        return f"{task.kind} {Path(task.path).name}"
-    return task.name or " + ".join(item.name for item in task.mixture or ())
 
 
 def _check_context(config: RunConfig, model: ModelSizes) -> None:

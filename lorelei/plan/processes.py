@@ -7,13 +7,19 @@ from collections.abc import Mapping, Sequence
 from lorelei.config.rollout import ServerRollout
 from lorelei.lora.targets import Shape
 from lorelei.plan.hardware import Hardware, seat
-from lorelei.plan.memory import CONTROLLER, Footprint, Parts, reward_bytes, sampler_parts
-from lorelei.plan.memory_item import MemoryItem, ProcessGroup
+from lorelei.plan.memory import (
+    CONTROLLER,
+    GIB,
+    Footprint,
+    MemoryItem,
+    Parts,
+    ProcessGroup,
+    reward_bytes,
+    sampler_parts,
+)
 from lorelei.plan.rank_memory import Counts, rank_parts
 from lorelei.plan.server_memory import server_parts
 from lorelei.train.kinds import trains_here
-
-_GIB = 1 << 30
 
 
 def process_groups(
@@ -103,7 +109,7 @@ def _too_large(groups: Sequence[ProcessGroup], hardware: Hardware) -> list[str]:
         return []
     place, most = max(over.items(), key=lambda item: item[1])
     return [
-        f"machine.memory: {place} would hold {most / _GIB:.1f} GiB of {hardware.memory / _GIB:.1f} "
+        f"machine.memory: {place} would hold {most / GIB:.1f} GiB of {hardware.memory / GIB:.1f} "
         f"({len(over)} devices do not fit); spread train over more of them, or lower "
         "train.max_tokens_per_mb"
     ]

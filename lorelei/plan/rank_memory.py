@@ -8,12 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from lorelei.model.config import BYTES, CHUNK_ELEMENTS, GPU_LOGITS
-from lorelei.plan.memory import Footprint, block_elements, intermediate, micro_batch_tokens
-from lorelei.plan.memory_item import MemoryItem
+from lorelei.plan.memory import (
+    FP32,
+    Footprint,
+    MemoryItem,
+    block_elements,
+    intermediate,
+    micro_batch_tokens,
+)
 from lorelei.train.kind import BaseModel, RankShare
 from lorelei.train.kinds import TRAIN
 
-_FP32 = 4
 Counts = Mapping[str, int]  # parameters of the base model by part
 
 
@@ -41,8 +46,8 @@ def _trained(run: Footprint, share: RankShare) -> Iterator[MemoryItem]:
     ):
         yield MemoryItem(
             name=name,
-            bytes=copies * trained * _FP32 // share.adapter_parts,
-            how=f"{what}{trained:,} parameters x {_FP32} bytes{share.adapter_split}",
+            bytes=copies * trained * FP32 // share.adapter_parts,
+            how=f"{what}{trained:,} parameters x {FP32} bytes{share.adapter_split}",
         )
 
 
@@ -65,9 +70,9 @@ def _working(run: Footprint, share: RankShare) -> Iterator[MemoryItem]:
         how = f"{flight}{words}{share.layers} layers x {block:,} numbers x {each} bytes"
         what = f"{words}{6 * intermediate(model) // sizes.tensor:,} numbers of one MLP"
     yield MemoryItem(name="activations", bytes=kept, how=how)
-    logits = 3 * CHUNK_ELEMENTS * (1 if run.on_cpu else GPU_LOGITS) * _FP32 if share.head else 0
+    logits = 3 * CHUNK_ELEMENTS * (1 if run.on_cpu else GPU_LOGITS) * FP32 if share.head else 0
     if logits > scratch:
-        what = f"3 chunks of logits x {logits // 3 // _FP32:,} x {_FP32} bytes"
+        what = f"3 chunks of logits x {logits // 3 // FP32:,} x {FP32} bytes"
     else:
         what = f"{what} x {each} bytes, its gradients included"
     yield MemoryItem(name="scratch", bytes=max(logits, scratch), how=what)

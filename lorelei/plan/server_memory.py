@@ -14,11 +14,8 @@ from lorelei.inference.server.options import largest_rank, versions_in_use
 from lorelei.lora.targets import HEAD, Shape
 from lorelei.model.config import BYTES
 from lorelei.plan.hardware import Hardware
-from lorelei.plan.memory import Footprint, intermediate
-from lorelei.plan.memory_item import MemoryItem
+from lorelei.plan.memory import FP32, GIB, Footprint, MemoryItem, intermediate
 
-_FP32 = 4
-_GIB = 1 << 30
 PREFILL = 8192  # tokens that servers read at once, at most
 
 
@@ -60,8 +57,8 @@ def _fixed(
         f"{each} bytes",
     )
     numbers = 2 * model.hidden + 3 * intermediate(model) // tensor
-    read, logits = PREFILL * numbers * each, 2 * rollout.max_running * model.vocab * _FP32
-    how = f"2 x {rollout.max_running} rows of {model.vocab:,} logits x {_FP32} bytes"
+    read, logits = PREFILL * numbers * each, 2 * rollout.max_running * model.vocab * FP32
+    how = f"2 x {rollout.max_running} rows of {model.vocab:,} logits x {FP32} bytes"
     if read > logits:
         how = f"{PREFILL:,} tokens read at once x {numbers:,} numbers x {each} bytes"
     yield MemoryItem(name="working", bytes=max(read, logits), how=how)
@@ -86,7 +83,7 @@ def _cache(
     room = int(share * hardware.memory) - fixed
     fits = max(room, 0) // token
     how = (
-        f"{option} {share:g} x {hardware.memory / _GIB:.1f} GiB less the above: {fits:,} tokens of "
+        f"{option} {share:g} x {hardware.memory / GIB:.1f} GiB less the above: {fits:,} tokens of "
         f"{token:,} bytes, or {fits // context} sequences of {context:,}; {rollout.max_running} "
         "run at once at most"
     )

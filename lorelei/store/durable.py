@@ -11,7 +11,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 TEMPORARY = ".*.tmp"  # glob of temporary names; a crash may leave them, RunStore.open removes them
@@ -43,6 +43,15 @@ def write_error(path: Path, error: OSError) -> StoreError:
         fix = "check the disk"
     reason = error.strerror or str(error)
     return StoreError(f"{path}: cannot be written: {reason} ({free // 1024} KiB free); {fix}")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Raises StoreError in place of an OSError of the block."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, error) from error
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -83,19 +92,15 @@ def make_folder(path: Path) -> None:
     if path.is_dir():
         return
     make_folder(path.parent)
-    try:
+    with writing(path):
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)
-    except OSError as error:
-        raise write_error(path, error) from error
 
 
 def delete_file(path: Path) -> None:
     """Delete a file that may be gone already. Raises StoreError."""
-    try:
+    with writing(path):
         path.unlink(missing_ok=True)
-    except OSError as error:
-        raise write_error(path, error) from error
 
 
 def read_file(path: Path) -> bytes:

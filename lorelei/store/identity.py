@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -36,15 +35,10 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def new_identity(config: Mapping[str, Any], run_id: str | None) -> Identity:
-    """A fresh identity; `run_id` 8 hex digits, None: random. Raises ValueError."""
-    if run_id is not None and not re.fullmatch("[0-9a-f]{8}", run_id):
-        raise ValueError(f"run id: {run_id!r} must be 8 hex digits")
+def new_identity(config: Mapping[str, Any]) -> Identity:
+    """A fresh identity."""
     return Identity(
-        run_id=run_id or secrets.token_hex(4),
-        created=now(),
-        lorelei=lorelei.__version__,
-        config=config,
+        run_id=secrets.token_hex(4), created=now(), lorelei=lorelei.__version__, config=config
     )
 
 

@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 
-from lorelei.store.durable import StoreError, read_file, write_error
+from lorelei.store.durable import StoreError, read_file, writing
 
 PATIENCE = 0.5  # seconds; a reader's test and a dying process hold the lock for a moment
 
@@ -19,10 +19,8 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         """Raises StoreError naming the process that holds the lock."""
         path = folder / "lock"
-        try:
+        with writing(path):
             self._fd: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise write_error(path, error) from error
         # a forked child shares the lock: it would outlive a killed parent and block the resume
         os.register_at_fork(after_in_child=self.close_copy)
         if not _acquire(self._fd):

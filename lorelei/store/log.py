@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from lorelei.store.durable import write_error
+from lorelei.store.durable import write_error, writing
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl")  # of a run folder
 
@@ -22,10 +22,8 @@ class JsonLog:
     def __init__(self, path: Path) -> None:
         """Raises StoreError."""
         self.path = path
-        try:
+        with writing(path):
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-        except OSError as error:
-            raise write_error(path, error) from error
 
     @property
     def size(self) -> int:
@@ -49,19 +47,15 @@ class JsonLog:
 
     def sync(self) -> int:
         """Make all lines durable. Returns the size."""
-        try:
+        with writing(self.path):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise write_error(self.path, error) from error
         return self.size
 
     def truncate(self, size: int) -> None:
         """Forget what was written after `size` bytes."""
-        try:
+        with writing(self.path):
             self._file.truncate(size)
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise write_error(self.path, error) from error
 
     def close(self) -> None:
         """Idempotent."""

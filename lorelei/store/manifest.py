@@ -15,11 +15,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from lorelei.config.section import NAME_PATTERN
 from lorelei.store.durable import CorruptFile, read_file
 from lorelei.store.record import parse_record, read_record, record_bytes
 from lorelei.types import AdapterRef
-
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # of runs and adapters: safe as a path component
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +106,7 @@ def read_manifest(path: Path) -> Manifest:
     for name, entry in manifest.adapters.items():
         file = manifest.files.get(entry.snapshot)
         pattern = rf"snapshots/{re.escape(name)}/\d{{6,}}-[0-9a-f]{{12}}\.safetensors"
-        if not NAME.fullmatch(name) or not re.fullmatch(pattern, entry.snapshot):
+        if not NAME_PATTERN.fullmatch(name) or not re.fullmatch(pattern, entry.snapshot):
             raise CorruptFile(f"{path}: adapters.{name}: {entry.snapshot!r} is no snapshot of it")
         if file is None or f"-{file.sha256[:12]}." not in entry.snapshot:
             raise CorruptFile(f"{path}: adapters.{name}: files does not describe its snapshot")

@@ -10,7 +10,8 @@ from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from lorelei.config.migrate import config_of_format_1
+from lorelei.algo.kinds import DEFAULT, KINDS
+from lorelei.config.optimizer import OptimizerConfig
 from lorelei.store.durable import CorruptFile, StoreError, read_file
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ def _one_job_per_adapter(body: Body) -> Body:
     if "adapters" in body and "files" in body:
         return _manifest_of_jobs(body)
     if "config" in body:
-        return {**body, "config": config_of_format_1(body["config"])}
+        return {**body, "config": _config_of_kinds(body["config"])}
     return body
 
 
@@ -42,6 +43,26 @@ def _manifest_of_jobs(body: Body) -> Body:
         }
         adapters[name] = {**entry, "record": {**record, "state": state}}
     return {**body, "adapters": adapters, "state": {"finished": bool(loop.get("finished"))}}
+
+
+def _config_of_kinds(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the fields of `algo` that its kind does not have: they had no effect.
+
+    Format 1 knew one set of fields for all kinds, those of the optimizer among them, which stay:
+    they go on to be read there.
+    """
+    entries = cast(Mapping[str, Mapping[str, Any]], config.get("adapters") or {})
+    adapters = {name: _without_unused(entry) for name, entry in entries.items()}
+    return {**_without_unused(config), "adapters": adapters}
+
+
+def _without_unused(sections: Mapping[str, Any]) -> dict[str, Any]:
+    algo: Mapping[str, Any] | None = sections.get("algo")
+    if algo is None:
+        return dict(sections)
+    chosen = KINDS[algo.get("kind", DEFAULT)]
+    known = {*chosen.model_fields, *OptimizerConfig.model_fields}
+    return {**sections, "algo": {key: value for key, value in algo.items() if key in known}}
 
 
 # n: from n to n + 1

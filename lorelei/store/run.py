@@ -20,10 +20,11 @@ import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lorelei.config.section import NAME_PATTERN
 from lorelei.lora.state import AdapterSnapshot
 from lorelei.store.durable import (
     CorruptFile,
@@ -46,7 +47,6 @@ from lorelei.store.leftover import delete_run, temporary_files, unnamed_snapshot
 from lorelei.store.lock import FolderLock
 from lorelei.store.log import LOGS, JsonLog
 from lorelei.store.manifest import (
-    NAME,
     AdapterEntry,
     AdapterRecord,
     FileRecord,
@@ -60,13 +60,6 @@ from lorelei.store.manifest import (
 )
 from lorelei.store.snapshot import read_snapshot, snapshot_bytes
 from lorelei.types import AdapterRef
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pending:
-    """A staged step: its files are durable, but it is not true."""
-
-    manifest: Manifest  # a draft
 
 
 class RunStore:
@@ -93,18 +86,15 @@ class RunStore:
         self._logs = {name: JsonLog(folder / name) for name in LOGS}
 
     @classmethod
-    def create(
-        cls, folder: Path, config: Mapping[str, Any], seed_run_id: str | None = None, keep: int = 2
-    ) -> RunStore:
+    def create(cls, folder: Path, config: Mapping[str, Any], keep: int = 2) -> RunStore:
         """Start a new run in a folder that has none.
 
-        config: resolved, plain JSON. seed_run_id: 8 hex digits instead of random ones. keep:
-        checkpoints to keep. Raises ValueError.
+        config: resolved, plain JSON. keep: checkpoints to keep. Raises ValueError.
         """
         _check_keep(keep)
-        if not NAME.fullmatch(folder.name):
-            raise ValueError(f"run name: {folder.name!r} must match {NAME.pattern}")
-        identity = new_identity(config, seed_run_id)
+        if not NAME_PATTERN.fullmatch(folder.name):
+            raise ValueError(f"run name: {folder.name!r} must match {NAME_PATTERN.pattern}")
+        identity = new_identity(config)
         data = identity_bytes(identity)
         make_folder(folder / "manifests")
         make_folder(folder / "snapshots")
@@ -176,13 +166,13 @@ class RunStore:
         snapshots: Mapping[str, AdapterSnapshot],
         adapters: Mapping[str, AdapterRecord],
         state: Mapping[str, Any],
-    ) -> Pending:
-        """Write the files of a step.
+    ) -> Manifest:
+        """Write the files of a step, which is not true yet; its draft goes to `commit`.
 
         step: finished steps, this one included. snapshots: of every adapter that moved since
         `latest`. adapters: all adapters of the run as of this step; `list_runs` reads `reward` and
         `score` of their states. state: the loop's own, plain JSON; `list_runs` reads `finished`.
-        An earlier Pending that was not committed is void. Raises ValueError.
+        An earlier draft that was not committed is void. Raises ValueError.
         """
         parent = self.latest
         last = parent.step if parent else -1
@@ -226,11 +216,11 @@ class RunStore:
         for path, content in data.items():
             make_folder((self.folder / path).parent)
             write_file(self.folder / path, content)
-        return Pending(manifest=copy.deepcopy(draft))  # the loop may go on changing its state
+        return copy.deepcopy(draft)  # the loop may go on changing its state
 
     def commit(
         self,
-        pending: Pending,
+        draft: Manifest,
         refs: Mapping[str, AdapterRef],
         states: Mapping[str, Mapping[str, Any]] | None = None,
         state: Mapping[str, Any] | None = None,
@@ -242,8 +232,7 @@ class RunStore:
         refs of other versions: then the step did not happen. After a StoreError only `open` can
         tell.
         """
-        draft = pending.manifest
-        assert draft.parent_sha256 == (self.latest.sha256 if self.latest else None), "void Pending"
+        assert draft.parent_sha256 == (self.latest.sha256 if self.latest else None), "void draft"
         for name, ref in refs.items():
             entry = draft.adapters.get(name)
             version = entry.record.version if entry else None
@@ -302,9 +291,8 @@ class RunStore:
         for path in sorted(rejected, reverse=True):
             delete_file(path)
         sync_folder(self.folder / "manifests")
-        for path in list(unnamed_snapshots(self.folder, self._manifests)):
-            delete_file(path)
-        for path in list(temporary_files(self.folder)):
+        unnamed = unnamed_snapshots(self.folder, self._manifests)
+        for path in [*unnamed, *temporary_files(self.folder)]:
             delete_file(path)
         for name, log in self._logs.items():
             committed = self.latest.logs[name] if self.latest else 0
@@ -324,8 +312,8 @@ def _check_keep(keep: int) -> None:
 def _check_record(
     name: str, record: AdapterRecord, snapshot: AdapterSnapshot | None, earlier: AdapterEntry | None
 ) -> None:
-    if not NAME.fullmatch(name):
-        raise ValueError(f"adapter name: {name!r} must match {NAME.pattern}")
+    if not NAME_PATTERN.fullmatch(name):
+        raise ValueError(f"adapter name: {name!r} must match {NAME_PATTERN.pattern}")
     if snapshot is not None:
         if snapshot.step != record.optimizer_step:
             raise ValueError(

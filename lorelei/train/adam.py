@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from lorelei.lora.sharded import is_sharded, part_like, whole
+from lorelei.lora.sharded import part_like, whole
+from lorelei.lora.state import copies
 from lorelei.parallel.ranks import Ranks
 from lorelei.types import AdamHyper, OptimStats
 
@@ -29,7 +31,9 @@ class AdapterOptimizer:
     def grad_norm(self) -> Tensor | None:
         """Sum the gradients over the ranks. Returns their norm, None when there are none."""
         # FSDP has added up those of what it shards
-        self._ranks.add_up_gradients([t for t in self._tensors.values() if not is_sharded(t)])
+        self._ranks.add_up_gradients(
+            [t for t in self._tensors.values() if not isinstance(t, DTensor)]
+        )
         if all(t.grad is None for t in self._own):
             return None
         for tensor in self._own:
@@ -62,15 +66,13 @@ class AdapterOptimizer:
         return self._moment("exp_avg"), self._moment("exp_avg_sq")
 
     def _moment(self, key: str) -> dict[str, Tensor]:
-        copied: dict[int, Tensor] = {}
+        held: dict[int, Tensor] = {}
         for tensor in self._own:
             state = self._adam.state.get(tensor)
-            copied[id(tensor)] = (
-                whole(state[key].detach()).to("cpu", copy=True)
-                if state
-                else torch.zeros(tensor.shape, dtype=tensor.dtype)
+            held[id(tensor)] = (
+                state[key] if state else torch.zeros(tensor.shape, dtype=tensor.dtype)
             )
-        return {name: copied[id(tensor)] for name, tensor in self._tensors.items()}
+        return copies({name: held[id(tensor)] for name, tensor in self._tensors.items()})
 
     def restore(
         self, exp_avg: Mapping[str, Tensor], exp_avg_sq: Mapping[str, Tensor], step: int

@@ -30,7 +30,7 @@ from tests.contract.test_rollout_contract import PROMPT, ask, make_ref, make_sta
 from tests.contract.vllm_server import CONTEXT
 from tests.environments import needs
 
-pytestmark = needs("sglang")
+pytestmark = [needs("sglang"), pytest.mark.timeout(600)]
 T = TypeVar("T")
 LONG = 60  # tokens
 

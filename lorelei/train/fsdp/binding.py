@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lorelei.lora.bank import ModelRoute
+from lorelei.lora.linear import ModelRoute
 
 
 class Binding:

@@ -28,7 +28,7 @@ from lorelei.process import give_large_blocks_back
 from lorelei.train.adam import AdapterOptimizer
 from lorelei.train.adapter_engine import AdapterEngine
 from lorelei.train.fsdp.attention import Attend
-from lorelei.train.fsdp.full import HostedWeights
+from lorelei.train.fsdp.full import hosted_copy
 from lorelei.train.fsdp.kind import FsdpSpec
 from lorelei.train.fsdp.model import HostedModel, Source
 from lorelei.train.mixed import blocks, item_tensors, run_mixed, spans, token_tensors
@@ -75,7 +75,7 @@ class _HostedPasses:
             )
 
     def make_bank(self) -> HostedBank:
-        return AdapterBank(self._model, HostedWeights.copy_of)
+        return AdapterBank(self._model, hosted_copy)
 
     def make_optimizer(self, bank: HostedBank, name: str) -> AdapterOptimizer:
         return AdapterOptimizer(bank[name].tensors(), self.ranks)

@@ -38,10 +38,15 @@ class HostedExperts(nn.ModuleList):
         """cut_up: every process has a part of every expert, not all of it."""
         experts, width, hidden = replaced.gate_up_proj.shape
         styles = ("inner_colwise", "inner_rowwise") if cut_up else ("replicated",) * 2
+        inner, dtype = width // 2, replaced.gate_up_proj.dtype
+        sizes = {
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
         like = {
-            "gate_proj": _linear(hidden, width // 2, replaced.gate_up_proj),
-            "up_proj": _linear(hidden, width // 2, replaced.gate_up_proj),
-            "down_proj": _linear(width // 2, hidden, replaced.gate_up_proj),
+            key: nn.Linear(*size, bias=False, device="meta", dtype=dtype)
+            for key, size in sizes.items()
         }
         cuts = {
             key: Cut.of(styles[key == "down_proj"], axis, linear.out_features, linear.in_features)
@@ -75,7 +80,3 @@ class HostedExperts(nn.ModuleList):
             y = y * weights_Tk[tokens, slot, None]
             out_TD = out_TD.index_add(0, tokens, y.to(out_TD.dtype))
         return summed(out_TD, self._axis)
-
-
-def _linear(wide: int, out: int, like: Tensor) -> nn.Linear:
-    return nn.Linear(wide, out, bias=False, device="meta", dtype=like.dtype)

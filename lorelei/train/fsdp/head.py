@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from lorelei.lora.bank import ModelRoute
+from lorelei.lora.linear import ModelRoute
 from lorelei.model.linear import FrozenLinear, FusedInput
 from lorelei.train.fsdp.binding import Binding
 from lorelei.train.fsdp.linear import HostedLinear

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
-from lorelei.lora.bank import ModelRoute
+from lorelei.lora.linear import ModelRoute
 from lorelei.model.backend import HOST, move
 from lorelei.model.head import routed_target_logprobs, target_logprobs
 from lorelei.model.linear import FrozenLinear
@@ -60,8 +60,9 @@ class HostedModel(nn.Module):
         if mesh.shards is not None:
             self._shard(_policy(source))
         load_weights(self.lm, held, source.folder, source.home, source.device, mesh.shard)
-        # FSDP puts other tensors into the modules while they are gathered
-        self._named = {stored.names[0]: stored.parameter for stored in held}
+        # the live parameters by the checkpoint's names, one with several names once; FSDP puts
+        # other tensors into the modules while they are gathered
+        self.named = dict(sorted((stored.names[0], stored.parameter) for stored in held))
         self.lm.get_input_embeddings().register_forward_hook(_differentiable)
         self._plain_head = is_plain(self.lm, skeleton.head)
 
@@ -79,10 +80,6 @@ class HostedModel(nn.Module):
     def trained_copy(self, dtype: torch.dtype) -> HostedModel:
         """Another model from the same checkpoint, every weight of which gets gradients."""
         return HostedModel(replace(self._source, dtype=dtype), self.mesh, trained=True)
-
-    def named(self) -> dict[str, Tensor]:
-        """The live parameters by the checkpoint's names, sorted; one with several names once."""
-        return dict(sorted(self._named.items()))
 
     @property
     def architecture(self) -> str:

@@ -6,7 +6,7 @@ Nothing here holds a weight.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -146,15 +146,22 @@ def _plan(lm: PreTrainedModel, tensor: Axis) -> Mapping[re.Pattern[str], str]:
 
 
 def _style(name: str, plan: Mapping[re.Pattern[str], str]) -> Style:
-    planned = next((style for pattern, style in plan.items() if pattern.fullmatch(name)), None)
-    if planned is None:
-        return "replicated"
-    if planned not in _STYLES:
+    planned = _planned(name, "", plan, _STYLES)
+    return "replicated" if planned is None else _STYLES[planned]
+
+
+def _planned(
+    name: str, parameter: str, plan: Mapping[re.Pattern[str], str], built: Container[str]
+) -> str | None:
+    """What the plan wants for a module, or for a parameter of it; None: nothing."""
+    whole = name + parameter
+    planned = next((style for pattern, style in plan.items() if pattern.fullmatch(whole)), None)
+    if planned is not None and planned not in built:
         raise UnsupportedModel(
             f"train.tensor_parallel: the plan of transformers wants {planned!r} for {name}, which "
             "is not built; set it to 1"
         )
-    return _STYLES[planned]
+    return planned
 
 
 def _replace(
@@ -165,7 +172,7 @@ def _replace(
     found: list[HostedLinear] = []
     for name, module in list(lm.named_modules()):
         if is_experts(module):
-            cut_up = _cuts_experts(name, plan)
+            cut_up = _planned(name, ".gate_up_proj", plan, {"packed_colwise"}) is not None
             experts = HostedExperts(name, module, cut_up, tensor, binding)
             lm.set_submodule(name, experts)
             found += [m for m in experts.modules() if isinstance(m, HostedLinear)]
@@ -182,16 +189,6 @@ def _replace(
                 lm.set_submodule(name, ours)
             found.append(ours)
     return found
-
-
-def _cuts_experts(name: str, plan: Mapping[re.Pattern[str], str]) -> bool:
-    planned = next((s for p, s in plan.items() if p.fullmatch(f"{name}.gate_up_proj")), None)
-    if planned not in (None, "packed_colwise"):
-        raise UnsupportedModel(
-            f"train.tensor_parallel: the plan of transformers wants {planned!r} for {name}, which "
-            "is not built; set it to 1"
-        )
-    return planned is not None
 
 
 def _is_router(name: str, module: nn.Linear, config: Any) -> bool:

@@ -44,16 +44,18 @@ class Shard:
     names: tuple[str, ...]  # PEFT's
     tensor: Tensor
     axis: int | None  # the dimension that is split over ranks; None: whole on each of them
-    expert: bool
-    shards: int
-    shard: int
-    partial: bool  # its gradient has to be summed over the ranks that have it whole
+    target: TargetLinear
+
+    @property
+    def partial(self) -> bool:
+        """Whether its gradient has to be summed over the ranks that have it whole."""
+        return self.target.partial and self.axis is None
 
     def of(self, full: Tensor) -> Tensor:
         """This rank's piece of a full tensor."""
         if self.axis is None:
             return full
-        return full.chunk(self.shards, self.axis)[self.shard]
+        return full.chunk(self.target.shards, self.axis)[self.target.shard]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,10 +99,10 @@ def make_adapter(
                 shared[called] = _fresh_a(target, called, spec.rank, seed, device)
                 names = tuple(tensor_names(n)[0] for _, n in targeted if tied[n] == called)
                 axis = 1 if target.style == "row" else None
-                shards.append(_shard(target, names, shared[called], axis))
+                shards.append(Shard(names, shared[called], axis, target))
             b = torch.zeros(target.widths[number], spec.rank, device=device).requires_grad_()
             axis = 0 if target.style == "column" else None
-            shards.append(_shard(target, (tensor_names(name)[1],), b, axis))
+            shards.append(Shard((tensor_names(name)[1],), b, axis, target))
             parts.append(Part(name, number, shared[called], b))
         if parts:
             made[target.module] = (target, tuple(parts))
@@ -116,8 +118,3 @@ def _fresh_a(
         full = fresh_a(called, seed, rank, target.inputs * target.shards)
         full = full.chunk(target.shards, 1)[target.shard]
     return full.contiguous().to(device).requires_grad_()
-
-
-def _shard(target: TargetLinear, names: tuple[str, ...], tensor: Tensor, axis: int | None) -> Shard:
-    partial = target.partial and axis is None
-    return Shard(names, tensor, axis, target.expert, target.shards, target.shard, partial)

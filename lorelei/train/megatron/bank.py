@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from lorelei.train.megatron.mesh import MegatronMesh
 from lorelei.types import AdapterSpec
 
 
-class ShardedBank:
+class ShardedBank(Named[Adapter]):
     """Implements adapter_engine.Bank. The same on every rank, but for the tensors."""
 
     dtype = torch.float32
@@ -30,24 +30,12 @@ class ShardedBank:
         device: torch.device,
     ) -> None:
         """shapes: of every linear layer of the whole model, see lora.targets.module_shapes."""
+        super().__init__()
         self._targets, self._shapes, self._architecture = targets, shapes, architecture
         self._mesh, self._device = mesh, device
-        self._adapters = Named[Adapter]()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._adapters
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._adapters)
-
-    def __getitem__(self, name: str) -> Adapter:
-        return self._adapters[name]
-
-    def get(self, name: str) -> Adapter | None:
-        return self._adapters.get(name)
 
     def add(self, name: str, spec: AdapterSpec, seed: int = 0) -> Adapter:
-        self._adapters.check_free(name)
+        self.check_free(name)
         if spec.full:
             raise ValueError(
                 f"adapter {name!r}: full fine-tuning is not built on megatron; use train.kind: "
@@ -55,12 +43,8 @@ class ShardedBank:
             )
         modules = match_targets(self._shapes, spec, self._architecture)
         tied = tied_names(modules, spec)
-        self._adapters[name] = make_adapter(self._targets, tied, spec, seed, self._device)
-        return self._adapters[name]
-
-    def drop(self, name: str) -> None:
-        self[name]
-        del self._adapters[name]
+        self[name] = make_adapter(self._targets, tied, spec, seed, self._device)
+        return self[name]
 
     def check(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         adapter = self[name]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,14 +14,6 @@ from lorelei.train.megatron.adapter import Shard
 from lorelei.train.megatron.mesh import MegatronMesh
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Piece:
-    names: tuple[str, ...]
-    shard: int
-    axis: int | None
-    tensor: Tensor
-
-
 def collect(shards: Mapping[Shard, Tensor], mesh: MegatronMesh) -> dict[str, Tensor]:
     """{PEFT name: full tensor}, copies on the CPU, sorted, on the first rank; empty on the others.
 
@@ -30,7 +21,7 @@ def collect(shards: Mapping[Shard, Tensor], mesh: MegatronMesh) -> dict[str, Ten
     tensor. Every shard travels once.
     """
     mine = {s: t for s, t in shards.items() if _sends(s, mesh)}
-    listed = [[s.names, s.shard, s.axis, list(t.shape)] for s, t in mine.items()]
+    listed = [[s.names, s.target.shard, s.axis, list(t.shape)] for s, t in mine.items()]
     ranks = mesh.world
     lists: list[Any] = ranks.gather_json(listed) if ranks.size > 1 else [listed]
     flat = [t.detach().to("cpu", torch.float32).reshape(-1) for t in mine.values()]
@@ -38,7 +29,8 @@ def collect(shards: Mapping[Shard, Tensor], mesh: MegatronMesh) -> dict[str, Ten
         if flat:
             dist.send(torch.cat(flat), dst=0)
         return {}
-    found: list[_Piece] = []
+    # {(names, axis): [(shard, its tensor)]}
+    found: defaultdict[tuple[Any, Any], list[tuple[int, Tensor]]] = defaultdict(list)
     for rank, listing in enumerate(lists):
         sizes = [torch.Size(shape).numel() for *_, shape in listing]
         if rank > 0:
@@ -47,24 +39,15 @@ def collect(shards: Mapping[Shard, Tensor], mesh: MegatronMesh) -> dict[str, Ten
                 dist.recv(got, src=rank)
             flat = list(got.split(sizes))
         for (names, shard, axis, shape), tensor in zip(listing, flat, strict=True):
-            whole = tensor.view(shape).clone()
-            found.append(_Piece(names=tuple(names), shard=shard, axis=axis, tensor=whole))
-    return _joined(found)
-
-
-def _sends(shard: Shard, mesh: MegatronMesh) -> bool:
-    first = mesh.repeating(shard.expert).rank == 0
-    return first and (shard.axis is not None or shard.shard == 0)
-
-
-def _joined(pieces: list[_Piece]) -> dict[str, Tensor]:
-    groups: defaultdict[tuple[str, ...], list[_Piece]] = defaultdict(list)
-    for piece in pieces:
-        groups[piece.names].append(piece)
+            found[tuple(names), axis].append((shard, tensor.view(shape).clone()))
     full: dict[str, Tensor] = {}
-    for names, group in groups.items():
-        axis = group[0].axis
-        ordered = [p.tensor for p in sorted(group, key=lambda p: p.shard)]
+    for (names, axis), pieces in found.items():
+        ordered = [tensor for _, tensor in sorted(pieces, key=lambda piece: piece[0])]
         tensor = ordered[0] if axis is None else torch.cat(ordered, dim=axis)
         full.update(dict.fromkeys(names, tensor))
     return dict(sorted(full.items()))
+
+
+def _sends(shard: Shard, mesh: MegatronMesh) -> bool:
+    first = mesh.repeating(shard.target.expert).rank == 0
+    return first and (shard.axis is not None or shard.target.shard == 0)

@@ -7,6 +7,8 @@ shared prefixes, and every rope type means the same as in the other engines.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,12 @@ _NORMS = {  # of layers with separate norms; Transformer Engine fuses them into 
     "decoder.layers.*.input_layernorm.weight": "model.layers.*.input_layernorm.weight",
     "decoder.layers.*.pre_mlp_layernorm.weight": "model.layers.*.post_attention_layernorm.weight",
 }
+
+# kernels of Transformer Engine and Apex, in place of which torch's operations run
+_FUSIONS = (
+    *("masked_softmax_fusion", "bias_dropout_fusion", "bias_activation_fusion"),
+    *("apply_rope_fusion", "persist_layer_norm", "cross_entropy_loss_fusion", "moe_permute_fusion"),
+)
 
 
 def build_model(
@@ -93,7 +101,7 @@ def _provider(bridge: Any, spec: MegatronSpec, config: DecoderConfig) -> Any:
         "moe_token_dispatcher_type": "alltoall",
         "gradient_accumulation_fusion": False,
         "use_cpu_initialization": not torch.cuda.is_available(),
-        **dict.fromkeys(_fusions(), False),
+        **dict.fromkeys(_FUSIONS, False),
     }
     if spec.recompute:
         wanted |= {
@@ -105,15 +113,6 @@ def _provider(bridge: Any, spec: MegatronSpec, config: DecoderConfig) -> Any:
         assert hasattr(provider, name), f"megatron-bridge has no {name}"
         setattr(provider, name, value)
     return provider
-
-
-def _fusions() -> tuple[str, ...]:
-    """Kernels of Transformer Engine and Apex, in place of which torch's operations run."""
-    return (
-        *("masked_softmax_fusion", "bias_dropout_fusion", "bias_activation_fusion"),
-        *("apply_rope_fusion", "persist_layer_norm", "cross_entropy_loss_fusion"),
-        "moe_permute_fusion",
-    )
 
 
 def _layer_spec(provider: Any) -> Any:
@@ -205,21 +204,20 @@ def _with_norms(own: Any) -> Any:
     return mapping_registry
 
 
-class _norms_in_sequence_parallel:
+@contextmanager
+def _norms_in_sequence_parallel() -> Iterator[None]:
     """The core refuses torch's norms there, whose weights' gradients it would have to sum up."""
+    own = WrappedTorchNorm.__new__
 
-    def __enter__(self) -> None:
-        self._own = WrappedTorchNorm.__new__
-        own = self._own
+    def made(cls: Any, config: Any, *args: Any, **options: Any) -> Any:
+        split, config.sequence_parallel = config.sequence_parallel, False
+        try:
+            return own(cls, config, *args, **options)
+        finally:
+            config.sequence_parallel = split
 
-        def made(cls: Any, config: Any, *args: Any, **options: Any) -> Any:
-            split, config.sequence_parallel = config.sequence_parallel, False
-            try:
-                return own(cls, config, *args, **options)
-            finally:
-                config.sequence_parallel = split
-
-        WrappedTorchNorm.__new__ = made  # type: ignore[method-assign]
-
-    def __exit__(self, *_: object) -> None:
-        WrappedTorchNorm.__new__ = self._own  # type: ignore[method-assign]
+    WrappedTorchNorm.__new__ = made  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        WrappedTorchNorm.__new__ = own  # type: ignore[method-assign]

@@ -124,10 +124,9 @@ class ShardedOptimizer:
         self._mesh, self._device = mesh, device
         self._buffers: dict[str, Buffer] = {}
         for kind, expert in (("dense", False), ("expert", True)):
-            own = [s for s in shards if s.expert == expert]
             repeating = mesh.repeating(expert)
             slices = repeating.size if distributed else 1
-            if own:
+            if own := [s for s in shards if s.target.expert == expert]:
                 self._buffers[kind] = Buffer(own, mesh.splitting(expert), repeating, slices)
         held = {kind: buffer.own_n for kind, buffer in self._buffers.items()}
         # a pipeline stage may have no layer that is adapted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from lorelei.lora.targets import FUSED, HEAD
@@ -19,7 +20,10 @@ def find_targets(model: Any, config: DecoderConfig, mesh: MegatronMesh) -> list[
         found += _attention(f"{prefix}.self_attn", layer.self_attention, config, mesh)
         found += _mlps(f"{prefix}.mlp", layer.mlp, mesh)
     if mesh.last_stage:
-        found.append(_head(model, config, mesh))
+        first, stop = head_rows(config, mesh)
+        found.append(
+            _target((HEAD,), model.output_layer, "column", (stop - first,), config.hidden, mesh)
+        )
     return found
 
 
@@ -33,16 +37,13 @@ def head_rows(config: DecoderConfig, mesh: MegatronMesh) -> tuple[int, int]:
 def _attention(
     prefix: str, attention: Any, config: DecoderConfig, mesh: MegatronMesh
 ) -> Iterator[TargetLinear]:
-    ranks = mesh.tensor.size
+    ranks, hidden = mesh.tensor.size, config.hidden
     queries, keys = (n * config.head_dim // ranks for n in (config.heads, config.kv_heads))
-    widths = (queries, keys, keys)
-    groups = config.kv_heads // ranks  # Megatron has the queries of a key head beside it
-    yield _target(
-        prefix, "linear_qkv", attention.linear_qkv, "column", widths, config.hidden, mesh, groups
-    )
-    yield _target(
-        prefix, "linear_proj", attention.linear_proj, "row", (config.hidden,), queries, mesh
-    )
+    qkv, proj = (_fused(prefix, name) for name in ("linear_qkv", "linear_proj"))
+    made = _target(qkv, attention.linear_qkv, "column", (queries, keys, keys), hidden, mesh)
+    # Megatron has the queries of a key head beside it
+    yield replace(made, groups=config.kv_heads // ranks)
+    yield _target(proj, attention.linear_proj, "row", (hidden,), queries, mesh)
 
 
 def _mlps(prefix: str, mlp: Any, mesh: MegatronMesh) -> Iterator[TargetLinear]:
@@ -59,49 +60,35 @@ def _mlps(prefix: str, mlp: Any, mesh: MegatronMesh) -> Iterator[TargetLinear]:
 def _mlp(prefix: str, mlp: Any, mesh: MegatronMesh, expert: bool) -> Iterator[TargetLinear]:
     both, hidden = mlp.linear_fc1.weight.shape
     wide = both // 2
-    yield _target(
-        prefix, "linear_fc1", mlp.linear_fc1, "column", (wide, wide), hidden, mesh, 1, expert
-    )
-    yield _target(prefix, "linear_fc2", mlp.linear_fc2, "row", (hidden,), wide, mesh, 1, expert)
+    up, down = (_fused(prefix, name) for name in ("linear_fc1", "linear_fc2"))
+    yield _target(up, mlp.linear_fc1, "column", (wide, wide), hidden, mesh, expert)
+    yield _target(down, mlp.linear_fc2, "row", (hidden,), wide, mesh, expert)
+
+
+def _fused(prefix: str, name: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}.{leaf}" for leaf in FUSED[name])
 
 
 def _target(
-    prefix: str,
-    fused: str,
+    parts: tuple[str, ...],
     module: Any,
     style: Style,
     widths: tuple[int, ...],
     inputs: int,
     mesh: MegatronMesh,
-    groups: int = 1,
     expert: bool = False,
 ) -> TargetLinear:
     axis = mesh.splitting(expert)
+    sums = axis.size > 1 and (expert or mesh.sequence_parallel)
     return TargetLinear(
         module=module,
         style=style,
-        parts=tuple(f"{prefix}.{leaf}" for leaf in FUSED[fused]),
+        parts=parts,
         widths=widths,
         inputs=inputs,
-        groups=groups,
+        groups=1,
         expert=expert,
         shards=axis.size,
         shard=axis.rank,
-        partial=axis.size > 1 and (expert or mesh.sequence_parallel),
-    )
-
-
-def _head(model: Any, config: DecoderConfig, mesh: MegatronMesh) -> TargetLinear:
-    first, stop = head_rows(config, mesh)
-    return TargetLinear(
-        module=model.output_layer,
-        style="column",
-        parts=(HEAD,),
-        widths=(stop - first,),
-        inputs=config.hidden,
-        groups=1,
-        expert=False,
-        shards=mesh.tensor.size,
-        shard=mesh.tensor.rank,
-        partial=False,  # it reads the whole sequence
+        partial=sums and parts != (HEAD,),  # which reads the whole sequence
     )

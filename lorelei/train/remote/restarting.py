@@ -86,7 +86,7 @@ class Restarting:
         self._journal.accumulating -= hyper.keys()
         taken = self._change("optim_step", (hyper,))
         if len(self._journal.calls) >= LONGEST and not self._journal.accumulating:
-            for name in self._journal.concerned:
+            for name in tuple(self._journal.concerned):
                 self.snapshot(name)
         return taken
 
@@ -182,18 +182,14 @@ class _Journal:
     calls: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
     adapters: dict[str, tuple[AdapterSpec, int]] = field(default_factory=dict)  # there are now
     accumulating: set[str] = field(default_factory=set)  # adapters that may hold gradients
-    _concerned: set[str] = field(default_factory=set)  # adapters that the calls have changed
+    concerned: set[str] = field(default_factory=set)  # adapters that the calls have changed
     _newer: dict[str, AdapterSnapshot] = field(default_factory=dict)  # after the calls
-
-    @property
-    def concerned(self) -> tuple[str, ...]:
-        return tuple(self._concerned)
 
     def note(self, method: str, args: tuple[Any, ...]) -> None:
         """A call that changes adapters is about to be made."""
         self.calls.append((method, args))
         names = _names(args[0])
-        self._concerned |= names
+        self.concerned |= names
         for name in names:
             self._newer.pop(name, None)
 
@@ -202,24 +198,24 @@ class _Journal:
         if name in self.accumulating:  # a snapshot has no gradients
             return False
         self._newer[name] = snapshot
-        if not self._concerned <= self._newer.keys():
+        if not self.concerned <= self._newer.keys():
             return False
         known = {name: snapshot for name, (_, _, snapshot) in self.base.items()} | self._newer
         self.base = {n: (*about, known[n]) for n, about in self.adapters.items()}
         self.calls.clear()
-        self._concerned.clear()
+        self.concerned.clear()
         self._newer.clear()
         return True
 
     def forget_unknown(self) -> None:
         """A call was refused; it may have named an adapter that there is not."""
-        self._concerned &= self.adapters.keys()
+        self.concerned &= self.adapters.keys()
 
     def forget(self, name: str) -> None:
         """An adapter is dropped; one of its name may come later."""
         self.adapters.pop(name, None)
         self.accumulating.discard(name)
-        self._concerned.discard(name)
+        self.concerned.discard(name)
         self._newer.pop(name, None)
 
 

@@ -175,14 +175,8 @@ class LocalWorkers:
                 interface=interface_toward(LOOPBACK),
             )
             self._processes.append(WorkerProcess(rank_info, python))
-
-    @property
-    def pids(self) -> Sequence[int]:
-        return tuple(process.pid for process in self._processes)
-
-    @property
-    def names(self) -> Sequence[str]:
-        return [f"{rank} (pid {pid})" for rank, pid in enumerate(self.pids)]
+        self.pids: Sequence[int] = tuple(process.pid for process in self._processes)
+        self.names: Sequence[str] = [f"{n} (pid {pid})" for n, pid in enumerate(self.pids)]
 
     def ask(self, frame: bytes) -> Sequence[Future[bytes]]:
         return [self._threads.submit(p.exchange, frame) for p in self._processes]

@@ -10,7 +10,6 @@ from lorelei.config.parallel import (
     ParallelSizes,
     parse_allocation,
     parse_backend,
-    parse_sizes,
 )
 
 PP6 = ParallelSizes(pipeline=6)
@@ -40,12 +39,6 @@ def test_a_backend_is_its_engine_and_its_sizes(text, kind, sizes, world):
     found = parse_backend(text, "actor.backend")
     assert found == Backend(kind=kind, sizes=sizes)
     assert found.sizes.world == world
-
-
-def test_copies_of_an_expert_are_what_is_left_of_the_processes():
-    sizes = parse_sizes("(attn:d2p2t2c1|ffn:d1p2t2e2)", "x")
-    assert (sizes.world, sizes.expert_data) == (8, 1)
-    assert parse_sizes("d4t2", "x").expert_data == 8, "without expert sizes all hold all experts"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+from contextlib import closing
 from math import isnan
 
 import pytest
@@ -38,7 +39,7 @@ def record(step: int = 12, adapter: str = "default", **more: object) -> dict:
 
 def read(console_of: dict[str, int], *calls: tuple) -> list[str]:
     stream = io.StringIO()
-    with Console(console_of, stream) as console:
+    with closing(Console(console_of, stream)) as console:
         for name, *arguments in calls:
             getattr(console, name)(*arguments)
     return stream.getvalue().splitlines()
@@ -148,8 +149,9 @@ def test_words_that_do_not_fit_are_left_out_but_never_the_first() -> None:
 
 
 ON_A_TERMINAL = """
+from contextlib import closing
 from lorelei.obs.console import Console
-with Console({"[red]": 4}) as console:
+with closing(Console({"[red]": 4})) as console:
     console.started(["a run"])
     console.evaluated("[red]", 0, {"strict": 0.25})
     console.step({"kind": "step", "step": 1, "adapter": "[red]", "reward": 0.5})

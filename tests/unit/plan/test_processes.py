@@ -21,7 +21,7 @@ from lorelei.launch.servers import server_options
 from lorelei.model.load import read_config
 from lorelei.model.shapes import SHAPES, find_shape
 from lorelei.plan.hardware import Hardware, seat, wanted
-from lorelei.plan.memory_item import ProcessGroup
+from lorelei.plan.memory import ProcessGroup
 from lorelei.plan.model_info import decoder_info
 from lorelei.plan.plan import Plan, plan
 from lorelei.run_file import load_config

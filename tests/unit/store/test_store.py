@@ -19,9 +19,9 @@ from lorelei.lora.state import AdapterSnapshot, AdapterState, tensor_names
 from lorelei.store.check import check_run
 from lorelei.store.durable import CorruptFile, StoreError
 from lorelei.store.index import list_runs, rebuild_index
-from lorelei.store.manifest import AdapterRecord, manifest_path
+from lorelei.store.manifest import AdapterRecord, Manifest, manifest_path
 from lorelei.store.record import FORMAT, record_bytes
-from lorelei.store.run import Pending, RunStore
+from lorelei.store.run import RunStore
 from lorelei.types import AdapterRef, AdapterSpec
 
 OLD_RUN = Path(__file__).parents[2] / "fixtures/run_before_jobs/before_jobs"
@@ -44,7 +44,7 @@ def record(version: int) -> AdapterRecord:
     )
 
 
-def stage(store: RunStore, step: int, touched: dict[str, int], **kept: int) -> Pending:
+def stage(store: RunStore, step: int, touched: dict[str, int], **kept: int) -> Manifest:
     """Stage `step`: {touched adapter: version}, and the untouched ones with theirs."""
     return store.stage(
         step,
