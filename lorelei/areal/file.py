@@ -138,17 +138,17 @@ def _repeated(key: str) -> Rule | None:
 
 
 def _fix(key: str) -> str:
-    section, _, leaf = key.rpartition(".")
-    prefix = f"{section}." if section else ""
-    depth = key.count(".")
+    *above, leaf = key.split(".")
+    prefix = "".join(f"{name}." for name in above)
     known = {
-        name.removesuffix(BELOW).split(".")[depth]
-        for name in _BY_KEY
-        if name.startswith(prefix) and len(name.removesuffix(BELOW).split(".")) > depth
+        name.removeprefix(prefix).partition(".")[0]
+        for name in (name.removesuffix(BELOW) for name in _BY_KEY)
+        if name.startswith(prefix) and name != prefix
     }
     fix = nearest(leaf, known)
-    if not section and not fix.startswith("did"):
-        return f"no option class of AReaL's has it; {key}=null leaves it out"
+    if (not above and not fix.startswith("did")) or not known:
+        top = key.partition(".")[0]
+        return f"no option class of AReaL's has it; {top}=null leaves it out"
     return fix
 
 
