@@ -20,7 +20,6 @@ from acceptance.record import Line
 from acceptance.table import table
 from benchmarks.cases import MODEL
 from lorelei.cli.trained_run import TrainedRun
-from lorelei.inference.server.process import wait_gone
 from lorelei.inference.server.process_guard import descendants
 from lorelei.lora.targets import FUSED
 from lorelei.model.locate import resolve_model
@@ -29,6 +28,7 @@ from lorelei.obs.history import read_metrics
 from lorelei.store.check import check_run
 from lorelei.store.manifest import manifest_paths
 from tests.contract.train_engines import MEGATRON
+from tests.processes import wait_gone
 from tests.tiny_models import make_tiny
 from tests.tiny_runs import REWARD, final, start, write_rows, write_run
 

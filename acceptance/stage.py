@@ -25,7 +25,7 @@ from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.model.locate import resolve_model
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.obs.console import Console
-from lorelei.publish.contract import Publisher
+from lorelei.publish.publisher import VersionPublisher
 from lorelei.run_file import to_plain, validate
 from lorelei.store.run import RunStore
 from lorelei.train.contract import TrainEngine
@@ -96,8 +96,8 @@ class Stage:
     folder: Path  # of the run
     trainer: TrainEngine
     rollout: InferenceEngine
-    make_publisher: Callable[[str], Publisher]  # by its kind
-    publisher: Publisher
+    make_publisher: Callable[[str], VersionPublisher]  # by its kind
+    publisher: VersionPublisher
     version: int = 0  # the last one published
 
     @asynccontextmanager
@@ -158,7 +158,7 @@ async def staged(engine: str, size: str) -> AsyncIterator[Stage]:
             store = RunStore.create(folder, to_plain(config), keep=config.checkpoint.keep)
             stack.callback(store.close)
 
-            def make_publisher(kind: str) -> Publisher:
+            def make_publisher(kind: str) -> VersionPublisher:
                 through = validate({**plain, "publish": {"kind": kind}})
                 return make_loop(through, parts, thread, store, Console({NAME: 1})).publisher
 

@@ -21,7 +21,7 @@ from lorelei.jobs.registry import Registry
 from lorelei.lora.state import AdapterSnapshot, AdapterState
 from lorelei.obs.console import Console
 from lorelei.publish.canary import Canary, Watched
-from lorelei.publish.contract import Publisher
+from lorelei.publish.publisher import VersionPublisher
 from lorelei.store.manifest import AdapterEntry, AdapterRecord, Manifest
 from lorelei.store.run import RunStore
 from lorelei.train.contract import TrainEngine
@@ -37,7 +37,7 @@ class Loop:
 
     registry: Registry
     thread: EngineThread
-    publisher: Publisher
+    publisher: VersionPublisher
     canary: Canary | None  # None: it was turned off
     store: RunStore
     console: Console

@@ -56,7 +56,7 @@ def rollout_section(kind: str, model: Path, context: int) -> Iterator[Mapping[st
     backend: ServerBackend = VllmBackend(options) if kind == "vllm" else SglangBackend(options)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    process = ServerProcess(backend.launch(0, port, TOKEN, model.parent), model.parent / "log")
+    process = ServerProcess(backend.launch(0, port, TOKEN), model.parent / "log")
     try:
         asyncio.run(_up(backend, url, process))
         with pytest.MonkeyPatch.context() as patch:
@@ -71,7 +71,7 @@ async def _up(backend: ServerBackend, url: str, process: ServerProcess) -> None:
     try:
         while True:
             try:
-                await backend.facts(client)
+                await backend.workers(client)
                 return
             except ServerTrouble:
                 assert process.alive and time.monotonic() < deadline, process.log_tail()

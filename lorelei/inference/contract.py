@@ -6,12 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from lorelei.lora.state import AdapterState
-from lorelei.types import AdapterRef, Completion, Floats, GenerateRequest, Ints
+from lorelei.types import AdapterRef, Completion, FinishReason, Floats, GenerateRequest, Ints
 
 
 class EngineClosed(RuntimeError):
     """The engine was closed or its worker died; requests in flight get this too."""
+
+
+def completion(
+    adapter: AdapterRef | None, tokens: Sequence[int], logprobs: Sequence[float], end: FinishReason
+) -> Completion:
+    """All tokens [T] of one version; None: the base model."""
+    version = adapter.version if adapter is not None else 0
+    return Completion(
+        tokens=np.array(tokens, dtype=np.int32),
+        logprobs=np.array(logprobs, dtype=np.float32),
+        versions=((version, len(tokens)),) if tokens else (),
+        finish_reason=end,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from lorelei.types import GenerateRequest, Ints, SamplingParams
+from lorelei.types import AdapterRef, GenerateRequest, Ints, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,3 +58,10 @@ class Limits:
                 f"stop_strings: {sampling.stop_strings!r} need an engine with a tokenizer; "
                 "use stop_token_ids"
             )
+
+
+def check_loaded(ref: AdapterRef | None, loaded: Collection[str]) -> None:
+    """loaded: served names. Raises KeyError for a version that is not among them."""
+    if ref is not None and ref.served_name not in loaded:
+        names = ", ".join(sorted(loaded)) or "none"
+        raise KeyError(f"adapter {ref} ({ref.served_name}) is not loaded; loaded: {names}")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
+from lorelei.types import GenerateRequest
 
-class Tokenizer(Protocol):
-    """What stop strings need of a tokenizer."""
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+if TYPE_CHECKING:
+    from lorelei.model.tokenizer import Tokenizer
 
 
 class StopStrings:
@@ -21,6 +20,16 @@ class StopStrings:
         self._tokens: list[int] = []
         self._context, self._read = 0, 0  # tokens [context, read) are decoded and give the seam
         self._tail = ""
+
+    @classmethod
+    def of(cls, request: GenerateRequest, tokenizer: Tokenizer | None) -> StopStrings | None:
+        """Of a request, which may continue an answer; None: it is ended by no string."""
+        if not request.sampling.stop_strings or tokenizer is None:
+            return None
+        stops = cls(tokenizer, request.sampling.stop_strings)
+        for token in request.tokens[len(request.tokens) - request.position :].tolist():
+            stops.completes(token)
+        return stops
 
     def completes(self, token: int) -> bool:
         """Add a token; whether the text now contains a stop string."""

@@ -36,7 +36,8 @@ from lorelei.model.tokenizer import load_tokenizer, stop_token_ids
 from lorelei.obs.console import Console
 from lorelei.plan.model_info import model_info
 from lorelei.publish.canary import Canary
-from lorelei.publish.publisher import Transport, VersionPublisher
+from lorelei.publish.contract import Transport
+from lorelei.publish.publisher import VersionPublisher
 from lorelei.rollout.evaluate import Evaluator, LossEvaluator
 from lorelei.rollout.meter import Meter
 from lorelei.store.run import RunStore

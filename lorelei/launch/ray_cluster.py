@@ -19,7 +19,7 @@ from typing import Any
 from lorelei.config.cluster import RayCluster
 from lorelei.inference.server.backend import ServerBackend
 from lorelei.inference.server.client import ServerTrouble
-from lorelei.inference.server.launcher import RunningServer
+from lorelei.inference.server.process import RunningServer
 from lorelei.train.contract import WorkersLost
 from lorelei.train.remote.workers import RankInfo, WorkerGone, open_store
 

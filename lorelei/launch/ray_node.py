@@ -77,7 +77,7 @@ class Host:
         port = free_port(host)
         # Ray shows it no devices but its own
         first = 0 if os.environ.get("CUDA_VISIBLE_DEVICES") else number
-        launch = backend.launch(first, port, token, Path(folder), host)
+        launch = backend.launch(first, port, token, host)
         self._server = ServerProcess(launch, Path(folder) / f"{backend.name}-{number}.log")
         return f"http://{host}:{port}"
 

@@ -13,8 +13,8 @@ from lorelei.config.run import RunConfig
 from lorelei.inference.kinds import SERVERS
 from lorelei.inference.limits import Limits
 from lorelei.inference.server.engine import ServerEngine
-from lorelei.inference.server.launcher import LOCAL
 from lorelei.inference.server.options import ServerOptions, largest_rank, versions_in_use
+from lorelei.inference.server.process import LocalServer
 from lorelei.lora.targets import match_targets
 from lorelei.model.config import ModelInfo
 from lorelei.model.load import read_config
@@ -58,7 +58,7 @@ def make_server_engine(
         urls=rollout.urls,
         token=os.environ.get(TOKEN),
         max_running=rollout.max_running,
-        launcher=cluster or LOCAL,
+        launcher=cluster.start if cluster else LocalServer,
     )
 
 
@@ -76,7 +76,7 @@ def serve(config: RunConfig, host: str, port: int) -> NoReturn:
     folder = resolve_model(config.model)
     model = model_info(config, folder, read_config(folder))
     options = server_options(config, rollout, folder, model, device_here())
-    launch = SERVERS[rollout.kind].backend(options).launch(0, port, token, Path.cwd(), host)
+    launch = SERVERS[rollout.kind].backend(options).launch(0, port, token, host)
     os.execvpe(launch.command[0], launch.command, {**os.environ, **launch.environment})
 
 

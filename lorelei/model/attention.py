@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorelei.model.autograd import Function
 from lorelei.model.backend import flashes, fuses_attention
-from lorelei.model.flash_attention import Level, flash_with_lse, levels, packed_flash
+from lorelei.model.flash_attention import Level, levels, packed_flash
 from lorelei.model.kernels import fused
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -80,8 +80,6 @@ def attention_with_lse(
     """
     if fuses_attention(q.device):
         return _flash(q, k, v, 0.0, False, attn_mask=mask)
-    if flashes(q):
-        return flash_with_lse(q, k, v, mask)
     return plain_attention_with_lse(q, k, v, mask)
 
 

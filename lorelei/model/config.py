@@ -109,43 +109,36 @@ class DecoderConfig(ModelSizes):
 
     norm_eps: float
     rope: Mapping[str, Any]  # rope_type, rope_theta and the parameters of its type
-    eos_token_ids: tuple[int, ...]
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> DecoderConfig:
         """From a parsed config.json. Raises UnsupportedModel by name: ForeignModel, or another."""
         architecture = _architecture(hf)
         _refuse_variants(hf, architecture)
+        family = FAMILIES[architecture]
         try:
-            return cls._of_family(architecture, FAMILIES[architecture], hf)
+            heads = hf["num_attention_heads"]
+            default_head_dim = 128 if family == "qwen3" else hf["hidden_size"] // heads
+            return cls(
+                architecture=architecture,
+                vocab=hf["vocab_size"],
+                hidden=hf["hidden_size"],
+                intermediate=hf["intermediate_size"],
+                layers=hf["num_hidden_layers"],
+                heads=heads,
+                kv_heads=hf.get("num_key_value_heads") or heads,
+                head_dim=hf.get("head_dim") or default_head_dim,
+                norm_eps=hf.get("rms_norm_eps", 1e-6),
+                tied_embeddings=hf.get("tie_word_embeddings", False),
+                qk_norm=family.startswith("qwen3"),
+                max_positions=hf.get("max_position_embeddings", 2048),
+                rope=_rope(hf),
+                moe=_moe(hf) if family == "qwen3_moe" else None,
+            )
         except KeyError as missing:
             raise UnsupportedModel(
                 f"model: config.json has no {missing}; is it complete?"
             ) from None
-
-    @classmethod
-    def _of_family(cls, architecture: str, family: str, hf: Mapping[str, Any]) -> DecoderConfig:
-        heads = hf["num_attention_heads"]
-        default_head_dim = 128 if family == "qwen3" else hf["hidden_size"] // heads
-        eos: int | list[int] | None = hf.get("eos_token_id")
-        eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        return cls(
-            architecture=architecture,
-            vocab=hf["vocab_size"],
-            hidden=hf["hidden_size"],
-            intermediate=hf["intermediate_size"],
-            layers=hf["num_hidden_layers"],
-            heads=heads,
-            kv_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or default_head_dim,
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-            tied_embeddings=hf.get("tie_word_embeddings", False),
-            qk_norm=family.startswith("qwen3"),
-            max_positions=hf.get("max_position_embeddings", 2048),
-            rope=_rope(hf),
-            eos_token_ids=tuple(eos_ids),
-            moe=_moe(hf) if family == "qwen3_moe" else None,
-        )
 
 
 def _architecture(hf: Mapping[str, Any]) -> str:

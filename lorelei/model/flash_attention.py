@@ -14,7 +14,6 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lorelei.model.autograd import Function
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from lorelei.model.attention import Block
 
 _aten = torch.ops.aten
-_MASK_ALIGNMENT = 16  # elements: the kernel reads rows of a mask in whole vectors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,15 +154,3 @@ def _backward(
     return _aten._flash_attention_backward(
         grad, q, k, v, out, lse, *sizes, 0.0, level.causal, *unused
     )
-
-
-def flash_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See attention.attention_with_lse; bf16 or fp16."""
-    if mask is None:
-        out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False)
-        return out, lse
-    width = mask.shape[-1]
-    padded = F.pad(mask, (0, -width % _MASK_ALIGNMENT))[..., :width]
-    every = padded.expand(*q.shape[:-1], width)
-    out, lse, *_ = _aten._scaled_dot_product_efficient_attention(q, k, v, every, True)
-    return out, lse[..., : q.shape[2]]  # its rows are padded too

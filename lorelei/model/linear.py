@@ -88,15 +88,3 @@ class Route(Protocol):
     def take(self, index: Tensor) -> Route:
         """The route of the tokens at `index` (ascending)."""
         ...
-
-
-class BaseRoute:
-    """Every token sees the base model alone. For inference: gives no gradients."""
-
-    def __call__(
-        self, layer: FrozenLinear, x_TD: Tensor, fused_input: FusedInput | None = None
-    ) -> Tensor:
-        return layer.product(transformed(x_TD, fused_input))
-
-    def take(self, index: Tensor) -> BaseRoute:
-        return self

@@ -19,7 +19,7 @@ import numpy as np
 
 from lorelei.inference.contract import InferenceEngine
 from lorelei.publish import page
-from lorelei.publish.contract import Publisher
+from lorelei.publish.publisher import VersionPublisher
 from lorelei.publish.random_adapter import random_adapter, untrained
 from lorelei.publish.verdict import Verdict, distance, judge, share_of_way
 from lorelei.train.engine_thread import EngineThread
@@ -80,7 +80,11 @@ class Canary:
     """Compares engines over their contracts; it stops a run by raising CanaryFailed."""
 
     def __init__(
-        self, thread: EngineThread, engine: InferenceEngine, publisher: Publisher, run_id: str
+        self,
+        thread: EngineThread,
+        engine: InferenceEngine,
+        publisher: VersionPublisher,
+        run_id: str,
     ) -> None:
         """run_id: differs at every start, and so do the random adapters."""
         self._thread, self._engine = thread, engine

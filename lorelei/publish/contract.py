@@ -1,4 +1,4 @@
-"""The Publisher contract: how a new adapter version reaches an inference engine."""
+"""The Transport contract: how a new adapter version reaches an inference engine."""
 
 from __future__ import annotations
 
@@ -13,28 +13,22 @@ class PublishError(RuntimeError):
     """A version did not arrive, or what arrived is not what was sent."""
 
 
-class Publisher(Protocol):
-    """Moves adapters, and nothing else, to inference engines."""
+class Transport(Protocol):
+    """How the tensors of a version travel."""
 
-    async def publish(
-        self, versions: Mapping[str, int], states: Mapping[str, AdapterState]
-    ) -> dict[str, AdapterRef]:
-        """Send {adapter: version number} and return when every replica can serve them.
-
-        states: what each of these versions is; nothing may change the tensors before the return.
-        Raises PublishError; then none of the new versions may be used.
-        """
+    async def send(self, ref: AdapterRef, state: AdapterState) -> str | None:
+        """Make it available everywhere. Returns and raises like ServerEngine.install."""
         ...
 
-    async def retire(self, ref: AdapterRef) -> None:
-        """Forget a version everywhere once nothing in flight uses it."""
+    async def unload(self, ref: AdapterRef) -> None:
+        """Forget it and its files, once nothing in flight uses it."""
         ...
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """Counts since the start, for the records of steps."""
+        """Counts since the start that a step's record should have."""
         ...
 
     async def close(self) -> None:
-        """Give up what was kept between versions: folders, groups. Idempotent."""
+        """Give up what was kept between versions: folders, groups."""
         ...

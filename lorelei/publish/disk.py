@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorelei.inference.server.engine import ServerEngine
-from lorelei.inference.server.payload import Folder
+from lorelei.inference.server.payload import FOLDER, Payload
 from lorelei.lora.peft_folder import write_peft_folder
 from lorelei.lora.state import AdapterState
 from lorelei.types import AdapterRef
@@ -26,7 +26,7 @@ class Disk:
         folder = self._folder / ref.served_name
         await asyncio.to_thread(write_peft_folder, folder, state, self._base_model)
         try:
-            return await self._engine.install(ref, Folder(folder))
+            return await self._engine.install(ref, Payload(FOLDER, str(folder).encode()))
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

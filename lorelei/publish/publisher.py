@@ -4,35 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Protocol
 
 from lorelei.inference.contract import InferenceEngine
 from lorelei.inference.server.client import ServerTrouble
 from lorelei.lora.state import AdapterState
-from lorelei.publish.contract import PublishError
+from lorelei.publish.contract import PublishError, Transport
 from lorelei.publish.page import wrong_digest
 from lorelei.types import AdapterRef
-
-
-class Transport(Protocol):
-    """How the tensors of a version travel."""
-
-    async def send(self, ref: AdapterRef, state: AdapterState) -> str | None:
-        """Make it available everywhere. Returns and raises like ServerEngine.install."""
-        ...
-
-    async def unload(self, ref: AdapterRef) -> None:
-        """Forget it and its files, once nothing in flight uses it."""
-        ...
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """Counts since the start that a step's record should have."""
-        ...
-
-    async def close(self) -> None:
-        """Give up what was kept between versions: folders, groups."""
-        ...
 
 
 class Direct:
@@ -56,17 +34,23 @@ class Direct:
 
 
 class VersionPublisher:
-    """Implements Publisher; without a transport, by the engine's own `load`."""
+    """Moves adapters, and nothing else, to an inference engine."""
 
     def __init__(
         self, engine: InferenceEngine, run_id: str, transport: Transport | None = None
     ) -> None:
+        """Without a transport, by the engine's own `load`."""
         self._engine, self._run_id = engine, run_id
         self._transport: Transport = transport or Direct(engine)
 
     async def publish(
         self, versions: Mapping[str, int], states: Mapping[str, AdapterState]
     ) -> dict[str, AdapterRef]:
+        """Send {adapter: version number} and return when every replica can serve them.
+
+        states: what each of these versions is; nothing may change the tensors before the return.
+        Raises PublishError; then none of the new versions may be used.
+        """
         refs: dict[str, AdapterRef] = {}
         try:
             for name, version in versions.items():
@@ -93,13 +77,14 @@ class VersionPublisher:
         return ref
 
     async def retire(self, ref: AdapterRef) -> None:
+        """Forget a version everywhere once nothing in flight uses it."""
         await self._transport.unload(ref)
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """See Publisher."""
+        """Counts since the start, for the records of steps."""
         return self._transport.metrics
 
     async def close(self) -> None:
-        """Give up what was kept between versions. Idempotent."""
+        """Give up what was kept between versions: folders, groups. Idempotent."""
         await self._transport.close()

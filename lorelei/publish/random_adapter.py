@@ -22,11 +22,13 @@ def random_adapter(fresh: AdapterState, size: float, name: str) -> AdapterState:
     generator = torch.Generator().manual_seed(seed)
     deviation = size / (fresh.spec.scale * fresh.spec.rank**0.5)
     tensors = {
-        tensor_name: _whole(
+        tensor_name: (
             tensor
             if "lora_A" in tensor_name
             else torch.empty(tensor.shape).normal_(0, deviation, generator=generator)
-        ).to(tensor.dtype)
+        )
+        .to(torch.bfloat16)
+        .to(tensor.dtype)
         for tensor_name, tensor in sorted(fresh.tensors.items())
     }
     return AdapterState(spec=fresh.spec, tensors=tensors)
@@ -36,7 +38,3 @@ def untrained(state: AdapterState) -> AdapterSnapshot:
     """The snapshot of an adapter that no optimizer has seen."""
     zeros = {name: torch.zeros_like(tensor) for name, tensor in state.tensors.items()}
     return AdapterSnapshot(state=state, exp_avg=zeros, exp_avg_sq=zeros, step=0)
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.bfloat16().float()

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from lorelei.inference.server import broadcast
 from lorelei.inference.server.broadcast import Group
 from lorelei.inference.server.client import ServerTrouble
-from lorelei.inference.server.engine import ServerEngine
-from lorelei.inference.server.payload import Broadcast, pack
+from lorelei.inference.server.engine import ServerEngine, all_ended
+from lorelei.inference.server.payload import BROADCAST, Payload, pack
 from lorelei.inference.server.replicas import Replica
 from lorelei.lora.state import AdapterState
+from lorelei.train.remote.workers import open_store
 from lorelei.types import AdapterRef
 
 
@@ -44,13 +43,7 @@ class Xccl:
         """
         self._engine, self._host, self._timeout, self._warn = engine, host, timeout, warn
         self._device = device if device.type == "cuda" else torch.device("cpu")
-        listener = socket.create_server((host, 0))
-        self._port: int = listener.getsockname()[1]
-        self._store = TCPStore(
-            *(host, self._port, None, True),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+        self._store, self._port = open_store(host)
         self._group: Any = None
         self._name = ""
         self._members: tuple[tuple[int, int], ...] = ()
@@ -72,7 +65,7 @@ class Xccl:
                     f"broadcast failed: {error}; metrics.jsonl counts those that follow as "
                     "publish_fallbacks"
                 )
-        return await self._engine.install(ref, Broadcast(data))
+        return await self._engine.install(ref, Payload(BROADCAST, data))
 
     async def unload(self, ref: AdapterRef) -> None:
         await self._engine.unload(ref)
@@ -89,14 +82,15 @@ class Xccl:
         if self._group is None or self._members != tuple(r.identity for r in servers):
             await self._form(servers)
         asked = {"name": ref.served_name, "group": self._name, "size": len(data)}
-        await _all(replica.client.call("receive", asked) for replica in servers)
+        # once all have answered, so that no server accepts it after `leave`
+        await all_ended(replica.client.call("receive", asked) for replica in servers)
         await asyncio.to_thread(broadcast.send, self._group, data, self._device)
 
     async def _form(self, servers: Sequence[Replica]) -> None:
         await self._leave()
         self._name = f"lorelei-{secrets.token_hex(8)}"
         backend = "nccl" if self._device.type == "cuda" else "gloo"
-        workers = [replica.facts.workers for replica in servers if replica.facts is not None]
+        workers = [replica.workers for replica in servers]
         firsts = [1 + sum(workers[:n]) for n in range(len(servers))]
         self._members = tuple(replica.identity for replica in servers)
         group = Group(
@@ -108,7 +102,7 @@ class Xccl:
             backend=backend,
             timeout=self._timeout,
         )
-        await _all(
+        await all_ended(
             replica.client.call("join", asdict(replace(group, first_rank=first)))
             for replica, first in zip(servers, firsts, strict=True)
         )
@@ -123,10 +117,3 @@ class Xccl:
             if replica.ready:
                 with suppress(ServerTrouble, KeyError, ValueError):
                     await replica.client.call("leave", {"group": name})
-
-
-async def _all(calls: Iterable[Awaitable[Any]]) -> None:
-    """Once all have ended; raises the first failure, so that none is accepted after `leave`."""
-    for result in await asyncio.gather(*calls, return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result

@@ -63,18 +63,16 @@ class EngineSampler:
             ),
             key=f"{self._policy.stream}/{self._key}/{turn}",
         )
-        parts = [await self._generate(request)]
-        while self._interrupted(request, parts[-1]):
-            request = _continued(request, parts[-1], self._policy.ref)
-            parts.append(await self._generate(request))
+        parts: list[Completion] = []
+        while not parts or self._interrupted(request, parts[-1]):
+            if parts:
+                request = _continued(request, parts[-1], self._policy.ref)
+            with self._meter.busy():
+                parts.append(await self._engine.generate(request))
         completion = _joined(parts)
         return Turn(
             prompt=tokens, completion=completion, text=self._policy.decode(completion.tokens)
         )
-
-    async def _generate(self, request: GenerateRequest) -> Completion:
-        with self._meter.busy():
-            return await self._engine.generate(request)
 
     def _interrupted(self, request: GenerateRequest, part: Completion) -> bool:
         """Whether a newer version took over; any other abort is the answer's end."""

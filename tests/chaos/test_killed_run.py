@@ -13,12 +13,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from lorelei.inference.server.process import GRACE, wait_gone
+from lorelei.inference.server.process import GRACE
 from lorelei.inference.server.process_guard import descendants
 from lorelei.store.check import check_run
 from tests.chaos.test_kill import committed, prompts
 from tests.contract.servers import ATTENTION
 from tests.environments import needs
+from tests.processes import wait_gone
 from tests.tiny_runs import ENVIRONMENT, make_workplace, records, write_run
 
 STALENESS = 1

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from lorelei.inference.limits import Limits
-from lorelei.inference.server.client import Client, Sampled
+from lorelei.inference.server.client import Client
 from lorelei.inference.server.engine import ServerEngine
-from lorelei.inference.server.process import wait_gone
 from lorelei.inference.server.replicas import Replica
 from lorelei.inference.sglang.backend import SglangBackend
 from lorelei.lora.state import AdapterState
@@ -29,6 +28,7 @@ from tests.contract.servers import VOCAB, sglang_options
 from tests.contract.test_rollout_contract import PROMPT, ask, make_ref, make_state
 from tests.contract.vllm_server import CONTEXT
 from tests.environments import needs
+from tests.processes import wait_gone
 
 pytestmark = [needs("sglang"), pytest.mark.timeout(600)]
 T = TypeVar("T")
@@ -84,7 +84,7 @@ def pair(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     answered: list[tuple[bytes, str]] = []
     generate = Client.generate
 
-    async def noting(self: Client, request: GenerateRequest, limit: int, seed: int) -> Sampled:
+    async def noting(self: Client, request: GenerateRequest, limit: int, seed: int) -> Completion:
         sampled = await generate(self, request, limit, seed)
         answered.append((request.tokens.tobytes(), self.url))
         return sampled

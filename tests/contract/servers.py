@@ -12,7 +12,6 @@ from lorelei.inference.limits import Limits
 from lorelei.inference.server.engine import ServerEngine
 from lorelei.inference.server.options import ServerOptions
 from lorelei.inference.server.process import ServerProcess, free_port
-from lorelei.inference.sglang import command
 from lorelei.inference.sglang.backend import SglangBackend
 from tests.contract.vllm_server import CONTEXT
 from tests.tiny_models import sizes_of
@@ -37,7 +36,7 @@ class Servers:
         """Where the session's server of that model listens."""
         if (kind, folder) not in self._running:
             port = free_port()
-            launch = command.launch(sglang_options(folder), 0, port, TOKEN)
+            launch = SglangBackend(sglang_options(folder)).launch(0, port, TOKEN)
             process = ServerProcess(launch, folder.parent / f"{kind}-{folder.name}.log")
             self._running[kind, folder] = (f"http://127.0.0.1:{port}", process)
             # outside of the first test's deadline

@@ -14,8 +14,9 @@ import torch
 from lorelei.inference.server.client import Client
 from lorelei.inference.server.engine import ServerEngine
 from lorelei.lora.state import AdapterState
+from lorelei.publish.contract import Transport
 from lorelei.publish.disk import Disk
-from lorelei.publish.publisher import Direct, Transport, VersionPublisher
+from lorelei.publish.publisher import Direct, VersionPublisher
 from lorelei.publish.xccl import Xccl
 from tests.contract.reference_rollout import reference_logprobs, reference_model
 from tests.contract.test_rollout_contract import PROMPT, ask, close, make_state

@@ -12,8 +12,9 @@ import torch
 
 from lorelei.inference.server.engine import ServerEngine
 from lorelei.lora.state import AdapterState
+from lorelei.publish.contract import Transport
 from lorelei.publish.disk import Disk
-from lorelei.publish.publisher import Direct, Transport
+from lorelei.publish.publisher import Direct
 from lorelei.publish.xccl import Xccl
 from lorelei.types import Completion
 from tests.contract.reference_rollout import reference_logprobs, reference_model

@@ -15,7 +15,6 @@ from lorelei.inference.server.engine import ServerEngine
 from lorelei.inference.server.options import ServerOptions
 from lorelei.inference.server.process import ServerProcess, free_port
 from lorelei.inference.vllm.backend import VllmBackend
-from lorelei.inference.vllm.command import launch
 from tests.tiny_models import sizes_of
 
 FAMILIES = ("llama", "qwen3", "qwen3_moe")
@@ -71,7 +70,8 @@ def options(model: Path, context: int, **changed: Any) -> ServerOptions:
 def running_vllm(model: Path, folder: Path, context: int) -> Iterator[RunningServer]:
     """Start it, wait, and stop it."""
     port = free_port()
-    process = ServerProcess(launch(options(model, context), 0, port, TOKEN), folder / "vllm.log")
+    launch = VllmBackend(options(model, context)).launch(0, port, TOKEN)
+    process = ServerProcess(launch, folder / "vllm.log")
     url = f"http://127.0.0.1:{port}"
     try:
         asyncio.run(_up(url, process))
@@ -86,7 +86,7 @@ async def _up(url: str, process: ServerProcess) -> None:
         for _ in range(600):
             assert process.alive, process.log_tail()
             try:
-                await VllmBackend(None).facts(client)
+                await VllmBackend(None).workers(client)
                 return
             except ServerTrouble:
                 await asyncio.sleep(0.5)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorelei.inference.embedded.route import PublishedRoute
 from lorelei.model.attention import PackedAttention, masked_attention, tree_blocks
 from lorelei.model.decoder import Decoder
-from lorelei.model.linear import BaseRoute
 from tests.decoders import load_decoder
 from tests.parity.oracle import TOLERANCE, hf_logits, hf_model, relative, smollm2_folder, tolerance
 from tests.tiny_models import make_tiny
@@ -81,7 +81,7 @@ def packed_logits(decoder: Decoder, rows: Sequence[Sequence[int]], masked: bool 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return masked_attention(q, k, v, blocks) if masked else packed(layer, q, k, v)
 
-    route = BaseRoute()
+    route = PublishedRoute([])
     tokens = torch.tensor([token for row in rows for token in row]).to(decoder.device)
     positions = torch.cat([torch.arange(len(row)) for row in rows]).to(decoder.device)
     return route(decoder.head, decoder(tokens, positions, route, attend)).cpu()
@@ -152,7 +152,7 @@ def test_positions_far_beyond_the_first_table_agree(tmp_path: Path) -> None:
     folder = make_tiny("llama", tmp_path)
     decoder, model = load_decoder(folder, torch.float64), hf_model(folder, torch.float64)
     row = torch.arange(9)
-    route, attend = BaseRoute(), PackedAttention(tree_blocks([9], [-1]))
+    route, attend = PublishedRoute([]), PackedAttention(tree_blocks([9], [-1]))
     for start in (0, 100_000, 3):  # the table grows, and is kept
         here = row.to(decoder.device)
         hidden = decoder(here, here + start, route, attend)

@@ -34,7 +34,7 @@ class PrefillAttention:
     def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
         pieces = zip(k_TKd.split(self._lengths), v_TKd.split(self._lengths), strict=True)
         for cache, (k, v) in zip(self._caches, pieces, strict=True):
-            cache.write(layer, k, v)
+            cache.keys[layer], cache.values[layer] = k.transpose(0, 1), v.transpose(0, 1)
         return self._packed(layer, q_THd, k_TKd, v_TKd)
 
 
@@ -122,13 +122,9 @@ class FusedStepAttention:
         self._scratch = torch.empty(0)
 
     def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
-        cache = self._cache
         if not len(self._scratch):
-            self._scratch = torch.empty(q_THd.shape[0] * q_THd.shape[1] * (cache.scores + 1))
-        return fused.step_attention(
-            *(q_THd, k_TKd, v_TKd, cache.keys_LSKCd[layer], cache.values_LSKCd[layer]),
-            *(cache.slots_B, cache.lengths_B, cache.prompts_LB3[layer], self._scratch),
-        )
+            self._scratch = torch.empty(q_THd.shape[0] * q_THd.shape[1] * (self._cache.scores + 1))
+        return fused.step_attention(layer, q_THd, k_TKd, v_TKd, self._cache, self._scratch)
 
 
 def prompt_table(groups: Sequence[PromptRows]) -> Tensor:

@@ -71,9 +71,13 @@ class Decoding:
             self._plan = None
             self._settle()
             self._prefill(admitted)
-            ended += self._start(admitted)
+            params = RowParams.of([r.request.sampling for r in admitted], self._decoder.device)
+            drawn = sample(self._first_logits(admitted), params, _uniforms(admitted))
+            ended += self._append(admitted, *drawn)
         if self._scheduler.running:
-            ended += self._advance()
+            plan = self._plan = self._plan or self._make_plan()
+            drawn = sample(self._next_logits(plan), plan.params, _uniforms(plan.rows))
+            ended += self._append(plan.rows, *drawn)
         return ended
 
     def leave(self, row: Row) -> None:
@@ -129,28 +133,24 @@ class Decoding:
         different = dict.fromkeys(row.prompt for row in rows)
         return sorted(different, key=lambda p: (p.adapter or "", p.number))
 
-    def _start(self, rows: Sequence[Row]) -> list[tuple[Row, Outcome]]:
-        """Sample the first token of rows whose prompts are prefilled."""
+    def _first_logits(self, rows: Sequence[Row]) -> torch.Tensor:
+        """[B, V] behind the prompts of rows, which are prefilled."""
         prompts = self._prompts(rows)
         hidden_ND = torch.stack([p.cache.hidden for p in prompts if p.cache is not None])
         route = self._published.route([p.adapter for p in prompts])
         number = {p: i for i, p in enumerate(prompts)}
         index = torch.tensor([number[r.prompt] for r in rows])
         head = self._published.decoder(prompts[0].adapter).head
-        logits_BV = route(head, hidden_ND)[index.to(hidden_ND.device)]
-        params = RowParams.of([r.request.sampling for r in rows], hidden_ND.device)
-        return self._sample(rows, logits_BV, params)
+        return route(head, hidden_ND)[index.to(hidden_ND.device)]
 
-    def _advance(self) -> list[tuple[Row, Outcome]]:
-        """Feed every row's last token and sample its next."""
-        plan = self._plan = self._plan or self._make_plan()
+    def _next_logits(self, plan: _Plan) -> torch.Tensor:
+        """[B, V] behind every row's last token, which goes into the cache."""
         device = self._decoder.device
         held = [len(row.tokens) - 1 for row in plan.rows]
         tokens = [row.tokens[-1] for row in plan.rows]
         decoder = self._published.decoder(plan.rows[0].prompt.adapter)
         if self._flash is not None:
-            logits_BV = self._flash.logits(tokens, held, decoder, plan.route)
-            return self._sample(plan.rows, logits_BV, plan.params)
+            return self._flash.logits(tokens, held, decoder, plan.route)
         longest = max(held)
         self._cache.reserve(len(held), longest + 1)
         tokens_B = torch.tensor(tokens, device=device)
@@ -166,7 +166,7 @@ class Decoding:
                 hidden_BD = decoder(tokens_B, positions_B, plan.route, attend)
             else:
                 hidden_BD = whole_step(decoder, plan.blocks, tokens_B, positions_B, cache)
-        return self._sample(plan.rows, plan.route(decoder.head, hidden_BD), plan.params)
+        return plan.route(decoder.head, hidden_BD)
 
     def _make_plan(self) -> _Plan:
         self._settle()
@@ -197,11 +197,10 @@ class Decoding:
             RowParams.of([row.request.sampling for row in rows], device),
         )
 
-    def _sample(
-        self, rows: Sequence[Row], logits_BV: torch.Tensor, params: RowParams
+    def _append(
+        self, rows: Sequence[Row], tokens_B: torch.Tensor, logprobs_B: torch.Tensor
     ) -> list[tuple[Row, Outcome]]:
-        uniforms_B = np.array([row.uniforms[len(row.tokens)] for row in rows])
-        tokens_B, logprobs_B = sample(logits_BV, params, uniforms_B)
+        """Give every row its token, and let those leave that end with it."""
         drawn = zip(rows, tokens_B.tolist(), logprobs_B.tolist(), strict=True)
         ended: list[tuple[Row, Outcome]] = []
         for row, token, logprob in drawn:
@@ -211,6 +210,11 @@ class Decoding:
             self.leave(row)
         self.tokens_generated += len(rows)
         return ended
+
+
+def _uniforms(rows: Sequence[Row]) -> np.ndarray:
+    """[B] what each row's next token is drawn by."""
+    return np.array([row.uniforms[len(row.tokens)] for row in rows])
 
 
 def _append(row: Row, token: int, logprob: float) -> Outcome | None:

@@ -9,9 +9,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import numpy as np
-
-from lorelei.inference.contract import Health
+from lorelei.inference.contract import Health, completion
 from lorelei.inference.embedded.decoding import Decoding, Outcome
 from lorelei.inference.embedded.kind import PREFILL_TOKENS
 from lorelei.inference.embedded.published import PublishedAdapters
@@ -19,14 +17,15 @@ from lorelei.inference.embedded.sampler import uniform_stream
 from lorelei.inference.embedded.scheduler import Row, Scheduler
 from lorelei.inference.embedded.scoring import score
 from lorelei.inference.embedded.worker import Worker
-from lorelei.inference.limits import Limits
-from lorelei.inference.stops import StopStrings, Tokenizer
+from lorelei.inference.limits import Limits, check_loaded
+from lorelei.inference.stops import StopStrings
 from lorelei.lora.state import AdapterState
 from lorelei.model.decoder import Decoder
+from lorelei.model.tokenizer import Tokenizer
 from lorelei.types import AdapterRef, Completion, Floats, GenerateRequest, Ints
 
 T = TypeVar("T")
-PendingBroadcast = tuple[GenerateRequest, "asyncio.Future[Completion]"]
+Arrival = tuple[GenerateRequest, "asyncio.Future[Completion]"]
 
 
 class EmbeddedEngine:
@@ -53,7 +52,7 @@ class EmbeddedEngine:
         )
         # the event loop's side
         self._served: set[str] = set()
-        self._arrivals: list[PendingBroadcast] = []
+        self._arrivals: list[Arrival] = []
         self._unfinished = 0
         # the decode thread's side
         self._scheduler = Scheduler(max_running, prefill_tokens)
@@ -64,7 +63,7 @@ class EmbeddedEngine:
         self._worker = Worker(self._turn)
 
     async def generate(self, request: GenerateRequest) -> Completion:
-        self._check_adapter(request.adapter)
+        check_loaded(request.adapter, self._served)
         self._limits.check_request(request)
         future: asyncio.Future[Completion] = self._worker.future()
         if not self._arrivals:  # all requests of this turn of the loop go to the thread at once
@@ -74,7 +73,7 @@ class EmbeddedEngine:
         try:
             return await future
         except asyncio.CancelledError:
-            self._worker.post(_wake_up)  # the thread then sees that the future is cancelled
+            self._worker.post(lambda: None)  # the thread then sees that the future is cancelled
             raise
         finally:
             self._unfinished -= 1
@@ -82,7 +81,7 @@ class EmbeddedEngine:
     async def score(
         self, sequences: Sequence[Ints], adapter: AdapterRef | None, temperature: float = 1.0
     ) -> list[Floats]:
-        self._check_adapter(adapter)
+        check_loaded(adapter, self._served)
         for sequence in sequences:
             self._limits.check_sequence(sequence)
         name = adapter.served_name if adapter is not None else None
@@ -94,7 +93,7 @@ class EmbeddedEngine:
         return digest
 
     async def unload(self, ref: AdapterRef) -> None:
-        self._check_adapter(ref)
+        check_loaded(ref, self._served)
         future: asyncio.Future[None] = self._worker.future()
         self._served.remove(ref.served_name)  # from now on no request may use it
         self._flush()
@@ -112,7 +111,8 @@ class EmbeddedEngine:
 
     async def sleep(self) -> None:
         """Rows that still run wait and keep their keys and values, so that nothing is lost."""
-        await self._call(self._fall_asleep)
+        await self._call(lambda: self._held.add("sleep"))
+        await self._call(self._decoding.release)
 
     async def wake(self) -> None:
         await self._call(lambda: self._held.discard("sleep"))
@@ -142,11 +142,6 @@ class EmbeddedEngine:
         if arrivals:
             self._worker.post(lambda: self._submit(arrivals))
 
-    def _check_adapter(self, ref: AdapterRef | None) -> None:
-        if ref is not None and ref.served_name not in self._served:
-            served = ", ".join(sorted(self._served)) or "none"
-            raise KeyError(f"adapter {ref} ({ref.served_name}) is not loaded; loaded: {served}")
-
     # --- on the decode thread
 
     def _turn(self) -> bool:
@@ -163,16 +158,12 @@ class EmbeddedEngine:
             self._worker.resolve(self._retiring.pop(name), None)
         return not self._held and bool(self._scheduler.running or self._scheduler.waiting)
 
-    def _submit(self, arrivals: Sequence[PendingBroadcast]) -> None:
+    def _submit(self, arrivals: Sequence[Arrival]) -> None:
         for request, future in arrivals:
             sampling, limit = request.sampling, self._limits.new_tokens(request)
             before = request.position
-            stops = None
-            if sampling.stop_strings and self._tokenizer is not None:
-                stops = StopStrings(self._tokenizer, sampling.stop_strings)
-                for token in request.tokens[len(request.tokens) - before :].tolist():
-                    stops.completes(token)
             uniforms = uniform_stream(sampling.seed, request.key, before + limit)[before:]
+            stops = StopStrings.of(request, self._tokenizer)
             prompt = self._scheduler.prompt(request)
             self._scheduler.submit(Row(request, future, prompt, limit, uniforms, stops))
 
@@ -187,23 +178,9 @@ class EmbeddedEngine:
             self._decoding.leave(row)
             self._finish(row, "abort")
 
-    def _fall_asleep(self) -> None:
-        self._held.add("sleep")
-        self._decoding.release()
-
     def _finish(self, row: Row, outcome: Outcome) -> None:
         if isinstance(outcome, FloatingPointError):
             self._worker.resolve(row.future, outcome)
             return
-        ref, count = row.request.adapter, len(row.tokens)
-        completion = Completion(
-            tokens=np.array(row.tokens, dtype=np.int32),
-            logprobs=np.array(row.logprobs, dtype=np.float32),
-            versions=((ref.version if ref is not None else 0, count),) if count else (),
-            finish_reason=outcome,
-        )
-        self._worker.resolve(row.future, completion)
-
-
-def _wake_up() -> None:
-    """A command that does nothing."""
+        answer = completion(row.request.adapter, row.tokens, row.logprobs, outcome)
+        self._worker.resolve(row.future, answer)

@@ -23,9 +23,6 @@ class PromptCache:
         self.values = torch.empty_like(self.keys)
         self.hidden = self.keys.new_empty(config.hidden)  # [D] of the last token
 
-    def write(self, layer: int, k_PKd: Tensor, v_PKd: Tensor) -> None:
-        self.keys[layer], self.values[layer] = k_PKd.transpose(0, 1), v_PKd.transpose(0, 1)
-
 
 class RowCache:
     """Keys and values of sampled tokens, [L, S, K, C, d]: the row in slot s owns [:, s].

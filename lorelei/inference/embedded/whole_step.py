@@ -13,7 +13,7 @@ from torch import Tensor
 from lorelei.inference.embedded.route import PublishedRoute
 from lorelei.lora.bank import MergedRoute
 from lorelei.model.backend import LowRank
-from lorelei.model.decoder import Decoder, Layer
+from lorelei.model.decoder import Decoder
 from lorelei.model.kernels import fused
 from lorelei.model.kernels.fused import Blocks, StepCache
 from lorelei.model.mlp import Mlp
@@ -21,13 +21,11 @@ from lorelei.model.mlp import Mlp
 
 def fits(decoder: Decoder) -> bool:
     """Whether the kernel knows everything that this decoder has."""
-    return fused.fuses(decoder.embedding) and all(map(_fits, decoder.layers))
-
-
-def _fits(layer: Layer) -> bool:
-    if not isinstance(layer.mlp, Mlp):
-        return False
-    return all(x.bias is None for x in (layer.out, layer.mlp.gate_up, layer.mlp.down))
+    return fused.fuses(decoder.embedding) and all(
+        isinstance(layer.mlp, Mlp)
+        and all(x.bias is None for x in (layer.out, layer.mlp.gate_up, layer.mlp.down))
+        for layer in decoder.layers
+    )
 
 
 def blocks(decoder: Decoder, route: PublishedRoute | MergedRoute) -> Blocks:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from lorelei.inference.contract import EngineClosed
 
 T = TypeVar("T")
-Result = tuple["asyncio.Future[Any]", Any]  # a value or an exception
 
 
 class Worker:
@@ -25,7 +24,8 @@ class Worker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._futures: set[asyncio.Future[Any]] = set()  # touched by the event loop only
         self._closed: EngineClosed | None = None  # touched by the event loop only
-        self._results: list[Result] = []  # touched by the thread only
+        # of futures, a value or an exception; touched by the thread only
+        self._results: list[tuple[asyncio.Future[Any], Any]] = []
         self._commands: list[Callable[[], None]] = []
         self._stopping = False
         self._changed = threading.Condition()  # guards commands and stopping
@@ -109,9 +109,19 @@ class Worker:
             return None if self._stopping else commands
 
     def _deliver(self) -> None:
-        if self._results:
-            results, self._results = self._results, []
-            self._call_loop(lambda: _set(results))
+        results, self._results = self._results, []
+
+        def deliver() -> None:
+            for future, result in results:
+                if future.done():  # cancelled
+                    continue
+                if isinstance(result, Exception):
+                    future.set_exception(result)
+                else:
+                    future.set_result(result)
+
+        if results:
+            self._call_loop(deliver)
 
     def _call_loop(self, callback: Callable[[], None]) -> None:
         if self._loop is not None:
@@ -124,13 +134,3 @@ def _copy(closed: EngineClosed) -> EngineClosed:
     error = EngineClosed(str(closed))
     error.__cause__ = closed.__cause__
     return error
-
-
-def _set(results: Sequence[Result]) -> None:
-    for future, result in results:
-        if future.done():  # cancelled
-            continue
-        if isinstance(result, Exception):
-            future.set_exception(result)
-        else:
-            future.set_result(result)

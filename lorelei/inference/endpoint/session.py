@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorelei.data.chat import ChatTemplate, Message, Tools
@@ -13,26 +14,22 @@ from lorelei.inference.endpoint.protocol import Answer, ChatRequest, Refused
 from lorelei.types import Ints, Turn
 
 
+@dataclass(kw_only=True, eq=False)
 class Session:
     """Implements env's Line."""
 
-    def __init__(
-        self,
-        *,
-        base_url: str,
-        api_key: str,
-        chat: ChatTemplate,
-        sample: Sampler,
-        model: str,
-        max_turns: int,
-    ) -> None:
-        self.base_url, self.api_key, self.model = base_url, api_key, model
-        self.failure: Exception | None = None
-        self._chat, self._sample, self._max_turns = chat, sample, max_turns
-        self._asked = 0
-        self._turns: dict[int, Turn] = {}
-        self._answered: dict[str, Turn] = {}  # a conversation up to an answer -> how it was sampled
-        self._running: set[asyncio.Task[Any]] = set()
+    base_url: str
+    api_key: str
+    chat: ChatTemplate
+    sample: Sampler
+    model: str
+    max_turns: int
+    failure: Exception | None = None
+    _asked: int = 0
+    _turns: dict[int, Turn] = field(default_factory=dict[int, Turn])
+    # a conversation up to an answer -> how it was sampled
+    _answered: dict[str, Turn] = field(default_factory=dict[str, Turn])
+    _running: set[asyncio.Task[Any]] = field(default_factory=set[asyncio.Task[Any]])
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -71,7 +68,7 @@ class Session:
 
     async def _turn(self, tokens: Ints, number: int, request: ChatRequest) -> Turn:
         try:
-            return await self._sample(
+            return await self.sample(
                 tokens,
                 number,
                 max_new_tokens=request.most,
@@ -91,7 +88,7 @@ class Session:
                 field="model",
                 code="model_not_found",
             )
-        for name, run in self._sample.pinned.items():
+        for name, run in self.sample.pinned.items():
             asked = getattr(request, name)
             if asked is not None and asked != run:
                 raise Refused(
@@ -100,9 +97,9 @@ class Session:
                     + (", or set rollout.temperature" if name == "temperature" else ""),
                     field=name,
                 )
-        if self._asked >= self._max_turns:
+        if self._asked >= self.max_turns:
             raise Refused(
-                f"this episode has had its {self._max_turns} completions; raise env.max_turns",
+                f"this episode has had its {self.max_turns} completions; raise env.max_turns",
                 code="max_turns",
             )
 
@@ -110,8 +107,8 @@ class Session:
         messages, at, answer = self._as_sampled(request.messages, request.offered)
         try:
             if answer is None:
-                return self._chat.prompt(messages, request.offered)
-            return self._chat.follow(messages, at, answer, request.offered)
+                return self.chat.prompt(messages, request.offered)
+            return self.chat.follow(messages, at, answer, request.offered)
         except ValueError as error:
             raise Refused(str(error), field="messages") from error
 

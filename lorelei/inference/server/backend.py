@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from lorelei.inference.server.client import Client
 from lorelei.inference.server.process import LOOPBACK, Launch
 from lorelei.types import GenerateRequest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What a running server says of itself."""
-
-    model: str  # the folder or id it serves
-    dtype: str
-    context: int  # most tokens of a sequence
-    max_rank: int  # of an adapter
-    workers: int  # processes that hold the model: receivers of a broadcast
-    device: str  # "cpu" or "cuda"
 
 
 class ServerBackend(Protocol):
@@ -37,16 +23,15 @@ class ServerBackend(Protocol):
         """Seconds without a byte of an answer after which a connection counts as stuck."""
         ...
 
-    def launch(
-        self, number: int, port: int, token: str, folder: Path, host: str = LOOPBACK
-    ) -> Launch:
-        """How replica `number` is started at host:port; its private files go to `folder`."""
+    def launch(self, number: int, port: int, token: str, host: str = LOOPBACK) -> Launch:
+        """How replica `number` is started at host:port. Raises ValueError without `make KIND`."""
         ...
 
-    async def facts(self, client: Client) -> Facts:
-        """What the server can do. Raises ServerTrouble until it is up.
+    async def workers(self, client: Client) -> int:
+        """How many processes hold the model: receivers of a broadcast.
 
-        Raises ValueError for a server that lacks what Lorelei needs, naming how to start it.
+        Raises ServerTrouble until the server is up, and ValueError for one that lacks what Lorelei
+        needs, naming how to start it.
         """
         ...
 

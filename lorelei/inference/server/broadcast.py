@@ -7,13 +7,18 @@ again in a process that has groups for other purposes.
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,3 +81,63 @@ def _broadcast(group: Any, tensor: Tensor) -> None:
     group.broadcast([tensor], options).wait()
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
+
+
+def in_background(work: Callable[[], T]) -> Future[T]:
+    """The result of `work` on a new thread, which does not keep the process from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # the border: whoever waits gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    forming: Future[Any]
+    device: torch.device
+    lock: threading.Lock = field(default_factory=threading.Lock)  # one broadcast after another
+
+
+class Receiver:
+    """What a worker receives by broadcast while the server decodes. No call waits."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, _Joined] = {}  # by name
+        self.coming: dict[str, str] = {}  # the group, by name of an adapter that is broadcast
+
+    def join(self, group: Group, rank: int, device: torch.device) -> None:
+        """Begin to form a group."""
+        if group.name not in self._groups:
+            self._groups[group.name] = _Joined(in_background(lambda: form(group, rank)), device)
+
+    def receive(self, name: str, group: str, size: int) -> Future[bytes]:
+        """Begin to receive an adapter; the future raises RuntimeError. Raises ValueError."""
+        joined = self._groups.get(group)
+        if joined is None:
+            raise ValueError(f"there is no broadcast group {group}")
+
+        def work() -> bytes:
+            formed = joined.forming.result()
+            with joined.lock:
+                return receive(formed, size, joined.device)
+
+        self.coming[name] = group
+        return in_background(work)
+
+    def leave(self, group: str) -> list[str]:
+        """Give up a group; who waits in it wakes up. Returns the adapters that came in it."""
+        joined = self._groups.pop(group, None)
+        if joined is not None and joined.forming.done() and not joined.forming.exception():
+            formed = joined.forming.result()
+            if hasattr(formed, "abort"):
+                formed.abort()
+        names = [name for name, of in self.coming.items() if of == group]
+        for name in names:
+            del self.coming[name]
+        return names

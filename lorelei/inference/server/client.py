@@ -11,8 +11,17 @@ from typing import Any
 import httpx
 import numpy as np
 
-from lorelei.inference.server.payload import Broadcast, Bytes, Payload, to_wire
-from lorelei.types import AdapterRef, FinishReason, Floats, GenerateRequest, Ints, SamplingParams
+from lorelei.inference.contract import completion
+from lorelei.inference.server.payload import BROADCAST, BYTES, Payload
+from lorelei.types import (
+    AdapterRef,
+    Completion,
+    FinishReason,
+    Floats,
+    GenerateRequest,
+    Ints,
+    SamplingParams,
+)
 
 CONNECT = 5.0  # seconds
 READ_TIMEOUT = 30.0  # seconds; while a server works on an answer it sends a blank every three
@@ -23,16 +32,6 @@ _REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abo
 
 class ServerTrouble(RuntimeError):
     """The server or its connection failed: the same call may work later, or elsewhere."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled:
-    """What a server answered to one request."""
-
-    tokens: Ints  # [T]; the stop token, when there is one, is the last
-    logprobs: Floats  # [T] nats, temperature-scaled
-    finish_reason: FinishReason
-    served_name: str | None  # of the adapter that sampled; None: the base model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,18 +62,19 @@ class Client:
             trust_env=False,  # no proxy stands between us and a server
         )
 
-    async def generate(self, request: GenerateRequest, limit: int, seed: int) -> Sampled:
+    async def generate(self, request: GenerateRequest, limit: int, seed: int) -> Completion:
         """Sample at most `limit` tokens. Cancelling the call aborts the request."""
+        name = served_name(request.adapter)
         asked = _sampling(request.sampling, limit, seed)
-        asked |= {"tokens": request.tokens.tolist(), "adapter": served_name(request.adapter)}
-        answer = await self.call("generate", asked)
+        answer = await self.call(
+            "generate", {**asked, "tokens": request.tokens.tolist(), "adapter": name}
+        )
         with self.reading():
-            return Sampled(
-                tokens=np.array(answer["tokens"], dtype=np.int32),
-                logprobs=np.array(answer["logprobs"], dtype=np.float32),
-                finish_reason=_REASONS[answer["finish_reason"]],
-                served_name=answer["adapter"],
-            )
+            served, end = answer["adapter"], _REASONS[answer["finish_reason"]]
+            sampled = completion(request.adapter, answer["tokens"], answer["logprobs"], end)
+        if served != name:
+            raise ServerTrouble(f"{self.url}: a wrong answer: {served} answered for {name}")
+        return sampled
 
     async def warm_up(self) -> None:
         """One real request: a server may report itself healthy and crash on the first one."""
@@ -102,14 +102,14 @@ class Client:
 
         A version that is there already is a success.
         """
-        kind, body = to_wire(payload)
+        body = payload.data if payload.kind != BROADCAST else b""
         try:
-            answer = await self.call("load", body, {"name": ref.served_name, "kind": kind})
+            answer = await self.call("load", body, {"name": ref.served_name, "kind": payload.kind})
         except KeyError:
-            if not isinstance(payload, Broadcast):
+            if payload.kind != BROADCAST:
                 raise
             # the server was started after the broadcast
-            return await self.load(ref, Bytes(payload.data))
+            return await self.load(ref, Payload(BYTES, payload.data))
         with self.reading():
             return answer["digest"]
 
@@ -127,6 +127,15 @@ class Client:
             ) from error
         with self.reading():
             return Status(tokens_generated=int(found["tokens"]), adapters=tuple(found["adapters"]))
+
+    async def facts(self, kind: str, how: str) -> dict[str, Any]:
+        """What the server can do. Raises ValueError, with `how` to start it, without our routes."""
+        try:
+            return await self.call("facts", read_timeout=QUICK)
+        except KeyError as error:
+            raise ValueError(
+                f"rollout.urls: {self.url} is no {kind} server with Lorelei's routes; {how}"
+            ) from error
 
     async def call(
         self,

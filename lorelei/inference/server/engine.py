@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lorelei.inference.contract import EngineClosed, Health
-from lorelei.inference.limits import Limits
+from lorelei.inference.limits import Limits, check_loaded
 from lorelei.inference.server.backend import ServerBackend
 from lorelei.inference.server.client import Client, ServerTrouble, served_name
-from lorelei.inference.server.launcher import LOCAL, Launcher
-from lorelei.inference.server.payload import Bytes, Payload, pack
+from lorelei.inference.server.payload import BYTES, Payload, pack
+from lorelei.inference.server.process import Launcher, LocalServer
 from lorelei.inference.server.replicas import Replica, Router
 from lorelei.inference.server.requests import Attempts, Requests
 from lorelei.inference.server.supervisor import Supervisor
-from lorelei.inference.stops import Tokenizer
 from lorelei.lora.state import AdapterState
+from lorelei.model.tokenizer import Tokenizer
 from lorelei.types import AdapterRef, Completion, Floats, GenerateRequest, Ints
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ class ServerEngine:
         urls: Sequence[str] = (),
         token: str | None = None,
         max_running: int = 64,
-        launcher: Launcher = LOCAL,
+        launcher: Launcher = LocalServer,
     ) -> None:
         """Nothing is started before `start` or the first call.
 
@@ -62,7 +62,7 @@ class ServerEngine:
         self._supervisors = [Supervisor(r, folder, self._restore, launcher) for r in self.replicas]
         self._live: dict[str, tuple[AdapterRef, Payload]] = {}
         self._served: set[str] = set()
-        self._users: Counter[str] = Counter()
+        self._users: Counter[str | None] = Counter()  # requests, by served name; None: the base
         self._closed: BaseException | None = None
         self._tasks: set[asyncio.Task[Any]] = set()  # calls
         self._background: set[asyncio.Task[None]] = set()
@@ -83,15 +83,13 @@ class ServerEngine:
         self._check_open()
         name = self._name(request.adapter)
         self._limits.check_request(request)
-        if name is not None:
-            self._users[name] += 1
+        self._users[name] += 1
         try:
             self._begin()
             return await self._until_closed(self._requests.generate(request))
         finally:
-            if name is not None:
-                self._users[name] -= 1
-                await self._notify()
+            self._users[name] -= 1
+            await self._notify()
 
     async def score(
         self, sequences: Sequence[Ints], adapter: AdapterRef | None, temperature: float = 1.0
@@ -106,7 +104,7 @@ class ServerEngine:
         return await self._until_closed(scores)
 
     async def load(self, ref: AdapterRef, state: AdapterState) -> str | None:
-        return await self.install(ref, Bytes(await asyncio.to_thread(pack, state)))
+        return await self.install(ref, Payload(BYTES, await asyncio.to_thread(pack, state)))
 
     async def install(self, ref: AdapterRef, payload: Payload) -> str | None:
         """Bring a version to every server, also to those that restart later.
@@ -305,14 +303,7 @@ class ServerEngine:
         """The results, once all have ended; the first failure if there is one."""
         self._begin()
 
-        async def all_ended() -> list[T]:
-            results = await asyncio.gather(*map(call, chosen), return_exceptions=True)
-            for result in results:
-                if isinstance(result, BaseException):
-                    raise result
-            return results  # type: ignore[return-value]  # no exception is left
-
-        return await self._until_closed(all_ended())
+        return await self._until_closed(all_ended(map(call, chosen)))
 
     async def _look(self, replica: Replica) -> None:
         if replica.ready:
@@ -357,7 +348,14 @@ class ServerEngine:
 
     def _name(self, ref: AdapterRef | None) -> str | None:
         """The served name. Raises KeyError for a version that is not loaded."""
-        if ref is not None and ref.served_name not in self._served:
-            served = ", ".join(sorted(self._served)) or "none"
-            raise KeyError(f"adapter {ref} ({ref.served_name}) is not loaded; loaded: {served}")
+        check_loaded(ref, self._served)
         return served_name(ref)
+
+
+async def all_ended(calls: Iterable[Awaitable[T]]) -> list[T]:
+    """The results, once all have ended; raises the first failure."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results  # type: ignore[return-value]  # no exception is left

@@ -21,38 +21,13 @@ _SPEC = "lorelei_spec"
 
 
 @dataclass(frozen=True, slots=True)
-class Bytes:
-    """A packed adapter."""
+class Payload:
+    """What one adapter travels as."""
 
+    kind: str
+    # packed, or the path of a PEFT folder that the server reads too; after a broadcast, which has
+    # left them in the workers' memory, the bytes are for servers that it did not reach
     data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """A PEFT folder on a disk that the server reads too."""
-
-    path: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Broadcast:
-    """What a broadcast has left in the workers' memory."""
-
-    data: bytes  # the same, for servers that it did not reach
-
-
-Payload = Bytes | Folder | Broadcast
-
-
-def to_wire(payload: Payload) -> tuple[str, bytes]:
-    """(kind, body): what a server's workers get."""
-    match payload:
-        case Bytes(data):
-            return BYTES, data
-        case Folder(path):
-            return FOLDER, str(path).encode()
-        case Broadcast():
-            return BROADCAST, b""
 
 
 def from_wire(kind: str, body: bytes) -> AdapterState:

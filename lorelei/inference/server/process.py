@@ -1,4 +1,4 @@
-"""One server as an operating-system process."""
+"""One server as an operating-system process; `launch` has launchers for clusters."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from lorelei.inference.server import process_guard
+
+if TYPE_CHECKING:
+    from lorelei.inference.server.backend import ServerBackend
 
 GRACE = 10.0  # seconds for a server to end by itself
 LOOPBACK = "127.0.0.1"
@@ -27,6 +30,29 @@ class Launch:
 
     command: tuple[str, ...]
     environment: Mapping[str, str]  # on top of ours
+
+
+class RunningServer(Protocol):
+    """A server that was started, and may have ended since."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    @property
+    def pids(self) -> list[int]:
+        """Its processes, each on its machine."""
+        ...
+
+    def log_tail(self) -> str:
+        """The end of what it has printed."""
+        ...
+
+    async def stop(self) -> None:
+        """End it, politely first. Idempotent."""
+        ...
 
 
 class ServerProcess:
@@ -45,15 +71,8 @@ class ServerProcess:
             self._start = file.tell()
             self._guard = subprocess.Popen(
                 [
-                    *(
-                        sys.executable,
-                        "-I",
-                        "-S",
-                        process_guard.__file__,
-                        str(os.getpid()),
-                        str(GRACE),
-                    ),
-                    *launch.command,
+                    *(sys.executable, "-I", "-S", process_guard.__file__),
+                    *(str(os.getpid()), str(GRACE), *launch.command),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -81,7 +100,6 @@ class ServerProcess:
         return "\n".join([line for line in lines if line.strip()][-LAST_LINES:])
 
     async def stop(self) -> None:
-        """End it, politely first. Idempotent."""
         await asyncio.to_thread(self.stop_now)
 
     def stop_now(self) -> None:
@@ -105,11 +123,16 @@ def free_port(host: str = LOOPBACK) -> int:
         return probe.getsockname()[1]
 
 
-def wait_gone(pids: list[int], seconds: float = GRACE) -> bool:
-    """Whether all of these processes end in time."""
-    deadline = time.monotonic() + seconds
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
+class LocalServer(ServerProcess):
+    """Implements RunningServer at an address of this machine."""
+
+    def __init__(self, backend: ServerBackend, number: int, token: str, folder: Path) -> None:
+        port = free_port()
+        self.url = f"http://{LOOPBACK}:{port}"
+        log = folder / f"{backend.name}-{number}.log"
+        super().__init__(backend.launch(number, port, token), log)
+
+
+# starts replica `number` from (backend, number, token, folder of its log), without waiting until it
+# is up; raises ValueError when it cannot be started there, ServerTrouble when it may be later
+Launcher = Callable[["ServerBackend", int, str, Path], RunningServer]

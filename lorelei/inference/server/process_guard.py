@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 POLL = 0.1  # seconds
@@ -61,12 +62,9 @@ def _end(process: subprocess.Popen[bytes], grace: float) -> None:
 def descendants(root: int) -> list[int]:
     """The processes below `root`, zombies left out; none where there is no /proc."""
     children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # the name, in parentheses, may hold anything
-            state, parent = entry.read_text().rpartition(")")[2].split()[:2]
-            if state != "Z":
-                children.setdefault(int(parent), []).append(int(entry.parent.name))
+    for pid, parent, zombie in _processes():
+        if not zombie:
+            children.setdefault(parent, []).append(pid)
     found, open_ = list[int](), [root]
     while open_:
         below = children.get(open_.pop(), [])
@@ -77,12 +75,19 @@ def descendants(root: int) -> list[int]:
 
 def _reap(keep: int) -> None:
     """Collect adopted processes that have ended; the command is its Popen's to collect."""
+    for pid, parent, zombie in _processes():
+        if zombie and parent == os.getpid() and pid != keep:
+            with contextlib.suppress(OSError):
+                os.waitpid(pid, os.WNOHANG)
+
+
+def _processes() -> Iterator[tuple[int, int, bool]]:
+    """(pid, parent's pid, whether it has ended and waits to be collected) of each."""
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):
+            # the name, in parentheses, may hold anything
             state, parent = entry.read_text().rpartition(")")[2].split()[:2]
-            pid = int(entry.parent.name)
-            if state == "Z" and int(parent) == os.getpid() and pid != keep:
-                os.waitpid(pid, os.WNOHANG)
+            yield int(entry.parent.name), int(parent), state == "Z"
 
 
 def _die_with_guard() -> None:

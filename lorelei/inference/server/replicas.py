@@ -7,9 +7,9 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lorelei.inference.server.backend import Facts, ServerBackend
+from lorelei.inference.server.backend import ServerBackend
 from lorelei.inference.server.client import Client
-from lorelei.inference.server.launcher import RunningServer
+from lorelei.inference.server.process import RunningServer
 
 HOMES = 4096  # prompts whose replica is remembered
 SLACK = 4  # requests that a prompt's replica may be ahead of the least busy one
@@ -25,7 +25,7 @@ class Replica:
     backend: ServerBackend
     client: Client
     process: RunningServer | None = None  # None: attached to, or not started yet
-    facts: Facts | None = None
+    workers: int = 0  # that hold the model; 0: not known yet
     incarnation: int = 0  # starts so far
     ready: bool = False
     doubted: bool = False  # a call failed, and the supervisor has not checked since
@@ -80,7 +80,7 @@ class Router:
         self._homes: OrderedDict[Key, Replica] = OrderedDict()
         self._waiting: deque[tuple[asyncio.Future[Replica | None], Key]] = deque()
         self._held: set[str] = set()
-        self._looking: list[asyncio.Future[None]] = []  # of any_ready
+        self._any_usable = asyncio.Event()  # since `any_ready` last looked
         self._turn = 0
 
     @property
@@ -103,8 +103,8 @@ class Router:
     async def any_ready(self) -> Replica:
         """A server for a call that is short and not counted: the next one each time."""
         while not (usable := [replica for replica in self._replicas if replica.usable]):
-            self._looking.append(asyncio.get_running_loop().create_future())
-            await self._looking[-1]
+            self._any_usable.clear()
+            await self._any_usable.wait()
         self._turn += 1
         return usable[self._turn % len(usable)]
 
@@ -133,10 +133,7 @@ class Router:
     def dispatch(self) -> None:
         """Give out servers; to be called when one has become usable."""
         if any(replica.usable for replica in self._replicas):
-            looking, self._looking = self._looking, []
-            for one in looking:
-                if not one.done():
-                    one.set_result(None)
+            self._any_usable.set()
         while self._waiting and not self._held:
             future, key = self._waiting[0]
             if future.done():  # cancelled

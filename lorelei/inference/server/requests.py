@@ -9,25 +9,21 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from lorelei.inference.contract import completion
 from lorelei.inference.limits import Limits
 from lorelei.inference.server.backend import ServerBackend
-from lorelei.inference.server.client import Sampled, ServerTrouble, served_name
+from lorelei.inference.server.client import ServerTrouble, served_name
 from lorelei.inference.server.replicas import Replica, Router
-from lorelei.inference.stops import StopStrings, Tokenizer
+from lorelei.inference.stops import StopStrings
+from lorelei.model.tokenizer import Tokenizer
 from lorelei.types import AdapterRef, Completion, Floats, GenerateRequest, Ints
 
 ATTEMPTS = 5  # of one call, each after a failure of a server
 PAUSE = 0.2  # seconds before the second attempt, doubled for each later one
-_EMPTY = Completion(
-    tokens=np.zeros(0, np.int32),
-    logprobs=np.zeros(0, np.float32),
-    versions=(),
-    finish_reason="abort",
-)
+_EMPTY = completion(None, [], [], "abort")
 
 
 class Attempts:
@@ -49,13 +45,6 @@ class Attempts:
         await asyncio.sleep(PAUSE * 2 ** (self._failed - 1))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Running:
-    """A request that a server has."""
-
-    adapter: AdapterRef | None
-
-
 class Requests:
     """Generation and scoring on whichever server is free."""
 
@@ -70,7 +59,7 @@ class Requests:
         """reload: brings a version again to a server that does not know it."""
         self._backend, self._limits, self._tokenizer = backend, limits, tokenizer
         self._router, self._reload = router, reload
-        self._running: set[_Running] = set()
+        self._running: dict[object, AdapterRef | None] = {}  # of each request that a server has
         self._aborts: Counter[str | None] = Counter()  # so far, by adapter; None: the base
         self._put_off = 0  # times that all were ended to be asked again
 
@@ -87,11 +76,11 @@ class Requests:
                 if replica is not None:
                     self._router.release(replica)
                 return _EMPTY
-            running, put_off = _Running(request.adapter), self._put_off
-            self._running.add(running)
+            running, put_off = object(), self._put_off
+            self._running[running] = request.adapter
             try:
                 sampled = await replica.client.generate(request, limit, seed)
-                self._check(sampled, request, limit)
+                self._check(sampled, limit)
                 aborted = sampled.finish_reason == "abort" and aborts == self._aborts[name]
                 if aborted and put_off == self._put_off:
                     raise ServerTrouble(f"{replica.client.url} ended the request by itself")
@@ -100,10 +89,10 @@ class Requests:
             else:
                 replica.finished += 1
                 if not aborted:
-                    return self._completion(request, sampled)
+                    return self._up_to_stop(request, sampled)
                 continue
             finally:
-                self._running.discard(running)
+                del self._running[running]
                 self._router.release(replica)
             await self._again(replica, request.adapter, trouble, attempts)
 
@@ -128,21 +117,21 @@ class Requests:
                 for sequence in sequences
             ]
 
-    def dismiss(self, adapter: AdapterRef | None, names: Iterable[str]) -> None:
+    def dismiss(self, adapter: AdapterRef | None, names: Iterable[str | None]) -> None:
         """Waiting requests are answered empty; running ones are not asked again when they end.
 
-        adapter: only that version's requests; None: those of the base and of all `names`.
+        adapter: only that version's requests; None: those of all `names`, None for the base.
         """
         name = served_name(adapter)
-        self._aborts.update([*names, None] if name is None else [name])
+        self._aborts.update([*names] if name is None else [name])
         self._router.dismiss(name)
 
     async def end(self, adapter: AdapterRef | None, tell: Callable[[], Awaitable[None]]) -> None:
         """Repeat `tell` until nothing runs that ran at the call: a request may not be there yet."""
-        meant = {t for t in self._running if adapter is None or t.adapter == adapter}
+        meant = {r for r, of in self._running.items() if adapter is None or of == adapter}
         for _ in range(100):
             await tell()
-            if not meant & self._running:
+            if meant.isdisjoint(self._running):
                 return
             await asyncio.sleep(0.02)
 
@@ -162,13 +151,11 @@ class Requests:
         if isinstance(trouble, KeyError) and adapter is not None:
             await self._reload(replica, adapter)
 
-    def _check(self, sampled: Sampled, request: GenerateRequest, limit: int) -> None:
+    def _check(self, sampled: Completion, limit: int) -> None:
         """Raises ServerTrouble for an answer that cannot be what was asked for."""
-        name, count = served_name(request.adapter), len(sampled.tokens)
+        count = len(sampled.tokens)
         wrong: str | None = None
-        if sampled.served_name != name:
-            wrong = f"{sampled.served_name} answered for {name}"
-        elif len(sampled.logprobs) != count:
+        if len(sampled.logprobs) != count:
             wrong = f"{len(sampled.logprobs)} log-probabilities for {count} tokens"
         elif not np.isfinite(sampled.logprobs).all():
             wrong = "log-probabilities are not finite"
@@ -181,20 +168,11 @@ class Requests:
         if wrong:
             raise ServerTrouble(f"{self._backend.name}: a wrong answer: {wrong}")
 
-    def _completion(self, request: GenerateRequest, sampled: Sampled) -> Completion:
-        tokens, logprobs, reason = sampled.tokens, sampled.logprobs, sampled.finish_reason
-        if request.sampling.stop_strings and self._tokenizer is not None:
-            stops = StopStrings(self._tokenizer, request.sampling.stop_strings)
-            for token in request.tokens[len(request.tokens) - request.position :].tolist():
-                stops.completes(token)
-            for count, token in enumerate(tokens.tolist(), start=1):
+    def _up_to_stop(self, request: GenerateRequest, sampled: Completion) -> Completion:
+        """Ended by the request's stop strings, where it has some."""
+        tokens, logprobs = sampled.tokens.tolist(), sampled.logprobs.tolist()
+        if (stops := StopStrings.of(request, self._tokenizer)) is not None:
+            for count, token in enumerate(tokens, start=1):
                 if stops.completes(token):
-                    tokens, logprobs, reason = tokens[:count], logprobs[:count], "stop"
-                    break
-        version = request.adapter.version if request.adapter is not None else 0
-        return Completion(
-            tokens=tokens,
-            logprobs=logprobs,
-            versions=((version, len(tokens)),) if len(tokens) else (),
-            finish_reason=reason,
-        )
+                    return completion(request.adapter, tokens[:count], logprobs[:count], "stop")
+        return sampled

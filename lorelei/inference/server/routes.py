@@ -11,7 +11,7 @@ import asyncio
 import hmac
 import json
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -44,84 +44,40 @@ class Server(Protocol):
 
     host: str  # that it is bound to
 
-    async def generate(self, asked: Json) -> Json:
-        """Sample one answer. Cancelled when the caller hangs up."""
-        ...
-
-    async def score(self, asked: Json) -> Json:
-        """Log-probabilities of the tokens after the first of each sequence."""
-        ...
-
-    async def load(self, asked: Json) -> Json:
-        """Install a payload (name, kind, body). 404 for a broadcast that has not come. Idempotent.
-
-        Answers the digest of what the workers hold.
-        """
-        ...
-
-    async def join(self, asked: Json) -> Json:
-        """Begin to form a broadcast group (fields of `broadcast.Group`); does not wait for it."""
-        ...
-
-    async def receive(self, asked: Json) -> Json:
-        """Begin to receive `size` bytes of an adapter in a group; does not wait for them."""
-        ...
-
-    async def leave(self, asked: Json) -> Json:
-        """Give up a broadcast group and whatever is still awaited in it. Idempotent."""
-        ...
-
-    async def unload(self, asked: Json) -> Json:
-        """Forget an adapter, its tensors included. Idempotent."""
-        ...
-
-    async def pause(self, asked: Json) -> Json:
-        """Stop after the running step, keeping all requests."""
-        ...
-
-    async def resume(self, asked: Json) -> Json:
-        """Go on."""
-        ...
-
-    async def abort(self, asked: Json) -> Json:
-        """End all requests, or those of one adapter; they answer what they have with 'abort'."""
-        ...
-
-    async def sleep(self, asked: Json) -> Json:
-        """Give back the accelerator's memory; nothing is running. On a CPU: only pause."""
-        ...
-
-    async def wake(self, asked: Json) -> Json:
-        """Undo `sleep`."""
-        ...
-
-    async def status(self, asked: Json) -> Json:
-        """Counters; cheap, never behind generation."""
-        ...
-
-    async def facts(self, asked: Json) -> Json:
-        """What the server is and can do."""
-        ...
+    # sample one answer; cancelled when the caller hangs up
+    async def generate(self, asked: Json) -> Json: ...
+    # log-probabilities of the tokens after the first of each sequence
+    async def score(self, asked: Json) -> Json: ...
+    # install a payload (name, kind, body), 404 for a broadcast that has not come; idempotent;
+    # answers the digest of what the workers hold
+    async def load(self, asked: Json) -> Json: ...
+    # begin to form a broadcast group (fields of `broadcast.Group`); does not wait for it
+    async def join(self, asked: Json) -> Json: ...
+    # begin to receive `size` bytes of an adapter in a group; does not wait for them
+    async def receive(self, asked: Json) -> Json: ...
+    # give up a broadcast group and whatever is still awaited in it; idempotent
+    async def leave(self, asked: Json) -> Json: ...
+    # forget an adapter, its tensors included; idempotent
+    async def unload(self, asked: Json) -> Json: ...
+    # stop after the running step, keeping all requests
+    async def pause(self, asked: Json) -> Json: ...
+    async def resume(self, asked: Json) -> Json: ...
+    # end all requests, or those of one adapter; they answer what they have with 'abort'
+    async def abort(self, asked: Json) -> Json: ...
+    # give back the accelerator's memory; nothing is running; on a CPU: only pause
+    async def sleep(self, asked: Json) -> Json: ...
+    async def wake(self, asked: Json) -> Json: ...
+    # counters; cheap, never behind generation
+    async def status(self, asked: Json) -> Json: ...
+    # what the server can do
+    async def facts(self, asked: Json) -> Json: ...
 
 
-def routes(server: Server) -> Mapping[str, Handler]:
-    """Every route, by its path behind /lorelei/."""
-    return {
-        "generate": server.generate,
-        "score": server.score,
-        "load": server.load,
-        "join": server.join,
-        "receive": server.receive,
-        "leave": server.leave,
-        "unload": server.unload,
-        "pause": server.pause,
-        "resume": server.resume,
-        "abort": server.abort,
-        "sleep": server.sleep,
-        "wake": server.wake,
-        "status": server.status,
-        "facts": server.facts,
-    }
+# behind /lorelei/: a method of `Server` each
+ROUTES = (
+    *("generate", "score", "load", "join", "receive", "leave", "unload"),
+    *("pause", "resume", "abort", "sleep", "wake", "status", "facts"),
+)
 
 
 class Middleware:
@@ -140,9 +96,10 @@ class Middleware:
         try:
             self._server = self._server or self._make(scope["app"].state)
             _check_token(request, self._server.host)
-            handler = routes(self._server).get(scope["path"].removeprefix(PREFIX))
-            if handler is None:
+            route = scope["path"].removeprefix(PREFIX)
+            if route not in ROUTES:
                 raise Refused(404, f"{scope['path']}: there is no such route")
+            handler: Handler = getattr(self._server, route)
             await answer.wait(handler(_asked(request, await request.body())), receive)
         except Refused as refused:
             await answer.finish(refused.status, {"error": str(refused)})

@@ -10,9 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from lorelei.inference.contract import EngineClosed
-from lorelei.inference.server.backend import Facts
 from lorelei.inference.server.client import Client, ServerTrouble
-from lorelei.inference.server.launcher import Launcher
+from lorelei.inference.server.process import Launcher
 from lorelei.inference.server.replicas import Replica
 
 START = 600.0  # seconds for a server to come up: a large model is read, kernels are compiled
@@ -65,7 +64,7 @@ class Supervisor:
             log_tail = replica.process.log_tail() if replica.process else ""
             await self.stop()
             if self._useless_starts >= MAX_STARTS or (
-                self._starts_here and replica.incarnation == 1 and not replica.facts
+                self._starts_here and replica.incarnation == 1 and not replica.workers
             ):
                 raise EngineClosed(self._failure_message(reason, log_tail))
 
@@ -82,20 +81,20 @@ class Supervisor:
             token = secrets.token_hex(16)
             await replica.client.close()
             replica.process = await asyncio.to_thread(
-                self._launcher.start, replica.backend, replica.number, token, self._folder
+                self._launcher, replica.backend, replica.number, token, self._folder
             )
             replica.client = Client(replica.process.url, token, replica.backend.read_timeout)
-        replica.facts = await self._first_answer()
+        replica.workers = await self._first_answer()
         await replica.client.warm_up()
         status = await replica.client.status()
         replica.base = replica.counter = status.tokens_generated
         await self._restore(replica)
 
-    async def _first_answer(self) -> Facts:
+    async def _first_answer(self) -> int:
         replica, deadline = self._replica, time.monotonic() + START
         while True:
             try:
-                return await replica.backend.facts(replica.client)
+                return await replica.backend.workers(replica.client)
             except ServerTrouble as trouble:
                 if replica.process is not None and not replica.process.alive:
                     raise ServerTrouble("it ended while starting") from trouble

@@ -9,12 +9,11 @@ from lorelei.config.errors import ConfigError
 from lorelei.config.rollout import AnyServer, SglangRollout
 from lorelei.config.run import RunConfig
 from lorelei.inference.kind import ServerKind, Slots
-from lorelei.inference.server.limits import check_server
+from lorelei.inference.server.options import ServerOptions, check_server
 from lorelei.model.config import ModelSizes
 
 if TYPE_CHECKING:
     from lorelei.inference.server.backend import ServerBackend
-    from lorelei.inference.server.options import ServerOptions
 
 SPARE = 8  # SGLang takes prompts and answers that end a few tokens before its context
 PADDING = 32  # on a CPU, of each process's share of an MLP

@@ -18,18 +18,16 @@ from vllm.model_executor.layers.fused_moe import layer as fused_moe_layer
 from vllm.platforms import current_platform
 from vllm.v1.worker import gpu_model_runner
 
-from lorelei.inference.server.broadcast import Group
-from lorelei.inference.server.broadcast_receiver import PendingBroadcast, PendingGroup
+from lorelei.inference.server.broadcast import Group, Receiver
 from lorelei.inference.server.payload import BROADCAST, FOLDER, from_wire
-from lorelei.inference.vllm.preparation import Missing, Preparation
+from lorelei.inference.vllm.preparation import Preparation
 from lorelei.lora.state import AdapterState
 
 SCHEME = "lorelei://"
 
 _held: dict[str, Preparation] = {}  # by name
 _installed: dict[str, str | None] = {}  # digest of the tensors last handed to vLLM, by name
-_groups: dict[str, PendingGroup] = {}  # by name
-_coming: dict[str, str] = {}  # the group, by name of an adapter that is broadcast
+_receiver = Receiver()
 
 
 class Extension:
@@ -43,7 +41,7 @@ class Extension:
         layers = runner.lora_manager._adapter_manager.modules
         hooked = hasattr(runner, "_lorelei_scores")
         plain_head = not any("logits_processor" in name for name in layers)
-        return {"device": runner.device.type, "scores": hooked and plain_head}
+        return {"scores": hooked and plain_head}
 
     def lorelei_load(self, name: str, kind: str, body: bytes) -> dict[str, Any]:
         """Start to prepare a payload; for a broadcast, `lorelei_receive` has."""
@@ -56,47 +54,33 @@ class Extension:
         preparation = _held.get(name)
         if preparation is None:
             return {"missing": "none is announced"}
-        if preparation.running:
+        if not preparation.prepared.done():
             return {"waiting": True}
-        if preparation.spec is not None:
+        error = preparation.prepared.exception()
+        if error is None:
             return {}
         del _held[name]
-        if preparation.refused is not None:
-            return {"refused": preparation.refused}
-        return {"missing": preparation.missing or "it could not be read, see the server's log"}
+        return {"refused" if isinstance(error, ValueError) else "missing": str(error)}
 
     def lorelei_join(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Start to form a broadcast group; does not wait for it."""
         group = Group(**asked)
-        if group.name not in _groups:
-            rank = group.first_rank + self.rank  # type: ignore[attr-defined]
-            device = self.model_runner.device  # type: ignore[attr-defined]
-            _groups[group.name] = PendingGroup(group, rank, device)
+        rank = group.first_rank + self.rank  # type: ignore[attr-defined]
+        _receiver.join(group, rank, self.model_runner.device)  # type: ignore[attr-defined]
         return {}
 
     def lorelei_receive(self, name: str, group: str, size: int) -> dict[str, Any]:
         """Start to receive an adapter of `size` bytes and to prepare it; does not wait for it."""
-        if group not in _groups:
-            return {"refused": f"there is no broadcast group {group}"}
-        pending = PendingBroadcast(_groups[group], size)
-
-        def read() -> AdapterState:
-            pending.wait()
-            if pending.data is None:
-                raise Missing(pending.error)
-            return from_wire(BROADCAST, pending.data)
-
-        _coming[name] = group
-        return self._lorelei_prepare(name, read)
+        try:
+            arrival = _receiver.receive(name, group, size)
+        except ValueError as error:
+            return {"refused": str(error)}
+        return self._lorelei_prepare(name, lambda: from_wire(BROADCAST, arrival.result()))
 
     def lorelei_leave(self, group: str) -> dict[str, Any]:
         """Give up a group; workers that wait in it wake up."""
-        pending = _groups.pop(group, None)
-        if pending is not None:
-            pending.abort()
-        for name in [name for name, of in _coming.items() if of == group]:
-            del _coming[name]
-            if name in _held and _held[name].spec is None:
+        for name in _receiver.leave(group):
+            if name in _held and not _held[name].ready:
                 del _held[name]
         return {}
 
@@ -106,7 +90,7 @@ class Extension:
 
     def lorelei_forget(self, name: str) -> dict[str, Any]:
         """Drop what is kept of an adapter."""
-        for known in (_held, _installed, _coming):
+        for known in (_held, _installed, _receiver.coming):
             known.pop(name, None)
         return {}
 
@@ -165,8 +149,7 @@ def _load_adapter(self: Any, request: Any) -> Any:
         return _load_as_vllm_does(self, request)
     name = request.lora_path.removeprefix(SCHEME)
     preparation = _held[name]
-    spec = preparation.spec
-    assert spec is not None, "the routes wait for it"
+    spec = preparation.prepared.result()  # the routes have waited for it
     helper = PEFTHelper.from_dict(
         {
             "r": spec.rank,

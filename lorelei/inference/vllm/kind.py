@@ -9,8 +9,7 @@ from lorelei.config.errors import ConfigError, FieldError
 from lorelei.config.rollout import AnyServer, VllmRollout
 from lorelei.config.run import RunConfig
 from lorelei.inference.kind import ServerKind, Slots
-from lorelei.inference.server.limits import check_server
-from lorelei.inference.server.options import ServerOptions, largest_rank
+from lorelei.inference.server.options import ServerOptions, check_server, largest_rank
 from lorelei.model.config import ModelSizes
 
 if TYPE_CHECKING:

@@ -9,16 +9,13 @@ from contextlib import suppress
 
 from torch import Tensor
 
+from lorelei.inference.server.broadcast import in_background
 from lorelei.lora.state import AdapterState
 from lorelei.types import AdapterSpec
 
 NICE = 5  # where they share a core, the thread that decodes comes first
 # of a process that is just starting: vLLM binds its decoding thread to one of them later
 _CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-
-
-class Missing(RuntimeError):
-    """What should have come has not."""
 
 
 class Preparation:
@@ -30,22 +27,19 @@ class Preparation:
         check: Callable[[AdapterState], None],
         again: bool,
     ) -> None:
-        """read: raises Missing; again: it can be called again, and what it gave is not kept.
+        """again: `read` can be called again, and what it gave is not kept.
 
         check: raises ValueError for what the server cannot serve.
         """
-        self.spec: AdapterSpec | None = None  # None: not there (yet)
         self.digest: str | None = None
-        self.missing: str | None = None
-        self.refused: str | None = None
         self._read, self._check, self._again = read, check, again
         self._fresh: dict[str, Tensor] | None = None
-        self._thread = threading.Thread(target=self._prepare, daemon=True)
-        self._thread.start()
+        # ValueError: the server cannot serve it; other errors: it has not come
+        self.prepared = in_background(self._prepare)
 
     @property
-    def running(self) -> bool:
-        return self._thread.is_alive()
+    def ready(self) -> bool:
+        return self.prepared.done() and self.prepared.exception() is None
 
     def tensors(self) -> dict[str, Tensor]:
         """For vLLM to own: it scales B in place. Later calls copy, or read, again."""
@@ -55,22 +49,17 @@ class Preparation:
             self.digest, fresh = state.digest(), self._own(state)
         return fresh
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> AdapterSpec:
         if _CORES is not None:  # Linux, where both are a thread's own
             with suppress(OSError):
                 os.sched_setaffinity(0, _CORES)
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        try:
-            state = self._read()
-            self._check(state)
-            self.digest, self._fresh = state.digest(), self._own(state)
-            if not self._again:
-                self._read = lambda: state  # and what it came in can go
-            self.spec = state.spec
-        except Missing as error:
-            self.missing = str(error)
-        except ValueError as error:
-            self.refused = str(error)
+        state = self._read()
+        self._check(state)
+        self.digest, self._fresh = state.digest(), self._own(state)
+        if not self._again:
+            self._read = lambda: state  # and what it came in can go
+        return state.spec
 
     def _own(self, state: AdapterState) -> dict[str, Tensor]:
         if self._again:

@@ -42,7 +42,7 @@ class VllmServer:
     # --- sampling
 
     async def generate(self, asked: Json) -> Json:
-        stops = asked["stop_strings"] if self._has_tokenizer else []
+        stops = asked["stop_strings"] if self._engine.renderer.tokenizer is not None else []
         params = SamplingParams(
             temperature=asked["temperature"],
             top_k=asked["top_k"],
@@ -205,16 +205,10 @@ class VllmServer:
         return {"tokens": self._finished_tokens + running, "adapters": sorted(self._adapters)}
 
     async def facts(self, asked: Json) -> Json:
-        config = self._engine.vllm_config
         workers = await self._on_workers("lorelei_facts")
         return {
-            "model": config.model_config.model,
-            "dtype": str(config.model_config.dtype).removeprefix("torch."),
-            "context": config.model_config.max_model_len - 1,
-            "max_rank": config.lora_config.max_lora_rank if config.lora_config else 0,
-            "logprobs_mode": config.model_config.logprobs_mode,
+            "logprobs_mode": self._engine.vllm_config.model_config.logprobs_mode,
             "workers": len(workers),
-            "device": workers[0]["device"],
             "scores": all(worker["scores"] for worker in workers),
         }
 
@@ -227,7 +221,3 @@ class VllmServer:
     @property
     def _requests(self) -> Mapping[str, Any]:
         return self._engine.output_processor.request_states
-
-    @property
-    def _has_tokenizer(self) -> bool:
-        return self._engine.renderer.tokenizer is not None

@@ -7,7 +7,6 @@ D inputs, O outputs, F intermediate, H query heads, K key/value heads, d head si
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,10 +23,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pack": (_POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG),
     "unpack": (_POINTER, _POINTER, _LONG, _LONG),
     "transposed_product": (_POINTER, _LONG, *(_POINTER,) * 3, *(_LONG,) * 4),
-    "product": (
-        *(_POINTER, _LONG, _LONG) * 3,
-        *(_LONG, _LONG, _LONG, _FLOAT, ctypes.c_int),
-    ),
+    "product": (*(_POINTER, _LONG, _LONG) * 3, *(_LONG,) * 3, _FLOAT, ctypes.c_int),
     "add_low_rank": (_POINTER, _LONG, *(_POINTER,) * 4, *(_LONG,) * 5),
     "rms_norm": (_POINTER, _POINTER, _FLOAT, _POINTER, _LONG, _LONG),
     "rms_norm_backward": (_POINTER, _POINTER, _FLOAT, _POINTER, _POINTER, _LONG, _LONG),
@@ -37,13 +33,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "rotate": (_POINTER, _LONG, _POINTER, _POINTER, _FLOAT, _POINTER, *(_LONG,) * 4),
     "tree_forward": (*(_POINTER, _LONG) * 3, *(_POINTER,) * 5, *(_LONG,) * 5),
     "tree_backward": (*(_POINTER, _LONG) * 3, *(_POINTER,) * 9, *(_LONG,) * 5),
-    "step_attention": (
-        *(_POINTER, _LONG) * 3,
-        *(_POINTER,) * 6,
-        _LONG,
-        _POINTER,
-        *(_LONG,) * 5,
-    ),
+    "step_attention": (*(_POINTER, _LONG) * 3, *(_POINTER,) * 6, _LONG, _POINTER, *(_LONG,) * 5),
     "decode_step": (*(_POINTER,) * 6, _FLOAT, *(_POINTER,) * 7),
 }
 
@@ -59,10 +49,15 @@ def whole_rows(x_THd: Tensor) -> Tensor:
 
 
 @cache
-def _kernel(name: str) -> Callable[..., Any]:
+def _kernel(name: str) -> Any:
     kernel = getattr(library(), name)
     kernel.argtypes, kernel.restype = _SIGNATURES[name], _LONG if name == "lanes" else None
     return kernel
+
+
+def _call(name: str, *values: Tensor | float) -> None:
+    """Run a kernel; of a tensor it gets the address."""
+    _kernel(name)(*(v.data_ptr() if isinstance(v, Tensor) else v for v in values))
 
 
 @cache
@@ -76,15 +71,14 @@ def pack(weight_OD: Tensor) -> Tensor:
     """The panels [O / P, D, P] of a matrix of any strides, padded with zeros."""
     (outputs, inputs), width = weight_OD.shape, 2 * lanes()
     panels = torch.empty(-(-outputs // width), inputs, width)
-    steps = weight_OD.stride()
-    _kernel("pack")(weight_OD.data_ptr(), *steps, panels.data_ptr(), outputs, inputs)
+    _call("pack", weight_OD, *weight_OD.stride(), panels, outputs, inputs)
     return panels
 
 
 def unpack(panels: Tensor, outputs: int) -> Tensor:
     """The matrix [O, D] of panels."""
     weight_OD = torch.empty(outputs, panels.shape[1])
-    _kernel("unpack")(panels.data_ptr(), weight_OD.data_ptr(), *weight_OD.shape)
+    _call("unpack", panels, weight_OD, *weight_OD.shape)
     return weight_OD
 
 
@@ -93,10 +87,8 @@ def product(x_TD: Tensor, panels: Tensor, outputs: int, out: Tensor | None = Non
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     y_TO = torch.empty(len(x_TD), outputs) if out is None else out
     width = panels.shape[2]
-    _kernel("product")(
-        *(x_TD.data_ptr(), *x_TD.stride(), panels.data_ptr(), width, panels.stride(0)),
-        *(y_TO.data_ptr(), outputs, width, *x_TD.shape, outputs, 1.0, False),
-    )
+    factors = (x_TD, *x_TD.stride(), panels, width, panels.stride(0))
+    _call("product", *factors, y_TO, outputs, width, *x_TD.shape, outputs, 1.0, False)
     return y_TO
 
 
@@ -106,16 +98,8 @@ def transposed_product(x_TO: Tensor, panels: Tensor) -> Tensor:
     inputs, width = panels.shape[1:]
     y_TD = torch.empty(len(x_TO), inputs)
     transposed = torch.empty(_TRANSPOSE_ROWS, -(-inputs // width) * width)
-    _kernel("transposed_product")(
-        *(
-            x_TO.data_ptr(),
-            x_TO.stride(0),
-            panels.data_ptr(),
-            transposed.data_ptr(),
-            y_TD.data_ptr(),
-        ),
-        *(*x_TO.shape, inputs, _TRANSPOSE_ROWS),
-    )
+    tensors = (x_TO, x_TO.stride(0), panels, transposed, y_TD)
+    _call("transposed_product", *tensors, *x_TO.shape, inputs, _TRANSPOSE_ROWS)
     return y_TD
 
 
@@ -123,12 +107,9 @@ def with_lora_delta(panels: Tensor, a_DR: Tensor, b_RO: Tensor) -> Tensor:
     """The panels of W + (a @ b).T."""
     summed, width = panels.clone(), panels.shape[2]
     a_DR, deltas = a_DR.contiguous(), pack(b_RO.T)
-    inputs, rank = a_DR.shape
-    _kernel("product")(
-        *(a_DR.data_ptr(), rank, 1, deltas.data_ptr(), width, deltas.stride(0)),
-        *(summed.data_ptr(), width, summed.stride(0)),
-        *(inputs, rank, len(panels) * width, 1.0, True),
-    )
+    factors = (a_DR, *a_DR.stride(), deltas, width, deltas.stride(0))
+    sums = (summed, width, summed.stride(0))
+    _call("product", *factors, *sums, *a_DR.shape, len(panels) * width, 1.0, True)
     return summed
 
 
@@ -140,54 +121,43 @@ def multiplies(x_TD: Tensor, p_DO: Tensor) -> bool:
 def add_product(y_TO: Tensor, x_TD: Tensor, p_DO: Tensor, scale: float, add: bool) -> None:
     """y = scale * x @ p, or added to y. Rows of y are contiguous, x may have any strides."""
     width = 2 * lanes()
-    _kernel("product")(
-        *(x_TD.data_ptr(), *x_TD.stride(), p_DO.data_ptr(), p_DO.stride(0), width),
-        *(y_TO.data_ptr(), y_TO.stride(0), width),
-        *(*x_TD.shape, p_DO.shape[1], scale, add),
-    )
+    factors = (x_TD, *x_TD.stride(), p_DO, p_DO.stride(0), width)
+    _call("product", *factors, y_TO, y_TO.stride(0), width, *x_TD.shape, p_DO.shape[1], scale, add)
 
 
 def add_low_rank(y_TO: Tensor, x_TD: Tensor, a_DR: Tensor, panels: Tensor) -> None:
     """y += x @ a @ b for the panels of b.T. Rows of y are contiguous, R a multiple of `lanes`."""
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    (tokens, inputs), rank = x_TD.shape, a_DR.shape[1]
-    low_TR = torch.empty(tokens, rank)
-    _kernel("add_low_rank")(
-        *(x_TD.data_ptr(), x_TD.stride(0), a_DR.data_ptr(), panels.data_ptr(), low_TR.data_ptr()),
-        *(y_TO.data_ptr(), y_TO.stride(0), tokens, inputs, rank, y_TO.shape[1]),
-    )
+    rank, outputs = a_DR.shape[1], y_TO.shape[1]
+    tensors = (x_TD, x_TD.stride(0), a_DR, panels, torch.empty(len(x_TD), rank))
+    _call("add_low_rank", *tensors, y_TO, y_TO.stride(0), *x_TD.shape, rank, outputs)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D] / rms(x) * weight [D]."""
     x, y = x.contiguous(), torch.empty(x.shape)
-    _kernel("rms_norm")(
-        x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), x.numel() // len(weight), len(weight)
-    )
+    _call("rms_norm", x, weight, eps, y, x.numel() // len(weight), len(weight))
     return y
 
 
 def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor) -> Tensor:
     """The gradient of x [..., D]."""
     x, dy, dx = x.contiguous(), dy.contiguous(), torch.empty(x.shape)
-    _kernel("rms_norm_backward")(
-        *(x.data_ptr(), weight.data_ptr(), eps, dy.data_ptr(), dx.data_ptr()),
-        *(x.numel() // len(weight), len(weight)),
-    )
+    _call("rms_norm_backward", x, weight, eps, dy, dx, x.numel() // len(weight), len(weight))
     return dx
 
 
 def swiglu(x_TF: Tensor) -> Tensor:
     """silu(gate) * up [T, F] of [T, 2F]."""
     x, y = x_TF.contiguous(), torch.empty(len(x_TF), x_TF.shape[1] // 2)
-    _kernel("swiglu")(x.data_ptr(), y.data_ptr(), *y.shape)
+    _call("swiglu", x, y, *y.shape)
     return y
 
 
 def swiglu_backward(x_TF: Tensor, dy_TF: Tensor) -> Tensor:
     """The gradient [T, 2F] of x."""
     x, dy, dx = x_TF.contiguous(), dy_TF.contiguous(), torch.empty(x_TF.shape)
-    _kernel("swiglu_backward")(x.data_ptr(), dy.data_ptr(), dx.data_ptr(), *dy.shape)
+    _call("swiglu_backward", x, dy, dx, *dy.shape)
     return dx
 
 
@@ -199,7 +169,7 @@ def target_logprobs(logits_TV: Tensor, target_T: Tensor, scale_T: Tensor) -> tup
     target_T, scale_T = target_T.contiguous(), scale_T.contiguous()
     logprobs_T, entropy_T = torch.empty(len(target_T)), torch.empty(len(target_T))
     tensors = (logits_TV, target_T, scale_T, logprobs_T, entropy_T)
-    _kernel("target_logprobs")(*(t.data_ptr() for t in tensors), *logits_TV.shape)
+    _call("target_logprobs", *tensors, *logits_TV.shape)
     return logprobs_T, entropy_T
 
 
@@ -208,35 +178,8 @@ def rotate(x_THd: Tensor, cos: Tensor, sin: Tensor, direction: float, out: Tenso
 
     Both may be parts of wider rows, and the same.
     """
-    _kernel("rotate")(
-        *(x_THd.data_ptr(), x_THd.stride(0), cos.data_ptr(), sin.data_ptr(), direction),
-        *(out.data_ptr(), out.stride(0), *x_THd.shape),
-    )
-
-
-def step_attention(
-    q_BHd: Tensor,
-    k_BKd: Tensor,
-    v_BKd: Tensor,
-    keys_SKCd: Tensor,
-    values_SKCd: Tensor,
-    slots_B: Tensor,
-    lengths_B: Tensor,
-    prompts_B3: Tensor,
-    scratch: Tensor,
-) -> Tensor:
-    """[B, H, d]; writes k and v into the cache. See kernels.c."""
-    rows, heads, d = q_BHd.shape
-    _, kv_heads, capacity, _ = keys_SKCd.shape
-    out = torch.empty(rows, heads, d)
-    pointers = (keys_SKCd, values_SKCd, slots_B, lengths_B, prompts_B3, scratch)
-    _kernel("step_attention")(
-        *(q_BHd.data_ptr(), q_BHd.stride(0), k_BKd.data_ptr(), k_BKd.stride(0)),
-        *(v_BKd.data_ptr(), v_BKd.stride(0), *(t.data_ptr() for t in pointers)),
-        *(scratch.numel() // (rows * kv_heads), out.data_ptr()),
-        *(rows, heads, kv_heads, capacity, d),
-    )
-    return out
+    angles = (cos, sin, direction)
+    _call("rotate", x_THd, x_THd.stride(0), *angles, out, out.stride(0), *x_THd.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +208,22 @@ class StepCache:
     scores: int  # of a query head, at most
 
 
+def step_attention(
+    layer: int, q_BHd: Tensor, k_BKd: Tensor, v_BKd: Tensor, cache: StepCache, scratch: Tensor
+) -> Tensor:
+    """[B, H, d]; writes k and v into the cache. See kernels.c."""
+    rows, heads, d = q_BHd.shape
+    _, _, kv_heads, capacity, _ = cache.keys_LSKCd.shape
+    out = torch.empty(rows, heads, d)
+    held = (cache.keys_LSKCd[layer], cache.values_LSKCd[layer], cache.slots_B, cache.lengths_B)
+    _call(
+        "step_attention",
+        *(*_factors(q_BHd, k_BKd, v_BKd), *held, cache.prompts_LB3[layer], scratch),
+        *(scratch.numel() // (rows * kv_heads), out, rows, heads, kv_heads, capacity, d),
+    )
+    return out
+
+
 def decode_step(
     x_BD: Tensor,
     blocks: Blocks,
@@ -286,11 +245,7 @@ def decode_step(
     sizes = torch.tensor([*shape, len(blocks.spans_S2), blocks.rank, each])
     tables = (x_BD, blocks.weights_L9, blocks.deltas_L4S3, blocks.spans_S2, *angles)
     of_rows = (cache.keys_LSKCd, cache.values_LSKCd, cache.slots_B, cache.lengths_B)
-    _kernel("decode_step")(
-        *(t.data_ptr() for t in tables),
-        eps,
-        *(t.data_ptr() for t in (*of_rows, cache.prompts_LB3, scratch, sizes)),
-    )
+    _call("decode_step", *tables, eps, *of_rows, cache.prompts_LB3, scratch, sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,13 +268,8 @@ def tree_attention(
     """[T, H, d] and the log-sum-exp [H, T]."""
     tokens, heads, _ = q_THd.shape
     out, lse = torch.empty(q_THd.shape), torch.empty(heads, tokens)
-    _kernel("tree_forward")(
-        *_factors(q_THd, k_TKd, v_TKd),
-        *_bounds(trees),
-        out.data_ptr(),
-        lse.data_ptr(),
-        *_tree_shape(q_THd, k_TKd, trees),
-    )
+    shape = _tree_shape(q_THd, k_TKd, trees)
+    _call("tree_forward", *_factors(q_THd, k_TKd, v_TKd), *_tables(trees), out, lse, *shape)
     return out, lse
 
 
@@ -334,24 +284,19 @@ def tree_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
     dq, dk, dv = (torch.empty(q_THd.shape) for _ in range(3))
-    pointers = (out, lse, dout.contiguous(), dq, dk, dv)
-    _kernel("tree_backward")(
-        *_factors(q_THd, k_TKd, v_TKd),
-        *_bounds(trees),
-        *(t.data_ptr() for t in pointers),
-        *_tree_shape(q_THd, k_TKd, trees),
-    )
+    given = (*_factors(q_THd, k_TKd, v_TKd), *_tables(trees), out, lse, dout.contiguous())
+    _call("tree_backward", *given, dq, dk, dv, *_tree_shape(q_THd, k_TKd, trees))
     tokens, kv_heads, d = k_TKd.shape
     dk, dv = (x.view(tokens, kv_heads, -1, d).sum(2) for x in (dk, dv))
     return dq, dk, dv
 
 
-def _factors(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(n for x in tensors for n in (x.data_ptr(), x.stride(0)))
+def _factors(*tensors: Tensor) -> tuple[Tensor | int, ...]:
+    return tuple(value for x in tensors for value in (x, x.stride(0)))
 
 
-def _bounds(trees: Trees) -> tuple[int, ...]:
-    return trees.blocks_B4.data_ptr(), trees.tree_bounds.data_ptr(), trees.row_bounds.data_ptr()
+def _tables(trees: Trees) -> tuple[Tensor, ...]:
+    return trees.blocks_B4, trees.tree_bounds, trees.row_bounds
 
 
 def _tree_shape(q_THd: Tensor, k_TKd: Tensor, trees: Trees) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import torch
 from lorelei.config.errors import FieldError
 from lorelei.config.extra_args import SGLANG, check_extra_args
 from lorelei.inference.server.options import ServerOptions, binding
-from lorelei.inference.sglang.command import arguments, check_model
+from lorelei.inference.sglang.backend import arguments, check_model
 from lorelei.inference.sglang.in_server.sampling import uniforms
 from lorelei.inference.sglang.kind import SPARE
 from tests.tiny_models import sizes_of, tiny_config

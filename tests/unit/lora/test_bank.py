@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorelei.inference.embedded.route import PublishedRoute
 from lorelei.lora.bank import AdapterBank
 from lorelei.lora.state import stable_seed
 from lorelei.model.attention import PackedAttention, tree_blocks
 from lorelei.model.decoder import Decoder
-from lorelei.model.linear import BaseRoute, Route
+from lorelei.model.linear import Route
 from lorelei.model.load import load_decoder
 from lorelei.train.adam import AdapterOptimizer
 from lorelei.types import AdamHyper, AdapterSpec
@@ -86,7 +87,7 @@ def test_a_fresh_adapter_is_uniform_in_a_and_zero_in_b(bank: AdapterBank) -> Non
 
 def test_a_fresh_adapter_changes_nothing(bank: AdapterBank) -> None:
     bank.add("a", AdapterSpec(rank=4, alpha=8, target_modules=("all-linear", "lm_head")))
-    base = logits(bank.decoder, BaseRoute())
+    base = logits(bank.decoder, PublishedRoute([]))
     assert logits(bank.decoder, bank.route([("a", 24)])).equal(base)
     assert logits(bank.decoder, bank.route([(None, 24)])).equal(base)
 
@@ -157,7 +158,7 @@ def test_the_merged_route_equals_the_unmerged_and_leaves_the_base_alone(
     merged = bank.merged("a")
     # the orders of the products differ; 1e-5 is a few fp32 roundings
     assert relative(logits(decoder, merged), unmerged) < 1e-5
-    assert relative(unmerged, logits(decoder, BaseRoute())) > 1e-2
+    assert relative(unmerged, logits(decoder, PublishedRoute([]))) > 1e-2
     assert all(x.equal(y) for x, y in zip(before, weights(decoder), strict=True))
     randomise(bank, "a", seed=1)  # the copy is of one version
     assert relative(logits(decoder, merged), unmerged) < 1e-5

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorelei.model import flash_attention
-from lorelei.model.attention import attention_with_lse, plain_attention_with_lse, tree_blocks
+from lorelei.model.attention import tree_blocks
 from lorelei.model.flash_attention import Level, levels, packed_flash
 from tests.unit.model.test_attention import TREES, dense_attention, inputs, relative
 
@@ -106,21 +106,3 @@ def test_cuda_attention_in_bf16_is_the_definition_to_bf16_precision(
     wanted = torch.autograd.grad(expected, leaves, cotangent.float())
     for got, want in zip(got_grads, wanted, strict=True):
         assert relative(got.cpu().float(), want) < BF16_GRADIENT
-
-
-@needs_gpu
-@pytest.mark.parametrize("queries", [1, 4, 40])
-@pytest.mark.parametrize("masked", [False, True])
-def test_cuda_attention_returns_the_log_sum_exp_of_what_it_read(masked: bool, queries: int) -> None:
-    q, k, v = (torch.randn(3, 2, n, 64).bfloat16() for n in (queries, 37, 37))
-    # a slice of a larger cache, as decoding reads it
-    k, v = (torch.cat([x, torch.full_like(x, torch.nan)], 2)[:, :, :37] for x in (k, v))
-    mask = torch.zeros(3, 1, 1, 37).masked_fill_(
-        torch.arange(37) > torch.tensor([[2], [36], [0]])[:, None, None], -torch.inf
-    )
-    given = (q, k, v, mask.bfloat16() if masked else None)
-    out, lse = attention_with_lse(*(x.cuda() if x is not None else None for x in given))
-    wide = (x.float() if x is not None else None for x in given)
-    expected, expected_lse = plain_attention_with_lse(*wide)
-    assert relative(out.cpu().float(), expected) < BF16
-    assert torch.allclose(lse.cpu(), expected_lse, atol=1e-2)

@@ -141,10 +141,11 @@ def pair(
         held = torch.cat([prompts[p], cache[:, slots[b], :, :n], own], dim=2).double()
         keys, values = held.repeat_interleave(heads // kv_heads, 1)
         expected[b] = F.scaled_dot_product_attention(q[b, :, None].double(), keys, values)[:, 0]
-    scratch = torch.empty(rows * heads * (max(lengths) + max(prompt_lengths) + 2))
-    given = fused.step_attention(
-        *(q, k, v, cache[0], cache[1], slots, torch.tensor(lengths), torch.tensor(table), scratch)
-    )
+    scores = max(lengths) + max(prompt_lengths) + 1
+    tables = (slots, torch.tensor(lengths), torch.tensor([table]))
+    held = fused.StepCache(cache[0][None], cache[1][None], *tables, scores)
+    scratch = torch.empty(rows * heads * (scores + 1))
+    given = fused.step_attention(0, q, k, v, held, scratch)
     for b, n in enumerate(lengths):
         assert torch.equal(cache[0, slots[b], :, n], k[b])
         assert torch.equal(cache[1, slots[b], :, n], v[b])

@@ -15,8 +15,8 @@ from lorelei.config.errors import ConfigError
 from lorelei.config.machine import amount
 from lorelei.config.rollout import ServerRollout
 from lorelei.inference.kinds import SERVERS
-from lorelei.inference.sglang.command import arguments as sglang_arguments
-from lorelei.inference.vllm.command import arguments
+from lorelei.inference.sglang.backend import arguments as sglang_arguments
+from lorelei.inference.vllm.backend import arguments
 from lorelei.launch.servers import server_options
 from lorelei.model.load import read_config
 from lorelei.model.shapes import SHAPES, find_shape

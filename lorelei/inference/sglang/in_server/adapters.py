@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorelei.inference.server.broadcast import Group
-from lorelei.inference.server.broadcast_receiver import PendingBroadcast, PendingGroup
+from lorelei.inference.server.broadcast import Group, Receiver
 from lorelei.inference.server.payload import BROADCAST, BYTES, FOLDER, from_wire
 from lorelei.lora.state import PREFIX, AdapterState
 from lorelei.types import AdapterSpec
@@ -24,8 +24,8 @@ SCHEME = "lorelei/"  # load_format of an order, with a kind of payload or a name
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-_groups: dict[str, PendingGroup] = {}  # by name
-_arrivals: dict[str, PendingBroadcast] = {}  # by the adapter's served name
+_receiver = Receiver()
+_arrivals: dict[str, Future[bytes]] = {}  # by the adapter's served name
 
 
 class Refused(ValueError):
@@ -80,22 +80,18 @@ def _control(what: str, asked: dict[str, Any], runner: Any) -> dict[str, str]:
             from sglang.srt.runtime_context import get_parallel
 
             group = Group(**asked)
-            if group.name not in _groups:
-                rank = group.first_rank + get_parallel().tp_rank
-                _groups[group.name] = PendingGroup(group, rank, torch.device(runner.device))
+            rank = group.first_rank + get_parallel().tp_rank
+            _receiver.join(group, rank, torch.device(runner.device))
         case "receive":
-            if asked["group"] not in _groups:
-                raise Refused(f"there is no broadcast group {asked['group']}")
-            _arrivals[asked["name"]] = PendingBroadcast(_groups[asked["group"]], asked["size"])
+            _arrivals[asked["name"]] = _receiver.receive(**asked)
         case "arrived":
             return _standing(asked["name"])
         case "leave":
-            if (pending := _groups.pop(asked["group"], None)) is not None:
-                pending.abort()
-                for name in [n for n, a in _arrivals.items() if a.pending_group is pending]:
-                    del _arrivals[name]
+            for name in _receiver.leave(asked["group"]):
+                _arrivals.pop(name, None)
         case "forget":
-            _arrivals.pop(asked["name"], None)
+            for known in (_arrivals, _receiver.coming):
+                known.pop(asked["name"], None)
         case other:
             raise Refused(f"load_format: {other!r} is not served here; use Lorelei's routes")
     return {}
@@ -106,11 +102,11 @@ def _standing(name: str) -> dict[str, str]:
     arrival = _arrivals.get(name)
     if arrival is None:
         return {"standing": "missing", "why": "none is announced"}
-    if arrival.running:
+    if not arrival.done():
         return {"standing": "waiting"}
-    if arrival.data is None:
+    if error := arrival.exception():
         del _arrivals[name]
-        return {"standing": "missing", "why": str(arrival.error)}
+        return {"standing": "missing", "why": str(error)}
     return {"standing": "there"}
 
 
@@ -118,10 +114,10 @@ def _received(name: str) -> bytes:
     arrival = _arrivals.pop(name, None)
     if arrival is None:
         raise Refused(f"{name}: no broadcast was announced")
-    arrival.wait()  # rank 0 has it; the others within moments
-    if arrival.data is None:
-        raise Refused(f"{name}: the broadcast failed: {arrival.error}")
-    return arrival.data
+    try:
+        return arrival.result()  # rank 0 has it; the others within moments
+    except RuntimeError as error:
+        raise Refused(f"{name}: the broadcast failed: {error}") from error
 
 
 def _config(state: AdapterState) -> dict[str, Any]:

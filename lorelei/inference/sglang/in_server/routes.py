@@ -212,15 +212,8 @@ class SglangServer:
         return {"tokens": self._tokens.value, "adapters": names}
 
     async def facts(self, asked: Json) -> Json:
-        manager = self._manager
-        return {
-            "model": manager.server_args.model_path,
-            "dtype": str(manager.model_config.dtype).removeprefix("torch."),
-            "context": manager.context_len,
-            "max_rank": manager.server_args.max_lora_rank,
-            "workers": manager.server_args.tp_size,
-            "device": manager.server_args.device,
-        }
+        arguments = self._manager.server_args
+        return {"max_rank": arguments.max_lora_rank, "workers": arguments.tp_size}
 
 
 def _order(what: str, payload: bytes, name: str = "-") -> LoadLoRAAdapterFromTensorsReqInput:
