@@ -60,7 +60,7 @@ class NormConfig(Section):
         return frozenset((self.mean_level, self.std_level))
 
     def __call__(
-        self, values_S: Floats | Doubles, groups_S: Longs, weights_S: Floats | Longs | None = None
+        self, values_S: Floats | Doubles, groups_S: Longs, weights_S: Doubles | Longs | None = None
     ) -> Floats:
         """[S] (value - mean) / (deviation + eps), each over the group, the batch or not at all.
 

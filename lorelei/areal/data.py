@@ -95,7 +95,7 @@ def _evaluation(file: ArealFile, epoch: int | None, config: Raw, missing: dict[s
     elif steps is not None:
         section["every"] = steps
     elif epoch is not None:
-        section["every"] = epochs * epoch
+        section["every"] = epoch * epochs
     else:
         del config["eval"]
         missing["eval"] = (
