@@ -94,7 +94,7 @@ def _evaluation(file: ArealFile, epoch: int | None, config: Raw, missing: dict[s
         )
     elif steps is not None:
         section["every"] = steps
-    elif epoch is not None:
+    elif epoch is not None and epochs is not None:
         section["every"] = epoch * epochs
     else:
         del config["eval"]
