@@ -33,8 +33,15 @@ def load_config(run: Path, overrides: list[str] | None) -> RunConfig:
         from lorelei.areal.report import lines
 
         for line in lines(loaded.translation, run.name):
-            typer.echo(line, err=True)
+            say(line, err=True)
     return loaded.config
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print a text with whatever models, rewards or files put into it, which cannot act."""
+    from lorelei.obs.screen import escaped
+
+    typer.echo(escaped(text, keep="\n"), err=err)
 
 
 def show(value: object, as_json: bool, table: Callable[[], RenderableType]) -> None:

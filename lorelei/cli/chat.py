@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorelei.cli.arguments import AdapterName, RunFolder, prepare_run
+from lorelei.cli.arguments import AdapterName, RunFolder, prepare_run, say
 
 if TYPE_CHECKING:
     from lorelei.cli.trained_run import TrainedRun
@@ -29,16 +29,15 @@ def chat(
     """Talk to an adapter. One line is one message; an empty line or the end of input ends."""
     folder = prepare_run(run)
     from lorelei.cli.trained_run import TrainedRun
-    from lorelei.obs.screen import escaped
     from lorelei.types import SamplingParams
 
     trained = TrainedRun.read(folder)
     name = trained.adapter(adapter)
     ref = None if base else trained.ref(name, trained.state(name))
-    typer.echo(f"{ref or 'the base model'} answers; an empty line ends")
+    say(f"{ref or 'the base model'} answers; an empty line ends")
     sampling = SamplingParams(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
     for answer in _answers(trained, ref, sampling):
-        typer.echo(escaped(answer, keep="\n"))
+        say(answer)
 
 
 def _answers(

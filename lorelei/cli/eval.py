@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorelei.cli.arguments import Json, RunFolder, prepare_run
+from lorelei.cli.arguments import Json, RunFolder, prepare_run, say
 
 if TYPE_CHECKING:
     from lorelei.cli.trained_run import TrainedRun
@@ -40,7 +40,7 @@ def evaluate(
     for adapter, versions in scores.items():
         for version, means in versions.items():
             words = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-            typer.echo(f"{adapter}  {version:>5}  {words}")
+            say(f"{adapter}  {version:>5}  {words}")
 
 
 async def _scores(run: TrainedRun, n_prompts: int | None, base: bool) -> Scores:

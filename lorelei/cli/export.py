@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorelei.cli.arguments import AdapterName, RunFolder, prepare_run
+from lorelei.cli.arguments import AdapterName, RunFolder, prepare_run, say
 
 
 def export(
@@ -35,4 +35,4 @@ def export(
         write_model_folder(out, state, base, read_config(base))
     else:
         write_peft_folder(out, state, trained.config.model)
-    typer.echo(out)
+    say(str(out))

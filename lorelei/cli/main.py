@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from lorelei.cli.arguments import say
 from lorelei.cli.chat import chat
 from lorelei.cli.cluster import rollout, slurm
 from lorelei.cli.eval import evaluate
@@ -42,7 +43,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("LORELEI_TRACEBACK"):
             raise
-        typer.echo(f"error: {_one_line(error)}", err=True)
+        say(f"error: {_one_line(error)}", err=True)
         sys.exit(2)
 
 

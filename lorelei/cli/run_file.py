@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lorelei.cli.arguments import ConfigFile, Json, Overrides, load_config, show
+from lorelei.cli.arguments import ConfigFile, Json, Overrides, load_config, say, show
 
 
 def schema() -> None:
@@ -59,4 +59,4 @@ def convert(
     if out.exists():
         raise ValueError(f"--out: {str(out)!r} exists; give another name or remove it")
     out.write_text(text)
-    typer.echo(f"wrote {out}", err=True)
+    say(f"wrote {out}", err=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorelei.cli.arguments import Json, RunFolder, find_run, show
+from lorelei.cli.arguments import Json, RunFolder, find_run, say, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +23,7 @@ def check(run: RunFolder) -> None:
 
     problems = check_run(find_run(run))
     for problem in problems:
-        typer.echo(problem)
+        say(problem)
     if problems:
         raise typer.Exit(1)
     typer.echo("no problems")
@@ -62,7 +62,7 @@ def samples(
     records = [record for record in every if step in (None, record["step"])]
     if every and not records:
         raise ValueError(f"--step: no rollouts of step {step}; there are 1 to {every[-1]['step']}")
-    typer.echo(format_samples(records, n, adapter=adapter, order=order))
+    say(format_samples(records, n, adapter=adapter, order=order))
 
 
 def report(
@@ -73,7 +73,7 @@ def report(
     from lorelei.obs.report import render_report
 
     folder = find_run(run)
-    typer.echo(render_report(folder, out or folder / "report.png"))
+    say(str(render_report(folder, out or folder / "report.png")))
 
 
 def _table(found: list[RunSummary]) -> Table:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from lorelei.cli.arguments import ConfigFile, Overrides, RunFolder, load_config, prepare_run
+from lorelei.cli.arguments import ConfigFile, Overrides, RunFolder, load_config, prepare_run, say
 
 
 def train(run: ConfigFile, overrides: Overrides = None) -> None:
@@ -26,7 +26,7 @@ def train(run: ConfigFile, overrides: Overrides = None) -> None:
             "or choose another with name=..."
         )
     for warning in planned.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
     from lorelei.launch import local
 
     with _exit_code_of_a_signal():

@@ -56,8 +56,8 @@ def test_the_command_line_follows_from_the_run(tmp_path: Path) -> None:
 def test_options_that_follow_from_the_run_are_refused(name: str) -> None:
     for written in (name, f"--{name}", name.replace("-", "_")):
         with pytest.raises(FieldError, match="follows from"):
-            check_extra_args("sglang", {written: 1})
-    check_extra_args("sglang", {"chunked_prefill_size": 512})
+            check_extra_args(SGLANG, {written: 1})
+    check_extra_args(SGLANG, {"chunked_prefill_size": 512})
 
 
 def test_adapted_experts_are_refused_before_a_cpu_server_starts(tmp_path: Path) -> None:
