@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.cases import ALPHA, LR, RANK, toy_reward
 from benchmarks.gpu_cases import GpuCase, case_of, device, weight
 from benchmarks.gpu_watch import Watch, copy_bandwidth, kernel_seconds
-from lorelei.algo.advantage import normalise
+from lorelei.algo.advantage import NormConfig
 from lorelei.algo.loss import item_weights
 from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.model.config import DecoderConfig
@@ -174,7 +174,7 @@ def group_batch(case: GpuCase, prompts: Ints, completions: Sequence[Completion])
         for p, tokens in enumerate(prompts)
     ]
     numbers = np.repeat(np.arange(case.groups), case.samples)
-    values = normalise(np.array(rewards, dtype=np.float32), numbers, "group", "group")
+    values = NormConfig()(np.array(rewards, dtype=np.float32), numbers)
     credit = [
         [np.full(r.sampled_tokens, v, np.float32) for r, v in zip(group, own, strict=True)]
         for group, own in zip(groups, np.split(values, case.groups), strict=True)

@@ -20,9 +20,17 @@ import yaml
 from pydantic import ValidationError
 
 from lorelei.algo.kinds import DEFAULT
-from lorelei.areal.file import became, is_areal, is_areal_key, leaves
+from lorelei.areal.file import (
+    became,
+    default_of,
+    holds,
+    is_areal,
+    is_areal_key,
+    leaves,
+    refuse_companion,
+)
 from lorelei.areal.interpolation import resolve
-from lorelei.areal.translate import Translation, translate
+from lorelei.areal.translate import Translation, require, translate
 from lorelei.config.errors import ConfigError, FieldError, describe, shown
 from lorelei.config.experiment import SAMPLED
 from lorelei.config.optimizer import from_algo
@@ -84,12 +92,16 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         raise ConfigError(f"{path}: {shown(data)} is not a configuration; write key: value lines")
     translation, theirs = None, set[str]()
     if is_areal(data):
-        theirs = {override for override in overrides if is_areal_key(_key(override))}
+        theirs = {override for override in overrides if _is_theirs(override, data)}
         for override in overrides:
             if override in theirs:
                 _override(data, _from_here(override))
-        translation = translate(resolve(data), _kind(o for o in overrides if o not in theirs))
+        translation = translate(
+            resolve(data, default_of), _kind(o for o in overrides if o not in theirs)
+        )
         data = translation.config
+    else:
+        refuse_companion(data)
     config = _absolute(moved(data), path.resolve().parent)
     translated = dict(leaves(deepcopy(config)))
     for override in overrides:
@@ -100,9 +112,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
             _override(config, override)
             config = moved(config, replace=True)
     if translation is not None:
-        for key, reason in translation.missing.items():
-            if key not in config:
-                raise ConfigError(f"{key}: {reason}")
+        require(translation, config)
     config = absolute_here(config)
     config.setdefault("name", path.stem)
     return Loaded(config=validate(config), translation=translation)
@@ -210,6 +220,13 @@ def _from_here(override: str) -> str:
     if key.strip().endswith("path") and value.startswith((".", "~")):
         value = _join(Path.cwd(), value)
     return f"{key}{equals}{value}"
+
+
+def _is_theirs(override: str, data: Raw) -> bool:
+    """Whether an override belongs into the AReaL file `data`: key=null removes what is there."""
+    key = _key(override)
+    removes = _parse(override.partition("=")[2], f"override {override!r}") is None
+    return is_areal_key(key, RunConfig.model_fields) or (removes and holds(data, key))
 
 
 def _override(config: Raw, override: str) -> None:

@@ -38,7 +38,7 @@ class Awr(PolicyAlgorithm):
         return (self.discount ** np.arange(tokens)[::-1]).astype(np.float32)
 
     def loss(self) -> LossSpec:
-        params = {"beta": self.beta, "max_weight": self.max_weight, "kl_ctl": self.kl_ctl}
+        params = {"beta": self.beta, "max_weight": self.max_weight, "kl_ctl": self.loss_kl}
         return LossSpec(path=loss_path(loss), params=params, streams=("advantage",))
 
 

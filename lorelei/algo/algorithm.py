@@ -14,10 +14,11 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from lorelei.algo.advantage import Level, NormConfig
+from lorelei.algo.kl_reward import Estimator, kl_of_tokens, to_go
 from lorelei.algo.loss import Aggregation
 from lorelei.config.errors import FieldError
 from lorelei.config.section import Section
-from lorelei.types import BASE, Floats, Longs, LossSpec, Policy, Rollout
+from lorelei.types import BASE, Floats, Items, Longs, LossSpec, Policy, Rollout
 
 Job = Literal["rl", "sft"]
 
@@ -47,6 +48,13 @@ class PolicyAlgorithm(Algorithm):
 
     ppo_n_minibatches: int = Field(default=1, ge=1, description="Optimizer steps of one step.")
     kl_ctl: float = Field(default=0.0, ge=0, description="Weight of the divergence from the base.")
+    use_kl_in_reward: bool = Field(
+        default=False,
+        description="Subtract the divergence from tokens' rewards. false: add it to the loss.",
+    )
+    kl_estimator: Estimator = Field(
+        default="k3", description="How a token's divergence is estimated; in the loss always k3."
+    )
     loss_aggregation: Aggregation = Field(
         default="token", description="Every token, or every rollout, has the same weight."
     )
@@ -69,6 +77,19 @@ class PolicyAlgorithm(Algorithm):
             )
         return self
 
+    @model_validator(mode="after")
+    def _kl_has_effects(self) -> PolicyAlgorithm:
+        if self.use_kl_in_reward and self.kl_ctl == 0:
+            raise FieldError(
+                "use_kl_in_reward", "true does nothing with kl_ctl: 0; raise it, or remove this"
+            )
+        if self.kl_estimator != "k3" and not self.use_kl_in_reward:
+            raise FieldError(
+                "kl_estimator",
+                f"{self.kl_estimator} is for rewards; set use_kl_in_reward: true, or use k3",
+            )
+        return self
+
     @property
     def statistics(self) -> frozenset[Level]:
         """Over which levels statistics of rollouts are taken."""
@@ -79,6 +100,11 @@ class PolicyAlgorithm(Algorithm):
     def policies(self) -> Mapping[str, Policy]:
         return {"reference": BASE} if self.kl_ctl > 0 else {}
 
+    @property
+    def loss_kl(self) -> float:
+        """The weight of the divergence in the loss."""
+        return 0.0 if self.use_kl_in_reward else self.kl_ctl
+
     def scaled(self, scores_S: Floats) -> Floats:
         """[S] rewards, of what scorers gave."""
         return (scores_S * self.reward_scaling).astype(np.float32)
@@ -87,14 +113,20 @@ class PolicyAlgorithm(Algorithm):
         """[S] the rewards less what was expected of them; by itself, unchanged."""
         return values_S
 
-    def advantages(self, scores_S: Floats, groups_S: Longs) -> Floats:
-        """[S] scale and normalise rewards, subtract a baseline, normalise."""
+    def advantages(
+        self, scores_S: Floats, groups_S: Longs, tokens_S: Longs | None = None
+    ) -> Floats:
+        """[S] scale and normalise rewards, subtract a baseline, normalise.
+
+        tokens_S: how many tokens were sampled in each; None: one. With `use_kl_in_reward` the last
+        part is left to `with_kl`.
+        """
         values = self.scaled(scores_S)
         if self.reward_norm is not None:
-            values = self.reward_norm(values, groups_S)
+            values = self.reward_norm(values, groups_S, _weights(self.reward_norm, tokens_S))
         values = self.baseline(values, groups_S)
-        if self.adv_norm is not None:
-            values = self.adv_norm(values, groups_S)
+        if self.adv_norm is not None and not self.use_kl_in_reward:
+            values = self.adv_norm(values, groups_S, _weights(self.adv_norm, tokens_S))
         return values
 
     def credit(self, groups: Sequence[Sequence[Rollout]]) -> list[list[Floats]]:
@@ -105,8 +137,44 @@ class PolicyAlgorithm(Algorithm):
         """
         rewards = np.array([r.reward for group in groups for r in group], dtype=np.float32)
         groups_S = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-        values = iter(self.advantages(rewards, groups_S))
+        tokens_S = np.array([r.sampled_tokens for group in groups for r in group])
+        values = iter(self.advantages(rewards, groups_S, tokens_S))
         return [
             [np.full(r.sampled_tokens, next(values), dtype=np.float32) for r in group]
             for group in groups
         ]
+
+    def with_kl(self, rounds: Sequence[Items], groups_S: Longs) -> list[Floats]:
+        """The stream `advantage` of the rounds of one batch, with `use_kl_in_reward`.
+
+        rounds: of `credit`, with the streams of `policies`. groups_S: the number of the group of
+        every rollout of the batch. A token's advantage is less the divergence from it on.
+        """
+        sequences: list[Longs] = []
+        for items in rounds:
+            begun = int(sequences[-1][-1]) + 1 if sequences else 0
+            sequences.append(items.sequence + begun)
+        sequence_I = np.concatenate(sequences)
+
+        def stream(name: str) -> Floats:
+            return np.concatenate([items.streams[name] for items in rounds])
+
+        kl_I = kl_of_tokens(stream(self.kl_policy), stream("reference"), self.kl_estimator)
+        values_I = stream("advantage") - to_go(self.kl_ctl * kl_I, sequence_I)
+        if self.adv_norm is None:
+            found = values_I.astype(np.float32)
+        else:
+            weights_I = None
+            if self.adv_norm.weigh_by == "rollout":  # its tokens share its weight
+                weights_I = 1 / np.bincount(sequence_I)[sequence_I]
+            found = self.adv_norm(values_I, groups_S[sequence_I], weights_I)
+        return np.split(found, np.cumsum([len(items) for items in rounds])[:-1])
+
+    @property
+    def kl_policy(self) -> str:
+        """The stream of the policy whose divergence is a part of the rewards."""
+        return "behaviour"
+
+
+def _weights(norm: NormConfig, tokens_S: Longs | None) -> Longs | None:
+    return tokens_S if norm.weigh_by == "token" else None

@@ -67,6 +67,9 @@ class Grpo(PolicyAlgorithm):
     )
 
     reward_scaling: float = Field(default=1.0, description="reward = (score + bias) * scaling.")
+    reward_clip: float | None = Field(
+        default=None, gt=0, description="Rewards are clipped to +- it. Default: not."
+    )
     # here only: a baseline of the group's own rewards has the same bias
     reward_bias: float = Field(default=0.0, description="reward = (score + bias) * scaling.")
 
@@ -81,13 +84,22 @@ class Grpo(PolicyAlgorithm):
         return self
 
     def scaled(self, scores_S: Floats) -> Floats:
-        return super().scaled(scores_S + self.reward_bias)
+        rewards = super().scaled(scores_S + self.reward_bias)
+        if self.reward_clip is None:
+            return rewards
+        return rewards.clip(-self.reward_clip, self.reward_clip)
+
+    @property
+    def kl_policy(self) -> str:
+        trainers_word = self.recompute_logprob and not self.use_decoupled_loss
+        return "proximal" if self.use_kl_in_reward and trainers_word else super().kl_policy
 
     @property
     def policies(self) -> Mapping[str, Policy]:
         """With one optimizer step a batch the proximal policy is the current one: no extra pass."""
         recompute = self.use_decoupled_loss or bool(self.recompute_logprob)
-        proximal = {"proximal": CURRENT} if recompute and self.ppo_n_minibatches > 1 else {}
+        moves = self.ppo_n_minibatches > 1 or self.kl_policy == "proximal"
+        proximal = {"proximal": CURRENT} if recompute and moves else {}
         return {**super().policies, **proximal}
 
     def loss(self) -> LossSpec:
@@ -95,7 +107,7 @@ class Grpo(PolicyAlgorithm):
             function = decoupled_loss
         else:
             function = recomputed_loss if self.recompute_logprob else plain_loss
-        params = {"eps_clip": self.eps_clip, "kl_ctl": self.kl_ctl}
+        params = {"eps_clip": self.eps_clip, "kl_ctl": self.loss_kl}
         if self.eps_clip_higher is not None:
             params["eps_clip_higher"] = self.eps_clip_higher
         bounds = self.rejection_sampling
@@ -164,6 +176,7 @@ def _clipped(
     }
     if (reference := items.streams.get("reference")) is not None:
         kl = kl_estimate((reference - current_I).where(kept_I, zero))
-        item_loss = item_loss + kl_ctl * kl
+        if kl_ctl:  # else it is in the rewards
+            item_loss = item_loss + kl_ctl * kl
         metrics["kl_reference"] = (kl.detach() * items.weight).sum()
     return LossResult(total=(item_loss * items.weight).sum(), metrics=metrics)

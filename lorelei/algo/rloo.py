@@ -40,7 +40,7 @@ class Rloo(PolicyAlgorithm):
         return values
 
     def loss(self) -> LossSpec:
-        params = {"kl_ctl": self.kl_ctl}
+        params = {"kl_ctl": self.loss_kl}
         return LossSpec(path=loss_path(loss), params=params, streams=("advantage", "behaviour"))
 
 
@@ -61,6 +61,7 @@ def loss(current_I: Tensor, items: LossItems, *, kl_ctl: float = 0.0) -> LossRes
     metrics: dict[str, Tensor] = {}
     if (reference := items.streams.get("reference")) is not None:
         kl = kl_estimate(reference - current_I)
-        item_loss = item_loss + kl_ctl * kl
+        if kl_ctl:  # else it is in the rewards
+            item_loss = item_loss + kl_ctl * kl
         metrics["kl_reference"] = (kl.detach() * items.weight).sum()
     return LossResult(total=(item_loss * items.weight).sum(), metrics=metrics)

@@ -14,12 +14,13 @@ from lorelei.config.section import Raw
 TRAIN = ("archon", "fsdp", "megatron")
 ROLLOUT = ("sglang", "vllm")
 VLLM_SEQUENCES = 256  # AReaL's default of vllm.max_num_seqs
+EXTRA = ("rollout.extra_args",)
 _CONTEXT = {"sglang": "context_length", "vllm": "max_model_len"}
 _EXAMPLE = {"rollout.backend": "sglang:d4", "actor.backend": "fsdp:d4"}
 
 
 def allocation(file: ArealFile) -> Allocation:
-    """Of both backends, or of allocation_mode. Raises ConfigError."""
+    """Of both backends, or of allocation_mode, of a file that samples. Raises ConfigError."""
     older = file.value("allocation_mode")
     named = {key: file.value(key) for key in ("rollout.backend", "actor.backend")}
     if older:
@@ -43,6 +44,27 @@ def allocation(file: ArealFile) -> Allocation:
             "devices of their own here: write + for |"
         )
     return found
+
+
+def train_backend(file: ArealFile) -> Backend:
+    """Who trains. Raises ConfigError."""
+    if not file.sft:
+        return allocation(file).train
+    if (value := file.value("actor.backend")) is None:
+        raise ConfigError(f"actor.backend: is required, such as {_EXAMPLE['actor.backend']}")
+    found = parse_backend(str(value), "actor.backend")
+    _check_kind(found.kind, TRAIN, "actor.backend")
+    return found
+
+
+def unused(file: ArealFile) -> tuple[str, ...]:
+    """Sections that nobody reads: those of engines that were not chosen."""
+    trains = train_backend(file).kind
+    engines = tuple(f"actor.{kind}" for kind in TRAIN if kind != trains)
+    if file.sft:
+        return (*engines, *ROLLOUT, "rollout", "gconfig", "eval_gconfig")
+    samples = allocation(file).rollout.kind
+    return (*engines, *(kind for kind in ROLLOUT if kind != samples))
 
 
 def train_section(backend: Backend, field: str) -> Raw:
@@ -108,7 +130,7 @@ def _extra_args(file: ArealFile, kind: str) -> Raw:
         rule = rule_of(f"{kind}.{key}")
         name = key.replace("_", "-")
         # AReaL leaves out what is null or false, and so do the servers
-        if rule is None or rule.key != f"{kind}.*" or value is None or value is False:
+        if rule is None or rule.ours != EXTRA or value is None or value is False:
             continue
         if name in derived:
             raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lorelei.areal.backends import allocation
+from lorelei.areal.backends import allocation, unused
 from lorelei.areal.file import ArealFile, rule_of
 from lorelei.areal.rule import Rule
 from lorelei.areal.rules import DTYPES
@@ -13,27 +13,44 @@ from lorelei.config.errors import ConfigError, shown
 from lorelei.config.parallel import Backend
 
 # what AReaL takes where the file says nothing, of keys that must agree with another
-DEFAULTS = {"rollout.use_lora": False, "actor.use_lora": False, "gconfig.temperature": 1.0}
+DEFAULTS = {
+    "rollout.use_lora": False,
+    "actor.use_lora": False,
+    "gconfig.temperature": 1.0,
+    "gconfig.n_samples": 1,
+    "actor.reward_norm.group_size": 1,
+    "actor.adv_norm.group_size": 1,
+}
 NORMS = ("actor.reward_norm", "actor.adv_norm")
+KINDS = ("rl", "sft")
+OBJECTIVES = {"dpo": "DPO", "rw": "a reward model"}
 
 
 def check(file: ArealFile) -> None:
     """Raises ConfigError with field, value and fix."""
-    parts = allocation(file)
-    unused = ({"sglang", "vllm"} - {parts.rollout.kind}).pop()
+    if not file.has_section("actor"):
+        raise ConfigError("actor: is required; a file without it samples, and trains nothing")
+    # what is trained comes first: nothing else of the file matters then
+    if (kind := file.value("train_dataset.type", "rl")) not in KINDS:
+        raise ConfigError(
+            f"train_dataset.type: {shown(kind)} is {OBJECTIVES.get(kind, 'another objective')}, "
+            "which is not built yet (allowed: rl, sft)"
+        )
     for key in file.values:
         rule = rule_of(key)
-        if rule is None or key.startswith(f"{unused}."):
+        if rule is not None and rule.objective:
+            _check_only(file, key, rule)
+    left_out = tuple(f"{section}." for section in unused(file))
+    for key in file.values:
+        rule = rule_of(key)
+        if rule is None or key.startswith(left_out):
             continue
         if rule.how == "only":
             _check_only(file, key, rule)
         elif rule.how == "equal":
             _check_equal(file, key, rule.equal_to, rule.why)
-    _check_equal(file, "rollout.use_lora", "actor.use_lora", "else rollouts sample the base model")
-    _check_servers(file, parts.rollout.kind)
-    _check_bridge(file, parts.train)
-    _check_devices(file, parts.train, parts.rollout)
-    _check_clip(file)
+    if not file.sft:
+        _check_sampling(file)
     if (scheduler := file.value("scheduler.type", "local")) not in ("local", "ray"):
         raise ConfigError(
             f"scheduler.type: {scheduler!r} does not start runs here; set it to null, and for a "
@@ -41,10 +58,34 @@ def check(file: ArealFile) -> None:
         )
 
 
+def _check_sampling(file: ArealFile) -> None:
+    parts = allocation(file)
+    _check_equal(file, "rollout.use_lora", "actor.use_lora", "else rollouts sample the base model")
+    for norm in NORMS:
+        if file.has_section(norm):
+            key = f"{norm}.group_size"
+            _check_equal(file, key, "gconfig.n_samples", "a group is of one prompt")
+    _check_servers(file, parts.rollout.kind)
+    _check_bridge(file, parts.train)
+    _check_devices(file, parts.train, parts.rollout)
+    if (weight := file.number("actor.kl_ctl", 0.1)) > 0 and not file.has_section("ref"):
+        raise ConfigError(
+            f"actor.kl_ctl: {weight} without a section `ref` rewards unlikely tokens in AReaL, and "
+            "not those that are near a reference; give ref={path: ${actor.path}}, or set it to 0"
+        )
+
+
 def _check_only(file: ArealFile, key: str, rule: Rule) -> None:
     value = file.values[key]
     if value is None or value in rule.allowed:
         return
+    if rule.objective:
+        section = key.partition(".")[0] if rule.key.endswith(".*") else key
+        fix = _yaml(rule.allowed[0])
+        raise ConfigError(
+            f"{key}: {_yaml(value)} is {rule.objective}, which is not built yet; "
+            f"{section}={fix} trains without it"
+        )
     allowed = ", ".join(_yaml(a) for a in rule.allowed) or "nothing"
     raise ConfigError(f"{key}: {_yaml(value)} cannot be done here; {rule.why} (allowed: {allowed})")
 
@@ -96,7 +137,7 @@ def _check_bridge(file: ArealFile, train: Backend) -> None:
 
 def _check_devices(file: ArealFile, train: Backend, rollout: Backend) -> None:
     nodes, devices = (file.number(f"cluster.{key}") for key in ("n_nodes", "n_gpus_per_node"))
-    if nodes is None or devices is None:
+    if nodes is None or not devices:  # 0: on CPUs
         return
     taken = train.sizes.world + rollout.sizes.world
     if taken > nodes * devices:
@@ -104,17 +145,6 @@ def _check_devices(file: ArealFile, train: Backend, rollout: Backend) -> None:
             f"cluster.n_gpus_per_node: {devices} on {nodes} node{'s' * (nodes > 1)} are fewer than "
             f"the {train.sizes.world} of actor.backend and {rollout.sizes.world} of "
             "rollout.backend; raise it, or lower a backend's d"
-        )
-
-
-def _check_clip(file: ArealFile) -> None:
-    clip = file.number("actor.reward_clip", 20.0)
-    scale, bias = (file.number(f"actor.reward_{k}", d) for k, d in (("scaling", 1), ("bias", 0)))
-    reached = max(abs((score + bias) * scale) for score in (0, 1))
-    if reached > clip:
-        raise ConfigError(
-            f"actor.reward_clip: {clip:g} is below {reached:g}, the reward of some score from 0 to "
-            "1, and rewards are not clipped here; raise it, or lower actor.reward_scaling"
         )
 
 

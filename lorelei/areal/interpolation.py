@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from typing import Any, cast
 
 from lorelei.config.errors import ConfigError, nearest
@@ -12,17 +13,22 @@ from lorelei.config.section import Raw, is_mapping
 _INNERMOST = re.compile(r"(?<!\\)\$\{([^${}]*)\}")
 
 
-def resolve(data: Raw) -> Raw:
+Default = Callable[[str], tuple[bool, Any]]  # of a dotted key: whether there is one, and which
+
+
+def resolve(data: Raw, default: Default = lambda _: (False, None)) -> Raw:
     """`data` with every reference replaced by what it names; a whole value keeps its type.
 
-    Raises ConfigError for what is not there, for a circle, and for resolvers but oc.env.
+    default: what a key has that is not in `data`. Raises ConfigError for what is in neither, for a
+    circle, and for resolvers but oc.env.
     """
-    return cast(Raw, _Resolver(data).value(data, ()))
+    return cast(Raw, _Resolver(data, default).value(data, ()))
 
 
 class _Resolver:
-    def __init__(self, data: Raw) -> None:
+    def __init__(self, data: Raw, default: Default) -> None:
         self._data = data
+        self._default = default
         self._open: list[tuple[str, ...]] = []  # what is being resolved
 
     def value(self, value: object, path: tuple[str, ...]) -> object:
@@ -71,6 +77,9 @@ class _Resolver:
             ):
                 found = cast(list[Any], found)[int(key)]
             else:
+                known, value = self._default(".".join(target))
+                if known:
+                    return value
                 there = (
                     nearest(key, map(str, cast(Raw, found)))
                     if is_mapping(cast(object, found))

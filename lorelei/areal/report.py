@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from lorelei.areal.file import BELOW, became, leaves, rule_of
+from lorelei.areal.backends import EXTRA, unused
+from lorelei.areal.file import became, leaves, rule_of
 from lorelei.areal.rule import Rule
-from lorelei.areal.rules import REPEATED, RULES
+from lorelei.areal.rules import RULES
+from lorelei.areal.service_rules import REPEATED
 from lorelei.areal.translate import Translation
 from lorelei.config.errors import shown
 from lorelei.config.section import Raw
@@ -16,6 +18,7 @@ from lorelei.config.section import Raw
 REPLACED = {  # by what takes its place
     "total_train_epochs": "total_train_steps",
     "evaluator.freq_epochs": "evaluator.freq_steps",
+    "actor.optimizer.warmup_steps_proportion": "actor.optimizer.warmup_steps",
 }
 
 
@@ -35,10 +38,10 @@ def fates(translation: Translation) -> tuple[KeyOutcome, ...]:
     ours = dict(leaves(translation.config))
     file = translation.file
     found = [_fate(key, value, ours, translation) for key, value in file.values.items()]
-    other = _unused(translation)
+    others = tuple(f"{section}." for section in unused(file))
     for rule in RULES:
         counts = rule.key not in file.values and rule.how in ("copied", "made")
-        if rule.default is None or not counts or rule.key.startswith(f"{other}."):
+        if rule.default is None or not counts or rule.key.startswith(others):
             continue
         if taken := {k: ours[k] for k in became(rule.key, ours)}:
             found.append(
@@ -71,23 +74,25 @@ def _fate(key: str, value: Any, ours: Raw, translation: Translation) -> KeyOutco
     rule, taken = rule_of(key), Raw()
     if rule is None:
         why = "null: nothing is set"
-    elif key.startswith(f"{_unused(translation)}."):
-        why = f"rollout.backend is {translation.config['rollout']['kind']}"
+    elif key.startswith(tuple(f"{section}." for section in unused(translation.file))):
+        why = _not_chosen(key, translation)
     elif (other := REPLACED.get(key)) and translation.file.has(other):
         why = f"{other} takes its place"
     else:
         if rule.how in ("copied", "made") and value is not None:
-            option = (
-                f".{key.rpartition('.')[2].replace('_', '-')}" if rule.key.endswith(BELOW) else ""
-            )
+            option = f".{key.rpartition('.')[2].replace('_', '-')}" if rule.ours == EXTRA else ""
             taken = {k: ours[k] for k in became(key, ours) if k.endswith(option)}
         why = rule.why if taken else _nothing(rule, value)
     return KeyOutcome(key=key, value=value, became=taken, why=why)
 
 
-def _unused(translation: Translation) -> str:
-    """The section of the server that does not sample."""
-    return {"sglang": "vllm", "vllm": "sglang"}[translation.config["rollout"]["kind"]]
+def _not_chosen(key: str, translation: Translation) -> str:
+    """Why the section of an engine is not read."""
+    if key.startswith("actor."):
+        return f"actor.backend is {translation.config['train']['kind']}"
+    if translation.file.sft:
+        return "nothing is sampled with train_dataset.type: sft"
+    return f"rollout.backend is {translation.config['rollout']['kind']}"
 
 
 def _nothing(rule: Rule, value: Any) -> str:
@@ -98,7 +103,7 @@ def _nothing(rule: Rule, value: Any) -> str:
         return "null: nothing is set"
     if rule.how == "only":
         return "needs nothing here"
-    if rule.how == "copied":
+    if rule.how == "copied" or (rule.how == "made" and rule.ours):
         return "means nothing with the other settings"
     return rule.why
 
@@ -125,12 +130,16 @@ def _text(value: object) -> str:
 
 
 def tables() -> Iterator[tuple[str, Sequence[tuple[str, str, str]]]]:
-    """For docs/areal.md: by section, rows of key, what it becomes, how or why not."""
-    by_section: dict[str, list[tuple[str, str, str]]] = {}
+    """For docs/areal.md: by section, rows of keys, what they become, how or why not."""
+    by_section: dict[str, dict[tuple[str, str], list[str]]] = {}
     for rule in (*RULES, *(_anywhere(name, rule) for name, rule in REPEATED.items())):
-        section = rule.key.partition(".")[0] if "." in rule.key else "top level"
-        by_section.setdefault(section, []).append((rule.key, _outcome(rule), _note(rule)))
-    yield from by_section.items()
+        above, _, _ = rule.key.partition(".")
+        section = "top level" if "." not in rule.key or rule.how == "own" else above
+        rows = by_section.setdefault(section, {})
+        key = above if rule.how == "own" else rule.key
+        rows.setdefault((_outcome(rule), _note(rule)), []).append(f"`{key}`")
+    for section, rows in by_section.items():
+        yield section, [(", ".join(keys), *row) for row, keys in rows.items()]
 
 
 def _anywhere(name: str, rule: Rule) -> Rule:
@@ -138,6 +147,8 @@ def _anywhere(name: str, rule: Rule) -> Rule:
 
 
 def _outcome(rule: Rule) -> str:
+    if rule.how == "own":
+        return f"give `{rule.ours[0]}`" if rule.ours else "nothing"
     if rule.ours:
         return ", ".join(f"`{name}`" for name in rule.ours)
     match rule.how:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-How = Literal["copied", "made", "equal", "only", "ignored"]
+How = Literal["copied", "made", "equal", "only", "ignored", "own"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,7 @@ class Rule:
     allowed: tuple[object, ...] = ()  # of `only`: what needs nothing here; another is refused
     equal_to: str = ""  # of `equal`: the key that must say the same
     convert: Callable[[Any], Any] | None = None  # of `copied`
+    objective: str = ""  # of `only`: what another value would train, which is not built yet
 
 
 def copied(
@@ -45,11 +46,18 @@ def equal(key: str, other: str, why: str) -> Rule:
     return Rule(key=key, how="equal", equal_to=other, why=why)
 
 
-def only(key: str, *allowed: object, why: str) -> Rule:
-    """Nothing, for values that need nothing."""
-    return Rule(key=key, how="only", allowed=allowed, why=why)
+def only(key: str, *allowed: object, why: str = "", objective: str = "") -> Rule:
+    """Nothing, for values that need nothing. objective: what another value means."""
+    why = why or f"{objective} is not built yet"
+    return Rule(key=key, how="only", allowed=allowed, why=why, objective=objective)
 
 
 def ignored(key: str, why: str) -> Rule:
     """Nothing, whatever it says."""
     return Rule(key=key, how="ignored", why=why)
+
+
+def own(key: str, needs: str) -> Rule:
+    """Nothing: a key of an example's own class, and of ours, which one says it instead."""
+    why = "a setting of the example's own class, for the Python code beside it"
+    return Rule(key=f"{key}.*", how="own", ours=(needs,) if needs else (), why=why)

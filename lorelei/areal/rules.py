@@ -6,12 +6,12 @@ the section it stands in, where that has one; else it is refused.
 
 from __future__ import annotations
 
+from lorelei.areal.engine_rules import ENGINES
 from lorelei.areal.rule import Rule, copied, equal, ignored, made, only
 from lorelei.areal.server_rules import SERVERS
+from lorelei.areal.service_rules import BESIDE, DATA, EXAMPLES
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_ONE_RUN = "a run has one name and one folder"
-_FOLDER = "a run is one folder: runs_dir/name"
 _OWN = "the engines here have settings of their own; see `lorelei schema`"
 _TRAIN = ("train.kind", "train.*_parallel")
 _SAMPLE = ("rollout.kind", "rollout.replicas", "rollout.tensor_parallel_size")
@@ -32,14 +32,26 @@ RUN = (
     equal("tokenizer_path", "actor.path", "the tokenizer is the model's own"),
     made("allocation_mode", *_SAMPLE, *_TRAIN, why="the older way of writing both backends"),
     copied("cluster.n_nodes", "machine.nodes"),
-    copied(
-        "cluster.n_gpus_per_node", "machine.devices", why="what the backends take must be there"
+    made(
+        "cluster.n_gpus_per_node",
+        "machine.devices",
+        why="what the backends take must be there; 0: CPUs",
     ),
     copied("cluster.fileroot", "runs_dir"),
     ignored("cluster.cluster_name", "machines are not named here"),
-    ignored("cluster.name_resolve.*", "the controller knows its workers' addresses"),
+    *(
+        ignored(f"cluster.name_resolve.{key}", "the controller knows its workers' addresses")
+        for key in ("type", "nfs_record_root", "etcd3_addr", "ray_actor_name")
+    ),
     copied("scheduler.type", "cluster.kind", why="local or ray; see `lorelei launch slurm`"),
-    ignored("scheduler.*", "there is no scheduler service here"),
+    *(
+        ignored(f"scheduler.{key}", "there is no scheduler service here")
+        for key in (
+            *("endpoint", "deploy_mode", "functioncall_service_domain", "reward_model_path"),
+            *("reward_functioncall_config", "reward_functioncall_config.*"),
+            "reward_model_service_url",
+        )
+    ),
     ignored("launcher.*", "what is launched follows from the backends"),
 )
 
@@ -60,12 +72,31 @@ ROLLOUT = (
         "separation",
         why="trainer and servers have devices of their own here",
     ),
-    ignored("rollout.scheduling_strategy.*", "see rollout.scheduling_strategy.type"),
+    ignored("rollout.scheduling_strategy.target", "see rollout.scheduling_strategy.type"),
+    ignored("rollout.scheduling_strategy.fork", "see rollout.scheduling_strategy.type"),
     only("rollout.agent.agent_cls_path", None, "", why="set env: {kind: agent, path: FILE.py:FN}"),
-    only("rollout.agent.mode", "inline", why="agents are `env: {kind: agent}` here"),
+    only(
+        "rollout.agent.mode",
+        "inline",
+        "subproc",
+        why="episodes are driven by `env`, not by clients",
+    ),
     only("rollout.agent.turn_discount", 1.0, why="set env.turn_discount"),
     only("rollout.agent.export_style", "individual", "concat", why="turns share prefixes anyway"),
-    ignored("rollout.agent.*", "agents are `env` here, see docs/environments.md"),
+    *(
+        ignored(f"rollout.agent.{key}", "agents are `env` here, see docs/environments.md")
+        for key in (
+            *("admin_api_key", "tool_call_parser", "reasoning_parser", "chat_template_type"),
+            *("engine_max_tokens", "subproc_max_workers", "session_timeout_seconds"),
+            "set_reward_finish_timeout",
+        )
+    ),
+    only("rollout.api_url", None, why="set rollout.urls to attach to servers that run"),
+    only("rollout.return_routed_experts", False, why="the trainer routes tokens itself"),
+    *(
+        ignored(f"rollout.{key}", "servers are started, or attached to by rollout.urls")
+        for key in ("model", "admin_api_key", "provider_api_key")
+    ),
     ignored("rollout.queue_size", "rollouts in flight are bounded by staleness and max_concurrent"),
     ignored("rollout.dump_to_file", "rollouts.jsonl is always written"),
     ignored("rollout.enable_rollout_tracing", "rollouts.jsonl is always written"),
@@ -80,7 +111,6 @@ ROLLOUT = (
             *("pause_grace_period", "poll_interval"),
         )
     ),
-    ignored("rollout.scheduling_spec", "what is launched follows from the backends"),
     ignored("rollout._version", _OWN),
     copied("gconfig.n_samples", "rollout.n_samples", default=1),
     copied("gconfig.max_new_tokens", "rollout.max_new_tokens", default=16384),
@@ -110,6 +140,29 @@ ROLLOUT = (
     ignored("gconfig.seed", "sampling is keyed by seed, adapter and prompt"),
 )
 
+_EVAL = "evaluations here are of one answer to a prompt"
+EVAL = (
+    made("eval_gconfig.temperature", "eval.temperature", why="0 where eval_gconfig.greedy is true"),
+    made("eval_gconfig.greedy", "eval.temperature", why="see eval_gconfig.temperature"),
+    copied("eval_gconfig.max_new_tokens", "eval.max_new_tokens"),
+    copied("eval_gconfig.top_p", "eval.top_p"),
+    copied(
+        "eval_gconfig.top_k", "eval.top_k", convert=lambda k: 0 if k in (-1, 100_000_000) else k
+    ),
+    only("eval_gconfig.n_samples", 1, why=_EVAL),
+    only("eval_gconfig.min_new_tokens", 0, why=_EVAL),
+    only("eval_gconfig.frequency_penalty", 0.0, why=_EVAL),
+    only("eval_gconfig.use_beam_search", False, why=_EVAL),
+    only("eval_gconfig.ignore_eos", False, why=_EVAL),
+    only("eval_gconfig.stop_token_ids", None, [], why="the model's own end tokens are used"),
+    equal("eval_gconfig.stop", "gconfig.stop", "completions end where training's do"),
+    equal("eval_gconfig.lora_name", "gconfig.lora_name", "one adapter has one name"),
+    *(
+        ignored(f"eval_gconfig.{key}", "see gconfig")
+        for key in ("max_tokens", "skip_special_tokens")
+    ),
+)
+
 _LORA = (
     copied("actor.use_lora", "lora.use_lora", default=False),
     copied("actor.lora_rank", "lora.lora_rank", default=32),
@@ -122,10 +175,14 @@ _LORA = (
         why="none: all-linear",
     ),
     copied("actor.peft_type", "lora.peft_type", default="lora"),
-    made("actor.megatron.bridge_type", why="must be megatron-bridge for LoRA"),
 )
 _OPTIMIZER = (
-    only("actor.optimizer.type", "adam", why="AdamW is what there is"),
+    only(
+        "actor.optimizer.type",
+        "adam",
+        "adam_bf16",
+        why="AdamW with float32 moments is what there is",
+    ),
     copied("actor.optimizer.lr", "optimizer.lr", default=1e-3),
     copied("actor.optimizer.weight_decay", "optimizer.weight_decay", default=0.01),
     copied("actor.optimizer.beta1", "optimizer.beta1", default=0.9),
@@ -139,7 +196,8 @@ _OPTIMIZER = (
         default=0.001,
         why="of steps, rounded down",
     ),
-    only("actor.optimizer.min_lr_ratio", 0.0, why="schedules fall to zero here"),
+    made("actor.optimizer.warmup_steps", "optimizer.warmup_steps", why="in place of the share"),
+    made("actor.optimizer.min_lr_ratio", "optimizer.min_lr_ratio", why="of linear and cosine"),
     only("actor.optimizer.offload", False, why="an adapter's optimizer is small"),
     *(
         ignored(f"actor.optimizer.{key}", "adapters and optimizer are float32")
@@ -150,16 +208,26 @@ _LOSS = (
     copied("actor.ppo_n_minibatches", "algo.ppo_n_minibatches", default=4),
     copied("actor.eps_clip", "algo.eps_clip", default=0.2),
     copied("actor.eps_clip_higher", "algo.eps_clip_higher"),
-    only("actor.c_clip", None, why="there is no dual clipping"),
+    only("actor.c_clip", None, objective="dual clipping"),
     copied("actor.kl_ctl", "algo.kl_ctl", default=0.1),
-    only("actor.kl_estimator", "k3", "k1", why="k3 is what there is; it matters with kl_ctl only"),
+    made(
+        "actor.kl_estimator",
+        *("algo.kl_estimator", "algo.use_kl_in_reward"),
+        default="k1",
+        why="with kl_ctl above 0, which needs a `ref`; subtracted from the rewards of tokens",
+    ),
     made(
         "actor.recompute_logprob",
         "algo.recompute_logprob",
         default=False,
         why="implied by use_decoupled_loss",
     ),
-    copied("actor.use_decoupled_loss", "algo.use_decoupled_loss", default=False),
+    made(
+        "actor.use_decoupled_loss",
+        "algo.use_decoupled_loss",
+        default=False,
+        why="without rejection_sampling there is no weight there: recompute_logprob alone",
+    ),
     copied("actor.rejection_sampling.upper", "algo.rejection_sampling.upper"),
     copied("actor.rejection_sampling.lower", "algo.rejection_sampling.lower"),
     copied("actor.rejection_sampling.metric", "algo.rejection_sampling.metric"),
@@ -170,35 +238,44 @@ _LOSS = (
         copied(f"actor.{key}", "algo.rejection_sampling.upper", why="of older files")
         for key in ("behave_imp_weight_cap", "behav_imp_weight_cap")
     ),
-    only("actor.prox_logp_method", "recompute", why="they are computed, not approximated"),
-    only("actor.importance_sampling_level", "token", why="ratios are of tokens"),
-    only("actor.m2_threshold", None, why="there is no M2PO"),
-    only("actor.use_sapo_loss", False, why="there is no SAPO"),
-    only("actor.use_cispo_loss", False, why="there is no CISPO"),
+    only(
+        "actor.prox_logp_method", "recompute", objective="an approximation of the proximal policy"
+    ),
+    only("actor.importance_sampling_level", "token", objective="GSPO"),
+    only("actor.m2_threshold", None, objective="M2PO"),
+    only("actor.use_sapo_loss", False, objective="SAPO"),
+    only("actor.use_cispo_loss", False, objective="CISPO"),
     *(ignored(f"actor.{k}", "see actor.use_sapo_loss") for k in ("sapo_tau_pos", "sapo_tau_neg")),
     copied("actor.dynamic_sampling", "algo.drop_zero_variance_groups"),
 )
+_STATISTIC = "deviations are around the mean that is subtracted"
+_UNBIASED = "AReaL's default: true"
+_EPS = "AReaL's default: 1e-05"
+_COUNTED = {
+    "reward_norm": "null: none; weigh_by: rollout",
+    "adv_norm": "null: none; weigh_by: token, as its statistics there are of tokens",
+}
 _REWARD = (
     copied("actor.reward_scaling", "algo.reward_scaling", default=1.0),
     copied("actor.reward_bias", "algo.reward_bias", default=0.0),
-    made("actor.reward_clip", default=20.0, why="refused where a score of 0 to 1 could reach it"),
+    copied("actor.reward_clip", "algo.reward_clip", default=20.0),
     *(
         rule
         for norm in ("reward_norm", "adv_norm")
         for rule in (
-            made(f"actor.{norm}", f"algo.{norm}", why="null: none"),
+            made(f"actor.{norm}", f"algo.{norm}", why=_COUNTED[norm]),
             made(f"actor.{norm}.mean_level", f"algo.{norm}.mean_level", why="null: none"),
             made(f"actor.{norm}.std_level", f"algo.{norm}.std_level", why="null: none"),
             equal(f"actor.{norm}.group_size", "gconfig.n_samples", "a group is of one prompt"),
-            only(f"actor.{norm}.mean_leave1out", False, why="set algo.kind: rloo"),
-            ignored(f"actor.{norm}.std_unbiased", "deviations are those of `algo`"),
-            ignored(f"actor.{norm}.eps", "deviations are those of `algo`"),
+            made(f"actor.{norm}.mean_leave1out", f"algo.{norm}.mean_leave1out", why=_STATISTIC),
+            made(f"actor.{norm}.std_unbiased", f"algo.{norm}.std_unbiased", why=_UNBIASED),
+            made(f"actor.{norm}.eps", f"algo.{norm}.eps", why=_EPS),
         )
     ),
     only("actor.discount", 1.0, why="an answer has one reward"),
     only("actor.gae_lambda", 1.0, why="an answer has one reward"),
     only("actor.gae_timestep_unit", "token", why="an answer has one reward"),
-    only("actor.overlong_reward_penalty", False, why="write it into a reward of kind python"),
+    only("actor.overlong_reward_penalty", False, objective="DAPO's penalty on long answers"),
     ignored("actor.overlong_tokens", "see actor.overlong_reward_penalty"),
     ignored("actor.overlong_penalty_factor", "see actor.overlong_reward_penalty"),
     only("actor.mask_no_eos_with_zero", False, why="answers that were cut off are trained on"),
@@ -212,7 +289,10 @@ ACTOR = (
     copied("actor.dtype", "dtype", default="bfloat16", convert=lambda name: DTYPES.get(name, name)),
     copied("actor.gradient_checkpointing", "train.gradient_checkpointing", default=False),
     copied("actor.mb_spec.max_tokens_per_mb", "train.max_tokens_per_mb"),
-    ignored("actor.mb_spec.*", "micro-batches are filled up to max_tokens_per_mb"),
+    *(
+        ignored(f"actor.mb_spec.{key}", "micro-batches are filled up to max_tokens_per_mb")
+        for key in ("n_mbs", "granularity", "n_mbs_divisor", "packing_algorithm")
+    ),
     copied("actor.weight_update_mode", "publish.kind", default="xccl"),
     *(*_LORA, *_OPTIMIZER, *_LOSS, *_REWARD),
     equal("actor.temperature", "gconfig.temperature", "the loss needs the sampler's temperature"),
@@ -222,7 +302,8 @@ ACTOR = (
     only("actor.is_critic", False, why="there is no critic"),
     only("actor.offload", False, why="trainer and servers have devices of their own here"),
     only("actor.scheduling_strategy.type", "separation", why="see enable_offload"),
-    ignored("actor.scheduling_strategy.*", "see actor.scheduling_strategy.type"),
+    ignored("actor.scheduling_strategy.target", "see actor.scheduling_strategy.type"),
+    ignored("actor.scheduling_strategy.fork", "see actor.scheduling_strategy.type"),
     ignored("actor.disable_dropout", "the models have none; lora.lora_dropout is 0"),
     ignored("actor.attn_impl", "the train engine chooses its attention"),
     ignored("actor.use_kernels", "the train engine chooses its kernels"),
@@ -231,49 +312,22 @@ ACTOR = (
     ignored("actor.pad_to_maximum", "batches are packed, without padding"),
     ignored("actor.logprobs_chunk_size", "logits are computed in chunks anyway"),
     ignored("actor.enable_tree_training", "what samples share is computed once anyway"),
-    ignored("actor.scheduling_spec", "what is launched follows from the backends"),
-    *(ignored(f"actor.{engine}.*", _OWN) for engine in ("fsdp", "megatron", "archon")),
-    *(ignored(f"actor.{key}", _OWN) for key in ("_version", "request_timeout", "setup_timeout")),
+    *(
+        ignored(f"actor.{key}", _OWN)
+        for key in ("_version", "request_timeout", "setup_timeout", "admin_api_key", "log_level")
+    ),
     equal("ref.path", "actor.path", "the reference is the base model with the adapter off"),
     ignored("ref.*", "the reference is the base model with the adapter off: no second model"),
 )
 
-DATA = (
-    made(
-        "train_dataset.path", "task", "reward", why="openai/gsm8k and math_verify; else give both"
-    ),
-    copied("train_dataset.batch_size", "algo.batch_size", default=1),
-    copied(
-        "train_dataset.max_length",
-        "task.max_prompt_tokens",
-        why="a longer prompt is an error here, AReaL leaves it out",
-    ),
-    only("train_dataset.type", "rl", why="write `algo: {kind: sft}` in a file of ours"),
-    only("train_dataset.drop_last", True, why="every step has a whole batch"),
-    ignored("train_dataset.shuffle", "the order is a seeded permutation"),
-    *(
-        ignored(f"{data}.{key}", "prompts are rendered before the first step")
-        for data in ("train_dataset", "valid_dataset")
-        for key in ("pin_memory", "num_workers")
-    ),
-    equal("valid_dataset.path", "train_dataset.path", "problems of the same data are held out"),
-    ignored("valid_dataset.*", "eval.n_prompts problems of the training data are held out"),
-    made("evaluator.freq_epochs", "eval.every", why="epochs x steps of one; null: never"),
-    made("evaluator.freq_steps", "eval.every", why="in place of the epochs"),
-    ignored("evaluator.freq_secs", "evaluations are counted in steps"),
-    only("evaluator.eval_before_train", False, why="use `lorelei eval RUN --base`"),
-    ignored("saver.*", "adapters are saved every step; `lorelei export` writes one for others"),
-    ignored("recover.*", "a step is committed or it did not happen; `lorelei resume` goes on"),
-    ignored("stats_logger.*", "metrics.jsonl and `lorelei report`; there is no tracker yet"),
-    ignored("perf_tracer.*", "metrics.jsonl has the seconds of every part of a step"),
-)
-
 REFUSED = (
-    only("critic.*", None, why="GRPO has no critic"),
-    only("teacher.*", None, why="there is no distillation"),
+    only("critic.*", None, objective="PPO with a critic"),
+    only("teacher.*", None, objective="distillation from a teacher"),
+    only("actor.beta", None, objective="DPO"),
+    only("actor.loss_type", None, objective="DPO"),
+    only("dynamic_bs", False, why="a step takes batch_size groups; see actor.dynamic_sampling"),
 )
 
-NAMES = ("experiment_name", "trial_name", "fileroot")  # repeated in every section
-
-RULES: tuple[Rule, ...] = (*RUN, *ROLLOUT, *ACTOR, *SERVERS, *DATA, *REFUSED)
-REPEATED = {name: ignored(name, _ONE_RUN if name != "fileroot" else _FOLDER) for name in NAMES}
+RULES: tuple[Rule, ...] = (
+    *(*RUN, *ROLLOUT, *EVAL, *ACTOR, *ENGINES, *SERVERS, *DATA, *BESIDE, *REFUSED, *EXAMPLES),
+)

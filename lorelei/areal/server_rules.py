@@ -5,6 +5,7 @@ from __future__ import annotations
 from lorelei.areal.rule import equal, ignored, made, only
 
 _FOLLOWS = "follows from the run"
+_OPTION = "an option of the server, by the server's name"
 _SMALLER = "the smaller of it and gconfig.max_tokens"
 _KEYED = "sampling is keyed by seed, adapter and prompt"
 
@@ -38,7 +39,26 @@ SERVERS = (
             *("lora_paths", "lora_target_modules", "max_loras_per_batch", "load_format"),
         )
     ),
-    made("sglang.*", "rollout.extra_args", why="an option of the server, by the server's name"),
+    *(
+        made(f"sglang.{key}", "rollout.extra_args", why=_OPTION)
+        for key in (
+            *("disable_cuda_graph", "disable_radix_cache", "disable_cuda_graph_padding"),
+            *("enable_nccl_nvls", "disable_outlines_disk_cache", "disable_custom_all_reduce"),
+            *("disable_overlap_schedule", "enable_mixed_chunk", "enable_dp_attention"),
+            *("enable_ep_moe", "enable_torch_compile", "torch_compile_max_bs"),
+            *("cuda_graph_max_bs", "cuda_graph_bs", "torchao_config", "enable_nan_detection"),
+            *("enable_p2p_check", "triton_attention_reduce_in_fp32"),
+            *("triton_attention_num_kv_splits", "num_continuous_decode_steps"),
+            *("allow_auto_truncate", "attention_backend", "enable_multimodal"),
+            *("mem_fraction_static", "chunked_prefill_size", "max_prefill_tokens"),
+            *("schedule_policy", "schedule_conservativeness", "cpu_offload_gb"),
+            *("kv_cache_dtype", "lora_backend", "log_level", "log_requests"),
+            *("log_requests_level", "show_time_cost", "enable_metrics", "decode_log_interval"),
+        )
+    ),
+    ignored("sglang.enable_multithread_load", "an option of AReaL's own launcher"),
+    ignored("sglang.enable_return_routed_experts", "see rollout.return_routed_experts"),
+    made("sglang.*", "rollout.extra_args", why=_OPTION),
     equal("vllm.model", "actor.path", "servers sample the model that is trained"),
     equal("vllm.dtype", "actor.dtype", "servers sample the model that is trained"),
     equal("vllm.enable_lora", "actor.use_lora", "else rollouts silently sample the base model"),
@@ -58,5 +78,12 @@ SERVERS = (
             *("uvicorn_log_level", "distributed_executor_backend"),
         )
     ),
-    made("vllm.*", "rollout.extra_args", why="an option of the server, by the server's name"),
+    *(
+        made(f"vllm.{key}", "rollout.extra_args", why=_OPTION)
+        for key in (
+            *("enforce_eager", "block_size", "cpu_offload_gb", "disable_sliding_window"),
+            *("no_enable_chunked_prefill", "no_enable_prefix_caching", "gpu_memory_utilization"),
+        )
+    ),
+    made("vllm.*", "rollout.extra_args", why=_OPTION),
 )

@@ -7,9 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorelei.algo.kinds import DEFAULT, fields_of
-from lorelei.areal.backends import allocation, rollout_section, train_section
+from lorelei.areal.backends import (
+    allocation,
+    rollout_section,
+    train_backend,
+    train_section,
+    unused,
+)
 from lorelei.areal.contradictions import check
-from lorelei.areal.data import data_sections
+from lorelei.areal.data import IMAGES, data_sections, own_sections
 from lorelei.areal.file import ArealFile
 from lorelei.areal.rules import RULES
 from lorelei.config.errors import ConfigError
@@ -32,45 +38,129 @@ def translate(data: Raw, kind: object = DEFAULT) -> Translation:
     """
     file = ArealFile(data)
     check(file)
-    config: Raw = {"name": _name(file), "algo": {}, "rollout": {}}
+    config: Raw = {"name": _name(file), "algo": {}}
     _copy(file, config)
     if "model" not in config:
         raise ConfigError("actor.path: is required, such as Qwen/Qwen2.5-1.5B-Instruct")
-    parts = allocation(file)
-    config["train"] = train_section(parts.train, "actor.backend") | config.get("train", {})
-    config["rollout"] |= rollout_section(file, parts.rollout)
-    config["adapters"] = {_plain(str(file.value("gconfig.lora_name", "default_lora"))): {}}
-    _algorithm(file, config["algo"])
-    config["algo"] = fields_of(kind, config["algo"])
+    if file.value("cluster.n_gpus_per_node"):
+        config["machine"]["devices"] = file.number("cluster.n_gpus_per_node")
+    config["train"] = train_section(train_backend(file), "actor.backend") | config.get("train", {})
+    _schedule(file, config["optimizer"])
+    if file.sft:
+        config["algo"]["kind"] = "sft"
+    else:
+        config.setdefault("rollout", {})
+        config["rollout"] |= rollout_section(file, allocation(file).rollout)
+        config["adapters"] = {_plain(str(file.value("gconfig.lora_name", "default_lora"))): {}}
+        _algorithm(file, config["algo"])
+        config["algo"] = fields_of(kind, config["algo"])
     missing: dict[str, str] = {}
     data_sections(file, config, missing)
+    own_sections(file, missing)
     return Translation(file=file, config=config, missing=missing)
 
 
+def require(translation: Translation, config: Raw) -> None:
+    """Raises ConfigError for what the file does not give and no override gave.
+
+    config: the translation with the overrides.
+    """
+    if IMAGES in translation.missing and "task" not in config:
+        raise ConfigError(translation.missing[IMAGES])
+    _refuse_full_fine_tuning(translation, config)
+    for key, reason in translation.missing.items():
+        if key not in config and key != IMAGES:
+            raise ConfigError(f"{key}: {reason}")
+
+
+def _refuse_full_fine_tuning(translation: Translation, config: Raw) -> None:
+    """Where it cannot run as the file has it: a wider type, and no server, are needed here."""
+    lora, sft = config.get("lora"), translation.file.sft
+    if not is_mapping(lora) or lora.get("use_lora", True):
+        return
+    train, rollout = config.get("train"), config.get("rollout")
+    trains = train.get("kind") if is_mapping(train) else None
+    samples = rollout.get("kind", "embedded") if is_mapping(rollout) else "embedded"
+    if config.get("dtype") == "float32" and trains != "megatron" and samples == "embedded":
+        return
+    to_lora = ["actor.use_lora=true"] if sft else ["actor.use_lora=true", "rollout.use_lora=true"]
+    to_full = ["actor.dtype=float32"]
+    if not sft:
+        to_full += ["rollout={kind: embedded}", "publish.kind=memory"]
+    if trains == "megatron":
+        to_lora.append("actor.megatron.bridge_type=megatron-bridge")
+        to_full.append("actor.backend=fsdp:d1")
+    raise ConfigError(
+        "actor.use_lora: false (AReaL's default) is full fine-tuning, which runs here in float32 "
+        f"with archon or fsdp{'' if sft else ' and the embedded sampler'} only; for LoRA give "
+        f"`{' '.join(to_lora)}`, for all weights `{' '.join(to_full)}`"
+    )
+
+
 def _copy(file: ArealFile, config: Raw) -> None:
+    left_out = tuple(f"{section}." for section in unused(file))
     for rule in RULES:
         value = file.value(rule.key, rule.default)
-        if rule.how == "copied" and value is not None:
-            (ours,) = rule.ours
-            put(config, ours, rule.convert(value) if rule.convert else value)
+        if rule.how != "copied" or value is None or rule.key.startswith(left_out):
+            continue
+        (ours,) = rule.ours
+        if file.sft and ours.startswith(("algo.", "publish.")) and ours != "algo.batch_size":
+            continue
+        put(config, ours, rule.convert(value) if rule.convert else value)
+    if not file.sft and file.has_section("eval_gconfig"):
+        greedy = file.value("eval_gconfig.greedy", False)
+        warm = file.number("eval_gconfig.temperature", 1.0)
+        put(config, "eval.temperature", 0.0 if greedy else warm)
+
+
+def _schedule(file: ArealFile, optimizer: Raw) -> None:
+    ratio = file.number("actor.optimizer.min_lr_ratio", 0.0)
+    if ratio and optimizer["lr_schedule"] != "constant":  # AReaL does nothing with it then
+        optimizer["min_lr_ratio"] = ratio
 
 
 def _algorithm(file: ArealFile, algo: Raw) -> None:
     """What follows from several keys; `algo` has what was copied."""
-    for norm in ("reward_norm", "adv_norm"):
-        given = file.has_section(f"actor.{norm}")
-        levels = (
-            file.values.get(f"actor.{norm}.{k}", "batch") for k in ("mean_level", "std_level")
-        )
-        mean, std = ("none" if level is None else level for level in levels)
-        algo[norm] = {"mean_level": mean, "std_level": std} if given else None
-    decoupled, recompute = algo["use_decoupled_loss"], file.value("actor.recompute_logprob", False)
-    if recompute or not decoupled:  # which implies it
-        algo["recompute_logprob"] = recompute
+    algo["reward_norm"] = _norm(file, "actor.reward_norm")
+    algo["adv_norm"] = norm = _norm(file, "actor.adv_norm")
+    if norm is not None:
+        norm["weigh_by"] = "token"
+    bounds = file.has_section("actor.rejection_sampling") or "rejection_sampling" in algo
+    decoupled = file.value("actor.use_decoupled_loss", False)
+    recompute = file.value("actor.recompute_logprob", False)
+    algo["use_decoupled_loss"] = decoupled and bounds
+    if not bounds or recompute or not decoupled:
+        algo["recompute_logprob"] = recompute or decoupled
     if not decoupled:
         algo.pop("rejection_sampling", None)  # AReaL does nothing with it then
-    elif file.has_section("actor.rejection_sampling"):
+    elif bounds:
         algo["rejection_sampling"].setdefault("upper", 5.0)
+    if algo["kl_ctl"] > 0:
+        if decoupled and not bounds:
+            raise ConfigError(
+                f"actor.kl_ctl: {algo['kl_ctl']} with use_decoupled_loss and no rejection_sampling "
+                "rewards the sampler's log-probabilities and trains on the trainer's, which "
+                "cannot be done here; give actor.rejection_sampling={upper: 5.0}"
+            )
+        estimator = file.value("actor.kl_estimator", "k1")
+        algo |= {"kl_estimator": estimator, "use_kl_in_reward": True}
+
+
+def _norm(file: ArealFile, key: str) -> Raw | None:
+    if not file.has_section(key):
+        return None
+    levels = (file.values.get(f"{key}.{k}", "batch") for k in ("mean_level", "std_level"))
+    mean, std = ("none" if level is None else level for level in levels)
+    found: Raw = {"mean_level": mean, "std_level": std}
+    leaves_out = file.value(f"{key}.mean_leave1out", False) and mean != "none"
+    if leaves_out:
+        found["mean_leave1out"] = True
+    if std != "none":
+        found["std_unbiased"] = file.value(f"{key}.std_unbiased", True)
+        found["eps"] = file.number(f"{key}.eps", 1e-5)
+        if leaves_out or mean != std:
+            found["std_around"] = "subtracted_mean"
+    return found
 
 
 def put(config: Raw, dotted: str, value: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lorelei.config.errors import FieldError
 from lorelei.config.section import Section, is_mapping
@@ -19,6 +19,9 @@ class OptimizerConfig(Section):
     lr_schedule: Literal["constant", "cosine", "linear"] = Field(
         default="constant", description="How the rate falls after the warm-up."
     )
+    min_lr_ratio: float = Field(
+        default=0.0, ge=0, le=1, description="The rate falls to this share of lr, not to zero."
+    )
     warmup_steps: int = Field(default=0, ge=0, description="Steps until the rate is at its peak.")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's beta1.")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's beta2.")
@@ -27,6 +30,19 @@ class OptimizerConfig(Section):
     gradient_clipping: float = Field(
         default=1.0, ge=0, description="Largest gradient norm of an adapter; 0: no clipping."
     )
+
+    @model_validator(mode="after")
+    def _falls(self) -> OptimizerConfig:
+        if self.min_lr_ratio and self.lr_schedule == "constant":
+            raise FieldError(
+                "min_lr_ratio",
+                f"{self.min_lr_ratio} does nothing with lr_schedule: constant; remove it, or use "
+                "cosine or linear",
+            )
+        return self
+
+    def _above_least(self, share: float) -> float:
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * share
 
     def at(self, step: int, steps: int) -> AdamHyper:
         """The numbers of step 0 <= `step` < `steps`: warm-up, then the schedule."""
@@ -39,9 +55,9 @@ class OptimizerConfig(Section):
                 case "constant":
                     pass
                 case "linear":
-                    rate *= 1 - done
+                    rate *= self._above_least(1 - done)
                 case "cosine":
-                    rate *= 0.5 * (1 + math.cos(math.pi * done))
+                    rate *= self._above_least(0.5 * (1 + math.cos(math.pi * done)))
         return AdamHyper(
             lr=rate,
             beta1=self.beta1,

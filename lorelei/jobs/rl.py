@@ -158,10 +158,13 @@ def policy_work(
         batch = replace(batch, items=replace(batch.items, weight=weights))
         step = e.optimizer.at(version, e.steps)
         rounds.append(Round(batch=batch, loss=algo.loss(), step=step))
+    groups_S = np.repeat(np.arange(len(kept)), [len(group) for group in kept])
+    in_reward = algo.use_kl_in_reward
     return Work(
         adapter=e.name,
         rounds=tuple(rounds),
         policies=algo.policies,
+        advantages=(lambda items: algo.with_kl(items, groups_S)) if in_reward else None,
         last=version + 1 >= e.steps,
     )
 

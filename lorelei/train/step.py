@@ -7,13 +7,13 @@ know which losses it runs. Runs in the thread that owns the engine (see EngineTh
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lorelei.train.batch import concatenate
 from lorelei.train.contract import TrainEngine
 from lorelei.train.work import Result, Round, RoundResult, Work
-from lorelei.types import ItemOutputs
+from lorelei.types import Floats, ItemOutputs
 
 
 def run_works(engine: TrainEngine, works: Sequence[Work]) -> list[Result]:
@@ -24,7 +24,7 @@ def run_works(engine: TrainEngine, works: Sequence[Work]) -> list[Result]:
     """
     begun = time.perf_counter()
     # every policy that the losses compare with is evaluated before the first update
-    rounds = [[_with_policies(engine, work, one) for one in work.rounds] for work in works]
+    rounds = [_with_policies(engine, work) for work in works]
     results: list[list[RoundResult]] = [[] for _ in works]
     for number in range(max(map(len, rounds))):
         present = [i for i, own in enumerate(rounds) if number < len(own)]
@@ -51,13 +51,26 @@ def run_works(engine: TrainEngine, works: Sequence[Work]) -> list[Result]:
     ]
 
 
-def _with_policies(engine: TrainEngine, work: Work, one: Round) -> Round:
-    """The round with the streams that other policies fill."""
+def _with_policies(engine: TrainEngine, work: Work) -> Sequence[Round]:
+    """The rounds with the streams that other policies fill, and what follows from those."""
     if not work.policies:
-        return one
-    filled = {
-        stream: engine.logprobs(one.batch, policy).logprobs
-        for stream, policy in work.policies.items()
-    }
+        return work.rounds
+    rounds = [
+        _with_streams(
+            one,
+            {
+                stream: engine.logprobs(one.batch, policy).logprobs
+                for stream, policy in work.policies.items()
+            },
+        )
+        for one in work.rounds
+    ]
+    if work.advantages is None:
+        return rounds
+    found = work.advantages([one.batch.items for one in rounds])
+    return [_with_streams(one, {"advantage": own}) for one, own in zip(rounds, found, strict=True)]
+
+
+def _with_streams(one: Round, filled: Mapping[str, Floats]) -> Round:
     items = replace(one.batch.items, streams={**one.batch.items.streams, **filled})
     return replace(one, batch=replace(one.batch, items=items))

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lorelei.types import AdamHyper, Batch, ItemOutputs, LossSpec, OptimStats, Policy
+from lorelei.types import (
+    AdamHyper,
+    Batch,
+    Floats,
+    ItemOutputs,
+    Items,
+    LossSpec,
+    OptimStats,
+    Policy,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +34,8 @@ class Work:
     rounds: tuple[Round, ...]
     # {stream: policy}: log-probabilities that the losses read, taken before the first update
     policies: Mapping[str, Policy] = field(default_factory=dict[str, Policy])
+    # the stream `advantage` of all rounds, where it follows from those of the policies
+    advantages: Callable[[Sequence[Items]], Sequence[Floats]] | None = None
     publish: bool = True  # whether inference engines get the adapter as it is then
     last: bool = False  # whether the job has no work after it
 

@@ -25,7 +25,7 @@ from lorelei.rollout.collector import unfit
 from lorelei.run_file import validate
 from lorelei.train.items import loss_items
 from lorelei.train.work import Round, Work
-from lorelei.types import Example, Floats, Group, Prompt
+from lorelei.types import Example, Floats, Group, Items, Prompt
 from tests.episodes import random_group
 
 EXAMPLE = f"{Path(__file__).parents[3] / 'docs' / 'extend' / 'example_algorithm.py'}:Awr"
@@ -34,21 +34,37 @@ Fields = dict[str, Any]
 
 LEVELS = {"mean_level": "none", "std_level": "none"}
 RAW: Fields = {"adv_norm": None}  # what is normalised forgets its scale and its mean
+BY_GROUP: Fields = {"mean_level": "group", "std_level": "batch"}
+BY_BATCH: Fields = {"mean_level": "batch", "std_level": "batch"}
+KL: Fields = {"kl_ctl": 0.5, "use_kl_in_reward": True}
 TWO: Fields = {"ppo_n_minibatches": 2}  # then the policy moves within a step
 # {field: (another value, the fields beside it with which it has an effect)}
 OTHER: dict[str, tuple[Any, Fields]] = {
     "batch_size": (2, {}),
     "ppo_n_minibatches": (2, {}),
     "kl_ctl": (0.5, {}),
+    "use_kl_in_reward": (True, {"kl_ctl": 0.5}),
+    "kl_estimator": ("k1", KL),
     "loss_aggregation": ("sequence", {}),
     "reward_scaling": (2.0, RAW),
     "reward_bias": (2.0, RAW),
+    "reward_clip": (1e-3, RAW),
     "reward_norm": ({"std_level": "batch"}, RAW),
     "reward_norm.mean_level": ("batch", {**RAW, "reward_norm": LEVELS}),
     "reward_norm.std_level": ("group", {**RAW, "reward_norm": LEVELS}),
+    "reward_norm.weigh_by": ("token", {**RAW, "reward_norm": BY_BATCH}),
+    "reward_norm.mean_leave1out": (True, {**RAW, "reward_norm": BY_GROUP}),
+    "reward_norm.std_unbiased": (True, {**RAW, "reward_norm": BY_GROUP}),
+    "reward_norm.std_around": ("subtracted_mean", {**RAW, "reward_norm": BY_GROUP}),
+    "reward_norm.eps": (0.5, {**RAW, "reward_norm": BY_GROUP}),
     "adv_norm": ({"std_level": "batch"}, {}),
     "adv_norm.mean_level": ("batch", {"adv_norm": LEVELS}),
     "adv_norm.std_level": ("group", {"adv_norm": LEVELS}),
+    "adv_norm.weigh_by": ("token", {"adv_norm": BY_BATCH}),
+    "adv_norm.mean_leave1out": (True, {"adv_norm": BY_GROUP}),
+    "adv_norm.std_unbiased": (True, {"adv_norm": BY_GROUP}),
+    "adv_norm.std_around": ("subtracted_mean", {"adv_norm": BY_GROUP}),
+    "adv_norm.eps": (0.5, {"adv_norm": BY_GROUP}),
     "drop_zero_variance_groups": (True, {}),
     "eps_clip": (0.05, TWO),
     "eps_clip_higher": (0.6, TWO),
@@ -65,6 +81,7 @@ BASELINE = "leave-one-out advantages of a group have mean zero, whatever mean wa
 WITHOUT = {  # {(kind, field): why it needs no effect}
     ("rloo", "reward_norm.mean_level"): BASELINE,
     ("rloo", "adv_norm.mean_level"): BASELINE,
+    ("rloo", "adv_norm.std_around"): BASELINE,
     ("grpo", "rejection_sampling.metric"): "it has one value",
 }
 ALGORITHMS = {**{kind: kind for kind in KINDS}, "example": EXAMPLE}
@@ -125,19 +142,35 @@ def work_of(e: Experiment) -> Work:
     return asyncio.run(SftJob(source=source, thread=None, **common).work())
 
 
-def total(one: Round, policies: Collection[str]) -> float:
-    """The loss of a round, of log-probabilities that are near those of the rollouts."""
+def totals(work: Work) -> list[float]:
+    """The losses of the rounds, of log-probabilities that are near those of the rollouts."""
+    read, currents = zip(*(near(one, work.policies) for one in work.rounds), strict=True)
+    if work.advantages is not None:
+        found = work.advantages(read)
+        read = [
+            replace(items, streams={**items.streams, "advantage": own})
+            for items, own in zip(read, found, strict=True)
+        ]
+    losses: list[float] = []
+    for one, items, current in zip(work.rounds, read, currents, strict=True):
+        tensors = loss_items(items, slice(0, len(items)), current)
+        result = load_loss(one.loss)(current, tensors, **one.loss.params)
+        losses.append(round(result.total.item(), 4))
+    return losses
+
+
+def near(one: Round, policies: Collection[str]) -> tuple[Items, torch.Tensor]:
+    """The items with the streams of policies, and the current log-probabilities."""
     items, draw = one.batch.items, np.random.default_rng(1)
     sampled = items.streams.get("behaviour", np.full(len(items), -3.0))
 
-    def near() -> Floats:
+    def moved() -> Floats:
         return (sampled + draw.normal(size=len(items)) * 0.3).astype(np.float32)
 
-    current, others = torch.from_numpy(near()).double(), {"proximal": near(), "reference": near()}
+    current, others = torch.from_numpy(moved()).double(), {"proximal": moved()}
+    others["reference"] = moved()
     filled = {name: others[name] for name in policies}
-    items = replace(items, streams={**items.streams, **filled})
-    read = loss_items(items, slice(0, len(items)), current)
-    return load_loss(one.loss)(current, read, **one.loss.params).total.item()
+    return replace(items, streams={**items.streams, **filled}), current
 
 
 def effects(kind: str, fields: Fields) -> list[Any]:
@@ -160,7 +193,7 @@ def effects(kind: str, fields: Fields) -> list[Any]:
         unfit(equal, experiment.algo) if sampled else None,  # type: ignore[arg-type]
         work.policies,
         [len(one.batch.items) for one in work.rounds],
-        [round(total(one, work.policies), 4) for one in work.rounds],
+        totals(work),
     ]
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from pydantic import ValidationError
 
 from lorelei.config.errors import FieldError
 from lorelei.config.optimizer import OptimizerConfig, from_algo
@@ -57,9 +59,19 @@ def test_the_other_numbers_are_those_of_the_configuration() -> None:
     assert (hyper.eps, hyper.weight_decay, hyper.max_grad_norm) == (1e-6, 0.1, 0.0)
 
 
+def test_a_rate_may_fall_to_a_share_of_the_peak() -> None:
+    for schedule in ("linear", "cosine"):
+        whole = rates(8, lr_schedule=schedule)
+        got = rates(8, lr_schedule=schedule, min_lr_ratio=0.1)
+        assert got == pytest.approx([0.1 + 0.9 * share for share in whole])
+    with pytest.raises(ValidationError, match="does nothing with lr_schedule: constant"):
+        OptimizerConfig(min_lr_ratio=0.1)
+
+
 OTHER: dict[str, Any] = {
     "lr": 1e-3,
     "lr_schedule": "linear",
+    "min_lr_ratio": 0.5,
     "warmup_steps": 3,
     "beta1": 0.8,
     "beta2": 0.9,
@@ -69,9 +81,16 @@ OTHER: dict[str, Any] = {
 }
 
 
+BESIDE: dict[str, dict[str, Any]] = {"min_lr_ratio": {"lr_schedule": "cosine"}}
+
+
 @pytest.mark.parametrize("field", OptimizerConfig.model_fields)
 def test_every_field_has_an_effect(field: str) -> None:
-    usual, other = OptimizerConfig(), OptimizerConfig.model_validate({field: OTHER[field]})
+    beside = BESIDE.get(field, {})
+    usual, other = (
+        OptimizerConfig.model_validate(fields)
+        for fields in (beside, {**beside, field: OTHER[field]})
+    )
     assert [usual.at(step, 9) for step in range(9)] != [other.at(step, 9) for step in range(9)]
 
 
@@ -83,8 +102,9 @@ def write(folder: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("field", OptimizerConfig.model_fields)
 def test_the_keys_of_older_files_go_on_to_work(tmp_path: Path, field: str) -> None:
-    new = load_config(write(tmp_path, f"optimizer: {{{field}: {OTHER[field]}}}"))
-    old = load_config(write(tmp_path, f"algo: {{kind: rloo, {field}: {OTHER[field]}}}"))
+    given = yaml.safe_dump({**BESIDE.get(field, {}), field: OTHER[field]}, default_flow_style=True)
+    new = load_config(write(tmp_path, f"optimizer: {given}"))
+    old = load_config(write(tmp_path, f"algo: {{kind: rloo, {given.strip()[1:]}"))
     assert getattr(old.optimizer, field) == OTHER[field]
     assert old.optimizer == new.optimizer and old.algo.kind == "rloo"
 

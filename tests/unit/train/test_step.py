@@ -17,7 +17,7 @@ from lorelei.train.archon.engine import archon_engine
 from lorelei.train.contract import TrainEngine
 from lorelei.train.step import run_works
 from lorelei.train.work import Round, Work
-from lorelei.types import BASE, CURRENT, AdamHyper, AdapterSpec, Batch, LossSpec
+from lorelei.types import BASE, CURRENT, AdamHyper, AdapterSpec, Batch, Floats, Items, LossSpec
 from tests.episodes import random_group, weighted_batch
 from tests.tiny_models import make_tiny
 
@@ -107,6 +107,36 @@ def test_rounds_step_in_turn_against_the_policies_of_the_start(
     assert last.step is not None and last.step.step == 2
     assert last.metrics["clipped"] == outputs.metrics["a"]["clipped"] > 0
     assert last.metrics["kl_reference"] == outputs.metrics["a"]["kl_reference"] > 0
+    assert digest(engine) == digest(by_hand)
+
+
+def test_advantages_may_follow_from_the_policies_of_all_rounds(
+    engine: TrainEngine, decoder: Decoder
+) -> None:
+    found = batches("a")
+
+    def less_divergence(rounds: Sequence[Items]) -> list[Floats]:
+        """Centred over both rounds, so that each needs the other."""
+        own = [items.streams["reference"] - items.streams["behaviour"] for items in rounds]
+        return [values - np.concatenate(own).mean() for values in own]
+
+    asked = replace(work("a", found), advantages=less_divergence)
+    run_works(engine, [asked])
+    by_hand = alone(decoder, "a")
+    filled: list[Batch] = []
+    for batch in found:
+        policies = {
+            "proximal": by_hand.logprobs(batch, CURRENT).logprobs,
+            "reference": by_hand.logprobs(batch, BASE).logprobs,
+        }
+        streams = {**batch.items.streams, **policies}
+        filled.append(replace(batch, items=replace(batch.items, streams=streams)))
+    advantages = less_divergence([batch.items for batch in filled])
+    for batch, values in zip(filled, advantages, strict=True):
+        streams = {**batch.items.streams, "advantage": values}
+        one = replace(batch, items=replace(batch.items, streams=streams))
+        by_hand.forward_backward(one, {"a": CLIPPED})
+        by_hand.optim_step({"a": HYPER})
     assert digest(engine) == digest(by_hand)
 
 
