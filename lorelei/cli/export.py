@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +11,25 @@ import typer
 from lorelei.cli.arguments import AdapterName, RunFolder, prepare_run
 
 
+class Experts(StrEnum):
+    """How the adapters of a mixture's experts are written."""
+
+    single = "single"
+    fused = "fused"
+    fused_018 = "fused-0.18"
+
+
 def export(
     run: RunFolder,
     adapter: AdapterName = None,
     out: Annotated[Path | None, typer.Option(help="Default: RUN/export/NAME-vN.")] = None,
+    experts: Annotated[
+        Experts,
+        typer.Option(
+            help="A mixture's experts: single (vLLM, peft from 0.19 on), or fused for transformers "
+            "5, as peft reads them from 0.19 on or before it (fused-0.18)."
+        ),
+    ] = Experts.single,
 ) -> None:
     """Write an adapter as a PEFT folder, which peft, vLLM and others read.
 
@@ -21,6 +37,7 @@ def export(
     """
     folder = prepare_run(run)
     from lorelei.cli.trained_run import TrainedRun
+    from lorelei.lora.peft_form import peft_form
     from lorelei.lora.peft_folder import write_peft_folder
     from lorelei.model.load import read_config
     from lorelei.model.locate import resolve_model
@@ -34,5 +51,8 @@ def export(
         base = resolve_model(trained.config.model)
         write_model_folder(out, state, base, read_config(base))
     else:
-        write_peft_folder(out, state, trained.config.model)
+        fused, notes = peft_form(state, trained.config.model, experts)
+        write_peft_folder(out, state, trained.config.model, fused)
+        for note in notes:
+            typer.echo(f"warning: {note}", err=True)
     typer.echo(out)
