@@ -98,7 +98,9 @@ def read_peft_config(path: Path) -> PeftConfig:
         _whole(path, "rank_pattern", value)
     parameters: Any = config.get("target_parameters") or []
     if not (isinstance(parameters, list) and all(isinstance(p, str) for p in parameters)):
-        raise CorruptFile(f"{path}: target_parameters: {_short(parameters)} must be a list of names")
+        raise CorruptFile(
+            f"{path}: target_parameters: {_short(parameters)} must be a list of names"
+        )
     version = config.get("peft_version")
     return PeftConfig(
         path=path,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 from torch import Tensor
@@ -64,7 +65,8 @@ def write_peft_folder(
     }
     write_folder(folder, files)
     if fused is not None and (name := lost(state, read_peft_folder(folder).tensors)):
-        raise StoreError(f"{folder / TENSORS}: does not hold {name} as it is trained; remove it")
+        shutil.rmtree(folder)
+        raise StoreError(f"{folder}: would not hold {name} as it is trained; write single experts")
 
 
 def read_peft_folder(folder: Path, base: Path | None = None) -> AdapterState:
@@ -85,6 +87,8 @@ def read_peft_folder(folder: Path, base: Path | None = None) -> AdapterState:
             tensors = separate_experts(tensors, ranks, config.rank, config.peft_version)
         rank, scale = _shape(config, tensors, parameters)
         modules = lora_modules(tensors, rank)
+    except StoreError:
+        raise
     except ValueError as error:
         raise CorruptFile(f"{path}: {error}; check r and its patterns in {CONFIG}") from error
     alpha = config.alpha
