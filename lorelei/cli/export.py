@@ -37,8 +37,8 @@ def export(
     """
     folder = prepare_run(run)
     from lorelei.cli.trained_run import TrainedRun
-    from lorelei.lora.peft_form import peft_form
     from lorelei.lora.peft_folder import write_peft_folder
+    from lorelei.lora.peft_form import peft_form
     from lorelei.model.load import read_config
     from lorelei.model.locate import resolve_model
     from lorelei.store.model_folder import write_model_folder

@@ -55,7 +55,8 @@ def fuse_experts(state: AdapterState, experts: int, form: str) -> Fused:
     plain: list[str] = []
     for module in lora_modules(rest, spec.rank):
         match = _EXPERT.fullmatch(module)
-        if match is None and _ANY_EXPERT.fullmatch(module) or match and int(match[2]) >= experts:
+        strange = has_experts([module]) if match is None else int(match[2]) >= experts
+        if strange:
             raise ValueError(f"{module} is not one of {experts} experts with gate, up and down")
         if match is None:
             if form == "fused" and module.endswith(_LEAVES):
@@ -166,8 +167,8 @@ def _to_peft(a_ERD: Tensor, b_EOR: Tensor, form: str) -> Factors:
 
 
 def _from_peft(a: Tensor, b: Tensor, rank: int, form: str) -> Factors:
-    a_ERD = a.unflatten(0, (-1, rank))
-    b_EOR = b.unflatten(1, (rank, -1)).permute(2, 0, 1)
+    a_ERD = a.reshape(-1, rank, a.shape[1])
+    b_EOR = b.reshape(len(b), rank, -1).permute(2, 0, 1)
     return (b_EOR.mT, a_ERD.mT) if form == "fused-0.18" else (a_ERD, b_EOR)
 
 

@@ -97,7 +97,8 @@ def read_peft_config(path: Path) -> PeftConfig:
     for value in ranks.values():
         _whole(path, "rank_pattern", value)
     parameters: Any = config.get("target_parameters") or []
-    if not (isinstance(parameters, list) and all(isinstance(p, str) for p in parameters)):
+    named = cast(list[Any], parameters) if isinstance(parameters, list) else [None]
+    if not all(isinstance(name, str) for name in named):
         raise CorruptFile(
             f"{path}: target_parameters: {_short(parameters)} must be a list of names"
         )
@@ -110,7 +111,7 @@ def read_peft_config(path: Path) -> PeftConfig:
         rslora=rslora,
         rank_pattern=ranks,
         alpha_pattern=_patterns(path, "alpha_pattern", config.get("alpha_pattern")),
-        target_parameters=tuple(parameters),
+        target_parameters=tuple(named),
         peft_version=version if isinstance(version, str) else None,
     )
 

@@ -371,6 +371,10 @@ CASES = {
         arguments=("export", "done", "--adapter", "math"),
         expected="adapter: there is no 'math'; use --adapter with one of: default",
     ),
+    "fused experts of a model without experts": Case(
+        arguments=("export", "done", "--experts", "fused"),
+        expected="--experts: fused: the adapter has no LoRA on experts; leave the option out",
+    ),
     "export to where something is": Case(
         arguments=("export", "done", "--out", "model"), expected="model: exists already; remove it"
     ),

@@ -144,7 +144,7 @@ def test_a_fused_folder_that_does_not_hold_a_tensor_is_refused(moe: Path, tmp_pa
     state = trained(AdapterBank(load_decoder(moe)), "down_proj")
     fused, _ = peft_form(state, str(moe), "fused-0.18")
     changed = {n: t + 1 for n, t in state.tensors.items()}
-    with pytest.raises(StoreError, match="would not hold .* as it is trained"):
+    with pytest.raises(StoreError, match=r"would not hold .* as it is trained"):
         write_peft_folder(
             tmp_path / "a", AdapterState(spec=state.spec, tensors=changed), str(moe), fused
         )

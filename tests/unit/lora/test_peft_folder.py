@@ -278,7 +278,7 @@ def test_pefts_copy_of_the_heads_weight_must_be_the_bases(tmp_path: Path, tied: 
     assert all(".lora_" in name for name in got.tensors)
     for folder in (other, larger):
         with pytest.raises(
-            StoreError, match="lm_head.base_layer.weight: is .* not the model's own"
+            StoreError, match=r"lm_head.base_layer.weight: is .* not the model's own"
         ):
             read_peft_folder(tmp_path / "a", folder)
     with pytest.raises(StoreError, match="nor a weight of the model"):
