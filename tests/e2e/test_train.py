@@ -371,5 +371,21 @@ def test_an_adapter_with_ranks_by_module_is_refused(place: Path) -> None:
     assert not (place / "runs/refused").exists()
 
 
+def test_a_suggested_target_starts_from_an_adapter_on_some_layers_and_the_head(
+    place: Path,
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    lora = LoraConfig(
+        r=4, lora_alpha=8, target_modules=r"lm_head|model\.layers\.1\..*\.(q_proj|up_proj)"
+    )
+    get_peft_model(base, lora).save_pretrained(place / "some")  # with the head's base_layer
+    with pytest.raises(ValueError, match=r"set lora.target_modules: \[") as caught:
+        train(place, "suggested", lora={"init_from": "some"})
+    targets = json.loads(str(caught.value).partition("lora.target_modules: ")[2])
+    start = {"init_from": "some", "target_modules": targets}
+    folder = train(place, "suggested", lora=start, steps=1)
+    assert last(folder).step == 1
+
+
 def test_a_tokenizer_folder_is_all_that_is_needed_of_transformers(place: Path) -> None:
     assert len(AutoTokenizer.from_pretrained(place / "model")) == 300
