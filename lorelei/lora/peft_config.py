@@ -97,7 +97,7 @@ def read_peft_config(path: Path) -> PeftConfig:
     for value in ranks.values():
         _whole(path, "rank_pattern", value)
     parameters: Any = config.get("target_parameters") or []
-    named = cast(list[Any], parameters) if isinstance(parameters, list) else [None]
+    named: list[Any] = cast(Any, parameters) if isinstance(parameters, list) else [None]
     if not all(isinstance(name, str) for name in named):
         raise CorruptFile(
             f"{path}: target_parameters: {_short(parameters)} must be a list of names"

@@ -151,6 +151,17 @@ def test_a_fused_folder_that_does_not_hold_a_tensor_is_refused(moe: Path, tmp_pa
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.skipif(INSTALLED == "fused", reason="peft from 0.19 on fuses single experts itself")
+def test_single_experts_are_lost_in_older_peft_as_the_export_says(
+    moe: Path, tmp_path: Path
+) -> None:
+    state = trained(AdapterBank(load_decoder(moe)), "down_proj", "q_proj")
+    write_peft_folder(tmp_path / "a", state, str(moe))
+    base = AutoModelForCausalLM.from_pretrained(moe, dtype=torch.float32)
+    held = peft.get_peft_model_state_dict(peft.PeftModel.from_pretrained(base, tmp_path / "a"))
+    assert state.tensors.keys() - held.keys() == {n for n in state.tensors if "experts" in n}
+
+
 def test_an_export_says_what_older_peft_and_merging_do(moe: Path, tmp_path: Path) -> None:
     state = trained(AdapterBank(load_decoder(moe)), "all-linear")
     form, (note,) = peft_form(state, str(moe), "single")
