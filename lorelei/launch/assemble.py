@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -26,8 +27,9 @@ from lorelei.launch.jobs import Data, DataMaker, JobMaker, Problems, Sampler
 from lorelei.loop import Loop
 from lorelei.lora.peft_folder import read_peft_folder
 from lorelei.lora.state import AdapterSnapshot, AdapterState
+from lorelei.lora.targets import match_targets, module_patterns, module_shapes
 from lorelei.model.backend import DTYPES, default_device
-from lorelei.model.config import ModelInfo
+from lorelei.model.config import ForeignModel, ModelInfo
 from lorelei.model.decoder import Decoder
 from lorelei.model.load import load_decoder, read_config
 from lorelei.model.locate import resolve_model
@@ -291,14 +293,17 @@ def evaluators(config: RunConfig, parts: RunComponents) -> dict[str, Evaluator |
 def warm_starts(config: RunConfig) -> dict[str, AdapterSnapshot]:
     """The adapters of `lora.init_from`. Raises ValueError for one of another shape."""
     return {
-        e.name: _warm_start(e, e.lora.init_from)
+        e.name: _warm_start(e, e.lora.init_from, resolve_model(config.model))
         for e in config.experiments()
         if e.lora.init_from is not None
     }
 
 
-def _warm_start(e: Experiment, folder: str) -> AdapterSnapshot:
-    state = read_peft_folder(Path(folder))
+def _warm_start(e: Experiment, folder: str, base: Path) -> AdapterSnapshot:
+    try:
+        state = read_peft_folder(Path(folder), base)
+    except ValueError as error:
+        raise ValueError(f"lora.init_from: {error}") from error
     wanted = e.lora.spec()
     for field, here, there in (
         ("lora_rank", wanted.rank, state.spec.rank),
@@ -310,6 +315,28 @@ def _warm_start(e: Experiment, folder: str) -> AdapterSnapshot:
                 f"lora.init_from: {folder!r} has {field} {there}, adapter {e.name!r} "
                 f"has {here}; set lora.{field}: {str(there).lower()}"
             )
+    _check_modules(e, folder, state.spec.target_modules, base)
     state = AdapterState(spec=wanted, tensors=state.tensors)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in state.tensors.items()}
     return AdapterSnapshot(state=state, exp_avg=zeros, exp_avg_sq=zeros, step=0)
+
+
+def _check_modules(e: Experiment, folder: str, held: Sequence[str], base: Path) -> None:
+    """Raises ValueError, with the targets to set, when the run targets other modules."""
+    try:
+        names = list(module_shapes(read_config(base)))
+    except ForeignModel:  # its train engine knows the names
+        return
+    targeted = set(match_targets(names, e.lora.spec(), folder))
+    if missing := sorted(targeted - set(held)):
+        what = f"has no LoRA on {missing[0]!r}, which"
+        verb = "targets"
+    elif extra := sorted(set(held) - targeted):
+        what = f"has LoRA on {extra[0]!r}, which"
+        verb = "does not target"
+    else:
+        return
+    raise ValueError(
+        f"lora.init_from: {folder!r} {what} adapter {e.name!r} {verb}; set lora.target_modules: "
+        f"{json.dumps(module_patterns(held))}"
+    )

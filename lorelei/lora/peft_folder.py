@@ -1,51 +1,46 @@
 """An adapter as the folder that peft and the inference servers read.
 
-adapter_config.json and adapter_model.safetensors, as peft 0.18 writes them.
+adapter_config.json and adapter_model.safetensors, as peft 0.18 writes them; adapter_model.bin, as
+earlier ones did, is read too.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from lorelei.lora.state import AdapterState
-from lorelei.lora.tensor_file import lora_modules, parse_tensors, tensor_bytes
-from lorelei.store.durable import CorruptFile, StoreError, read_file, write_folder
-from lorelei.store.record import json_object
+from torch import Tensor
+
+from lorelei.lora.fused_experts import (
+    Fused,
+    fused_parameters,
+    lost,
+    separate_experts,
+)
+from lorelei.lora.peft_config import PeftConfig, read_peft_config
+from lorelei.lora.peft_tensors import plain_tensors, read_tensors
+from lorelei.lora.state import PREFIX, AdapterState, tensor_names
+from lorelei.lora.tensor_file import lora_modules, tensor_bytes
+from lorelei.store.durable import CorruptFile, StoreError, write_folder
 from lorelei.types import AdapterSpec
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-
-# fields that change what the tensors mean: the values that leave them plain LoRA
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": (None, "none"),
-    "lora_bias": (None, False),
-    "use_dora": (None, False),
-    "use_qalora": (None, False),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "layer_replication": (None, []),
-    "alora_invocation_tokens": (None, []),
-    # the others change the base model's weights too
-    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
-}
 
 
 def write_peft_folder(
     folder: Path,
     state: AdapterState,
     base_model: str,
+    fused: Fused | None = None,
     beside: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Create the folder whole or not at all. Raises StoreError when it exists with content.
+    """Create the folder whole or not at all; `fused` replaces the tensors of single experts.
 
-    beside: more files, by name.
+    beside: more files, by name. Raises StoreError when the folder exists with content, or a fused
+    one does not hold every tensor.
     """
     spec = state.spec
     if spec.full:
@@ -67,53 +62,81 @@ def write_peft_folder(
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": None,
+        **(fused.config if fused is not None else {}),
     }
+    tensors = fused.tensors if fused is not None else state.tensors
     files = {
         CONFIG: json.dumps(config, indent=2).encode() + b"\n",
-        TENSORS: tensor_bytes(state.tensors, ("format", "pt")),
+        TENSORS: tensor_bytes(tensors, ("format", "pt")),
         **(beside or {}),
     }
     write_folder(folder, files)
+    if fused is not None and (name := lost(state, read_peft_folder(folder).tensors)):
+        shutil.rmtree(folder)
+        raise StoreError(f"{folder}: would not hold {name} as it is trained; write single experts")
 
 
-def read_peft_folder(folder: Path) -> AdapterState:
+def read_peft_folder(folder: Path, base: Path | None = None) -> AdapterState:
     """Read a LoRA adapter; target_modules become the full names of the modules it has.
 
-    Raises StoreError naming file and field for what is missing, damaged or not plain LoRA.
+    base: the folder of the model, which copies of its weights in the adapter's file are compared
+    with; None: such copies are refused. Raises StoreError naming file, field or tensor for what
+    is missing, damaged or not plain LoRA.
     """
-    path = folder / CONFIG
-    config = json_object(read_file(path), path)
-    for field, allowed in _PLAIN.items():
-        if (value := config.get(field)) not in allowed:
-            raise StoreError(
-                f"{path}: {field}: {value!r} is not supported, must be {allowed[-1]!r}; "
-                "use an adapter with plain LoRA on linear layers"
-            )
-    rank = _number(path, config, "r", 8)
-    if rank < 1 or rank != int(rank):
-        raise CorruptFile(f"{path}: r: {rank!r} must be a whole number of 1 or more")
-    tensors, _ = parse_tensors(read_file(folder / TENSORS), folder / TENSORS)
-    if any(".lora_embedding_" in name for name in tensors):
-        raise StoreError(
-            f"{folder / TENSORS}: has lora_embedding tensors, embeddings are not supported; "
-            "use an adapter that targets linear layers only"
-        )
+    config = read_peft_config(folder / CONFIG)
+    path, held = read_tensors(folder)
+    tensors = plain_tensors(path, held, base)
+    parameters: list[str] = []
     try:
-        modules = lora_modules(tensors, int(rank))
+        if config.target_parameters:
+            parameters = fused_parameters(tensors, config.target_parameters)
+            ranks = {name: config.rank_of(name) for name in parameters}
+            tensors = separate_experts(tensors, ranks, config.rank, config.peft_version)
+        rank, scale = _shape(config, tensors, parameters)
+        modules = lora_modules(tensors, rank)
+    except StoreError:
+        raise
     except ValueError as error:
-        raise CorruptFile(f"{folder / TENSORS}: {error}; check r in {CONFIG}") from error
+        raise CorruptFile(f"{path}: {error}; check r and its patterns in {CONFIG}") from error
+    alpha = config.alpha
+    plain = alpha / (rank**0.5 if config.rslora else rank)
+    if not math.isclose(scale, plain, rel_tol=1e-9):
+        alpha = scale * (rank**0.5 if config.rslora else rank)
     spec = AdapterSpec(
-        rank=int(rank),
-        alpha=_number(path, config, "lora_alpha", 8),
+        rank=rank,
+        alpha=alpha,
         target_modules=modules,
-        rslora=config.get("use_rslora") is True,
-        dropout=_number(path, config, "lora_dropout", 0.0),
+        rslora=config.rslora,
+        dropout=config.dropout,
     )
-    return AdapterState(spec=spec, tensors=tensors)
+    return AdapterState(spec=spec, tensors=dict(sorted(tensors.items())))
 
 
-def _number(path: Path, config: dict[str, Any], field: str, default: float) -> float:
-    value = config.get(field, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CorruptFile(f"{path}: {field}: {value!r} must be a number")
-    return value
+def _shape(
+    config: PeftConfig, tensors: dict[str, Tensor], parameters: list[str]
+) -> tuple[int, float]:
+    """The one rank and scale of all modules. Raises StoreError when they have several."""
+    names = [n.removeprefix(PREFIX).removesuffix(".lora_A.weight") for n in tensors]
+    modules = sorted(name for name in names if tensor_names(name)[0] in tensors)
+    if not modules:
+        return config.rank, config.scale_of("")
+    ranks: dict[str, int] = {}
+    scales: dict[str, float] = {}
+    for module in modules:
+        fused = [p for p in parameters if module.startswith(p.rpartition(".")[0] + ".")]
+        leaf = module.rpartition(".")[2].removesuffix("_proj")
+        owner = next((p for p in fused if leaf in p.rpartition(".")[2].split("_")), None)
+        given = config.rank_of(module)
+        ranks[module] = len(tensors[tensor_names(module)[0]]) if owner is not None else given
+        scales[module] = config.scale_of(owner or module)
+    for field, found in (("rank_pattern", ranks), ("alpha_pattern", scales)):
+        first = modules[0]
+        for module, value in found.items():
+            if not math.isclose(value, found[first], rel_tol=1e-9):
+                what = "rank" if field == "rank_pattern" else "alpha / r"
+                raise StoreError(
+                    f"{config.path}: {field}: {first} has {what} {found[first]:g} and {module} "
+                    f"{value:g}, an adapter here has one; train one without patterns, or merge it "
+                    "into the base and take that as model"
+                )
+    return ranks[modules[0]], scales[modules[0]]

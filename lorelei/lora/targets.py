@@ -80,6 +80,26 @@ def match_targets(names: Iterable[str], spec: AdapterSpec, model_name: str) -> l
     return [name for name in known if name in chosen]
 
 
+def module_patterns(modules: Iterable[str]) -> list[str]:
+    """Targets that match exactly these modules of a model whose experts are all in or all out."""
+    layers: dict[str, set[str]] = {}  # what is targeted in a layer -> such layers
+    alone: list[str] = []
+    by_layer: dict[str, set[str]] = {}
+    for module in modules:
+        if match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module):
+            leaf = re.sub(r"\.\d+\.", r".\\d+.", match[2])
+            by_layer.setdefault(match[1], set()).add(leaf)
+        else:
+            alone.append(module)
+    for layer, leaves in by_layer.items():
+        layers.setdefault("|".join(sorted(leaves)), set()).add(layer)
+    found = [
+        rf"model\.layers\.({'|'.join(sorted(numbers, key=int))})\.({leaves})"
+        for leaves, numbers in layers.items()
+    ]
+    return [*sorted(found), *sorted(alone)]
+
+
 def tied_names(chosen: Iterable[str], spec: AdapterSpec) -> dict[str, str]:
     """{targeted name: what its A is called}: names that share an A have one for it in common.
 

@@ -65,6 +65,7 @@ def _group(raw: dict[str, Any]) -> Group:
         **raw["prompt"],
         "tokens": _ints(raw["prompt"]["tokens"]),
         "messages": tuple(raw["prompt"]["messages"]),
+        "tools": tuple(raw["prompt"].get("tools", ())),  # none in what an earlier version left
     }
     return Group(
         adapter=raw["adapter"],

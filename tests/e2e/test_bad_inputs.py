@@ -99,6 +99,11 @@ def of_another_base(folder: Path) -> None:
               | {n: t for n, t in tensors.items() if "lora_B" in n}, path)  # fmt: skip
 
 
+def not_a_number(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file({n: t * torch.nan for n, t in load_file(path).items()}, path)
+
+
 def rows(lines: str) -> Callable[[Path, ExitStack], None]:
     return lambda place, _: void((place / "bad.jsonl").write_text(lines))
 
@@ -235,7 +240,32 @@ CASES = {
     "adapter with DoRA": Case(
         config=START,
         prepare=adapter(lambda a: edit(a / "adapter_config.json", use_dora=True)),
-        expected="adapter_config.json: use_dora: True is not supported, must be False; use an",
+        expected="adapter_config.json: use_dora: True trains magnitudes too; train with use_dora=F",
+    ),
+    "adapter that starts from the base's values": Case(
+        config=START,
+        prepare=adapter(lambda a: edit(a / "adapter_config.json", init_lora_weights="pissa")),
+        expected="init_lora_weights: 'pissa' was trained on a base from whose weights its first",
+    ),
+    "adapter with NaN": Case(
+        config=START,
+        prepare=adapter(not_a_number),
+        expected="values are NaN or infinite in float32; take an earlier checkpoint",
+    ),
+    "adapter of other layers": Case(
+        config={"lora": {"init_from": "start", "target_modules": ["q_proj"]}},
+        prepare=adapter(void),
+        expected="adapter 'default' does not target; set lora.target_modules: [",
+    ),
+    "adapter without tensors": Case(
+        config=START,
+        prepare=adapter(lambda a: (a / "adapter_model.safetensors").unlink()),
+        expected="adapter_model.safetensors: missing",
+    ),
+    "adapter configuration is damaged": Case(
+        config=START,
+        prepare=adapter(lambda a: cut(a / "adapter_config.json")),
+        expected="adapter_config.json: not JSON",
     ),
     # the task
     "no data file": Case(
@@ -370,6 +400,10 @@ CASES = {
     "unknown adapter": Case(
         arguments=("export", "done", "--adapter", "math"),
         expected="adapter: there is no 'math'; use --adapter with one of: default",
+    ),
+    "fused experts of a model without experts": Case(
+        arguments=("export", "done", "--experts", "fused"),
+        expected="--experts: fused: the adapter has no LoRA on experts; leave the option out",
     ),
     "export to where something is": Case(
         arguments=("export", "done", "--out", "model"), expected="model: exists already; remove it"

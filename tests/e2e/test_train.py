@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from lorelei.cli.trained_run import TrainedRun
 from lorelei.launch import local
+from lorelei.lora.peft_folder import read_peft_folder
 from lorelei.lora.state import AdapterSnapshot
 from lorelei.model.load import load_decoder
 from lorelei.run_file import load_config
@@ -27,6 +29,7 @@ from lorelei.store.manifest import Manifest
 from lorelei.train.archon.engine import archon_engine
 from tests.contract.reference_rollout import reference_logprobs
 from tests.episodes import random_group, weighted_batch
+from tests.tiny_models import make_tiny
 from tests.tiny_runs import lorelei, make_workplace, records, start, write_run
 
 CHAIN_SUM = {
@@ -350,7 +353,7 @@ def test_a_run_resumes_without_the_adapter_it_started_from(place: Path, warm: Pa
         ({"lora_rank": 8}, "has lora_rank 4, adapter 'default' has 8; set lora.lora_rank: 4"),
         ({"lora_alpha": 16}, "has lora_alpha 8, adapter 'default' has 16.0; set"),
         ({"use_rslora": True}, "has use_rslora False, adapter 'default' has True; set"),
-        ({"target_modules": ["q_proj"]}, "belongs to no target module"),
+        ({"target_modules": ["q_proj"]}, "does not target; set lora.target_modules: ["),
     ],
 )
 def test_an_adapter_of_another_shape_is_refused(
@@ -366,9 +369,40 @@ def test_an_adapter_with_ranks_by_module_is_refused(place: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", rank_pattern={"q_proj": 2})
     get_peft_model(base, lora).save_pretrained(place / "patterned")
-    with pytest.raises(ValueError, match=r"adapter_config.json: rank_pattern: .* not supported"):
+    with pytest.raises(ValueError, match=r"adapter_config.json: rank_pattern: .* has rank 4 and "):
         train(place, "refused", lora={"init_from": "patterned"})
     assert not (place / "runs/refused").exists()
+
+
+def test_a_suggested_target_starts_from_an_adapter_on_some_layers_and_the_head(
+    place: Path,
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    lora = LoraConfig(
+        r=4, lora_alpha=8, target_modules=r"lm_head|model\.layers\.1\..*\.(q_proj|up_proj)"
+    )
+    get_peft_model(base, lora).save_pretrained(place / "some")  # with the head's base_layer
+    with pytest.raises(ValueError, match=r"set lora.target_modules: \[") as caught:
+        train(place, "suggested", lora={"init_from": "some"})
+    targets = json.loads(str(caught.value).partition("lora.target_modules: ")[2])
+    start = {"init_from": "some", "target_modules": targets}
+    folder = train(place, "suggested", lora=start, steps=1)
+    assert last(folder).step == 1
+
+
+def test_a_mixture_is_exported_with_fused_experts_and_started_from(place: Path) -> None:
+    make_tiny("qwen3_moe", place / "moe")
+    for file in (place / "model").glob("*token*"):
+        shutil.copy(file, place / "moe")
+    folder = train(place, "mixture", model=str(place / "moe"), steps=1)
+    lorelei(place, "export", "mixture", "--experts", "fused-0.18", "--out", "fused")
+    state, back = TrainedRun.read(folder).state("default"), read_peft_folder(place / "fused")
+    assert back.tensors.keys() == state.tensors.keys()
+    assert all(torch.equal(back.tensors[name], state.tensors[name]) for name in state.tensors)
+    config = json.loads((place / "fused/adapter_config.json").read_text())
+    assert "model.layers.0.mlp.experts.down_proj" in config["target_parameters"]
+    again = train(place, "again", model=str(place / "moe"), lora={"init_from": "fused"}, steps=1)
+    assert last(again).step == 1
 
 
 def test_a_tokenizer_folder_is_all_that_is_needed_of_transformers(place: Path) -> None:

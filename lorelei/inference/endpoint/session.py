@@ -62,7 +62,7 @@ class Session:
         if turn.completion.finish_reason == "abort":
             raise Refused("the run ended this completion before it was whole", status=503)
         self._turns[number] = turn
-        answer = Answer.of(turn, request, number, self._chat)
+        answer = Answer.of(turn, request, number, self.chat)
         said = answer.message()
         conversation = [*request.messages, {**said, "content": said["content"] or ""}]
         self._answered[_key(conversation, request.offered)] = turn
@@ -109,7 +109,7 @@ class Session:
         messages, at, answer = self._as_sampled(request.messages, request.offered)
         try:
             if request.offered:
-                self._chat.tool_format()
+                self.chat.tool_format()
             if answer is None:
                 return self.chat.prompt(messages, request.offered)
             return self.chat.follow(messages, at, answer, request.offered)
@@ -126,7 +126,7 @@ class Session:
             if message["role"] != "assistant":
                 continue
             if (turn := self._answered.get(_key(messages[: number + 1], tools))) is not None:
-                found[number] = self._chat.spoken(turn)
+                found[number] = self.chat.spoken(turn)
                 at, last = number, turn
         return found, at, last
 
