@@ -8,6 +8,7 @@ to the working directory.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from copy import deepcopy
@@ -281,4 +282,4 @@ def _in_file(folder: Path, name: object) -> object:
 
 
 def _join(folder: Path, path: str) -> str:
-    return str((folder / Path(path).expanduser()).resolve())
+    return str((folder / os.path.expanduser(path)).resolve())
