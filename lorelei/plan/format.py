@@ -52,7 +52,8 @@ def _verdict(plan: Plan) -> str:
     assert plan.device_memory is not None
     held, limit = held_by_place(plan.processes), f"{plan.device_memory / GIB:.1f} GiB"
     if plan.device == "cpu":
-        return f"fits: {held['cpu'] / GIB:.1f} of {limit} of this machine"
+        most = plan.total_memory if plan.memory else held["cpu"]
+        return f"fits: {most / GIB:.1f} of {limit} of this machine"
     most = max(bytes for place, bytes in held.items() if "gpu" in place)
     return f"fits: at most {most / GIB:.1f} of {limit} of a device"
 

@@ -49,7 +49,6 @@ def process_groups(
     role = f"{train.kind} rank{on_ray}"
     found = [_controller(run)]
     problems: list[str] = []
-    phase = ""
     if inside:
         phase = max(phases, key=lambda name: sum(phases[name].values()))
         parts = [
@@ -74,7 +73,7 @@ def process_groups(
         found.append(_group(f"{servers.kind} server{on_ray}", places, parts, words))
     elif isinstance(rollout, ServerRollout):
         found.append(_group(f"{rollout.kind} server", rollout.urls, (), "runs already"))
-    return tuple(found), (*problems, *_too_large(run, found, hardware, phase))
+    return tuple(found), (*problems, *_too_large(run, found, hardware, phases))
 
 
 def _controller(run: Footprint) -> ProcessGroup:
@@ -107,27 +106,43 @@ def held_by_place(groups: Sequence[ProcessGroup]) -> dict[str, int]:
 
 
 def _too_large(
-    run: Footprint, groups: Sequence[ProcessGroup], hardware: Hardware, phase: str
+    run: Footprint,
+    groups: Sequence[ProcessGroup],
+    hardware: Hardware,
+    phases: Mapping[str, Parts],
 ) -> list[str]:
-    """Places whose processes hold more than they have. phase: that needs most, if known."""
+    """Places whose processes hold more than they have."""
     if hardware.memory is None:
         return []
+    if hardware.on_cpu and phases:
+        return _too_large_phase(run, hardware.memory, phases)
     held = held_by_place(groups)
     places = ["cpu"] if hardware.on_cpu else [p for p in held if p[-1].isdigit()]
     over = [place for place in places if held.get(place, 0) > hardware.memory]
     if not over:
         return []
     place = max(over, key=lambda name: held[name])
-    parts = [part for group in groups if place in group.places for part in group.parts]
-    if hardware.on_cpu:
-        counts = {id(part): group.places.count(place) for group in groups for part in group.parts}
-        parts = [replace(part, bytes=part.bytes * counts[id(part)]) for part in parts]
-        where = "this machine"
-    else:
-        where = f"machine.memory: {place}"
+    parts = {
+        f"{group.role} {part.name}": replace(part, bytes=part.bytes * group.places.count(place))
+        for group in groups
+        for part in group.parts
+    }
+    where = "this machine" if hardware.on_cpu else f"machine.memory: {place}"
     count = f" ({len(over)} devices do not fit)" if len(over) > 1 else ""
-    while_ = f" while {phase}" if phase else ""
-    return [
-        f"{where} would hold {held[place] / GIB:.1f} GiB of {hardware.memory / GIB:.1f}"
-        f"{while_}{count}; {changes(run, parts, held[place] - hardware.memory)}"
-    ]
+    change = changes(run, list(parts.values()), held[place] - hardware.memory)
+    return [_would_hold(where, held[place], hardware.memory, f"{count}; {change}")]
+
+
+def _too_large_phase(run: Footprint, memory: int, phases: Mapping[str, Parts]) -> list[str]:
+    """Of a run whose processes share the CPUs' memory."""
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    held = sum(phases[phase].values())
+    if held <= memory:
+        return []
+    parts = [MemoryItem(name=name, bytes=size, how="") for name, size in phases[phase].items()]
+    change = changes(run, parts, held - memory)
+    return [_would_hold("this machine", held, memory, f" while {phase}; {change}")]
+
+
+def _would_hold(where: str, held: int, memory: int, more: str) -> str:
+    return f"{where} would hold {held / GIB:.1f} GiB of {memory / GIB:.1f}{more}"
