@@ -12,7 +12,14 @@ import lorelei
 
 ROOT = Path(lorelei.__file__).parent
 LAYERS = (
-    ("types", "config", "algo", "user_file", "process"),  # an algorithm brings its settings
+    (
+        "types",
+        "config",
+        "algo",
+        "user_file",
+        "process",
+        "cache",
+    ),  # an algorithm brings its settings
     (
         *("areal", "run_file", "data", "env", "reward", "lora", "model", "parallel"),
         *("store", "obs", "venvs"),
