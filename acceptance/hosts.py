@@ -24,7 +24,8 @@ import yaml
 from acceptance.record import Line
 from acceptance.table import table
 from benchmarks.cases import MODEL
-from lorelei.model.locate import cache_folder, resolve_model
+from lorelei.cache import cache_folder
+from lorelei.model.locate import resolve_model
 from lorelei.model.tokenizer import load_tokenizer
 from lorelei.obs.history import read_metrics
 from lorelei.store.manifest import manifest_paths

@@ -9,6 +9,7 @@ working directory.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from copy import deepcopy
@@ -321,4 +322,4 @@ def _in_file(folder: Path, name: object) -> object:
 
 
 def _join(folder: Path, path: str) -> str:
-    return str((folder / Path(path).expanduser()).resolve())
+    return str((folder / os.path.expanduser(path)).resolve())

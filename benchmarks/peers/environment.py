@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lorelei.model.locate import cache_folder
+from lorelei.cache import cache_folder
 
 RECIPE = Path(__file__).with_name("requirements.txt")
 LLAMA_CPP_BUILD = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"

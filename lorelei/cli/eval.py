@@ -49,12 +49,12 @@ def evaluate(
 
 async def _scores(run: TrainedRun, n_prompts: int | None, base: bool) -> Scores:
     """The held-out means of every adapter, on the run's own problems."""
+    from lorelei.cache import writable_cache
     from lorelei.launch.assemble import build, evaluators
-    from lorelei.model.locate import cache_folder
 
     found: Scores = {}
     async with AsyncExitStack() as stack:
-        logs = cache_folder() / "logs" / run.folder.name  # the run folder is only read
+        logs = writable_cache("logs") / run.folder.name  # the run folder is only read
         parts = await build(run.config, stack, logs, training=False)
         for name, evaluator in evaluators(run.config, parts).items():
             if name not in run.manifest.adapters:  # it was removed while the run went on

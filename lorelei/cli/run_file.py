@@ -32,7 +32,10 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a run would train and need, and where, without loading weights."""
+    """Say what a run would train and need, and where, without loading weights.
+
+    Exit code 1: it does not fit.
+    """
     from lorelei.plan.format import plan_table
     from lorelei.plan.hardware import wanted
     from lorelei.plan.plan import plan as make_plan
@@ -42,6 +45,8 @@ def plan(
     config = load_config(run, [*(overrides or []), *machine])
     planned = make_plan(config, wanted(config.machine))
     show(planned.to_json(), as_json, lambda: plan_table(planned))
+    if planned.problems:
+        raise typer.Exit(1)
 
 
 def convert(

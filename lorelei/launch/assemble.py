@@ -214,7 +214,7 @@ def make_loop(
         jobs[name].restore(entries[name].record.version, entries[name].record.state)
     for warning in (*store.warnings, *maker.spool.warnings):
         console.warn(warning)
-    canary = Canary(thread, parts.sampler.engine, publisher, store.run_id)
+    canary = Canary(thread, parts.sampler.engine, publisher, store.run_id, config.dtype)
     return Loop(
         registry=Registry(jobs.values(), console.warn),
         thread=thread,

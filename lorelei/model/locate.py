@@ -5,18 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lorelei.cache import cache_folder
 from lorelei.config.errors import ConfigError
 
 WEIGHTS = "*.safetensors"
 # what a run reads of a model; no pickled weights
 _FILES = ["*.json", WEIGHTS, "*.jinja", "*.txt", "*.model"]
-
-
-def cache_folder() -> Path:
-    """LORELEI_CACHE, else lorelei/ in XDG_CACHE_HOME or ~/.cache."""
-    if named := os.environ.get("LORELEI_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorelei"
 
 
 def resolve_model(name: str, *, weights: bool = True) -> Path:
@@ -49,8 +43,9 @@ def find_model(name: str) -> Path | None:
 
 def local_folder(name: str) -> Path | None:
     """The folder of a model on this machine, if there is one outside of the hub's cache."""
-    folders = (Path(name).expanduser(), _cached(name))
-    return next((folder for folder in folders if folder.is_dir()), None)
+    # os.path: a folder that may not be looked into, or a user without a home, is no error
+    folders = (os.path.expanduser(name), _cached(name))
+    return next((Path(folder) for folder in folders if os.path.isdir(folder)), None)
 
 
 def _cached(name: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -15,8 +14,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from lorelei.cache import cache_folder
 from lorelei.inference.kinds import INFERENCE, SERVERS
-from lorelei.model.locate import cache_folder
 from lorelei.process import physical_cores
 from lorelei.train.kinds import TRAIN
 from lorelei.venvs.recipe import KINDS, PACKAGE, command, packages, recipe
@@ -94,11 +93,14 @@ def _runs(combinations: Sequence[Combination]) -> Table:
 def _parts() -> Iterator[Component]:
     import torch
 
+    from lorelei.model.kernels.build import compiler_command
+
     yield Component(name="lorelei", found=version("lorelei"))
     yield Component(name="python", found=platform.python_version())
     yield Component(name="torch", found=torch.__version__)
     yield Component(name="device", found=_device())
-    compiler = shutil.which(os.environ.get("CC", "cc"))
+    command = compiler_command()
+    compiler = " ".join(command) if command else None
     fix = "a C compiler (`apt install gcc`) makes training on a CPU faster"
     yield Component(name="C compiler", found=compiler, fix=fix)
     yield _kernels()
@@ -106,7 +108,7 @@ def _parts() -> Iterator[Component]:
         yield _environment(kind)
     yield _package("ray", "`pip install 'lorelei[ray]'`, for cluster: {kind: ray}")
     model = cache_folder() / "models" / _SMOLLM2
-    there = (model / "config.json").is_file()
+    there = os.path.isfile(model / "config.json")  # of a folder that may not be read: False
     yield Component(name="SmolLM2-135M", found=_short(model) if there else None, fix="make model")
 
 
@@ -124,7 +126,7 @@ def _device() -> str:
 
 def _short(path: Path) -> str:
     """With ~ for the home folder."""
-    home = Path.home()
+    home = os.path.expanduser("~")  # itself where there is none
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lorelei.plan.memory import GIB, PROMPT_SHARE, ProcessGroup
 from lorelei.plan.plan import AdapterPlan, Plan
+from lorelei.plan.processes import held_by_place
 
 
 def plan_table(plan: Plan) -> Group:
@@ -49,8 +50,12 @@ def _estimate(plan: Plan) -> str:
 
 def _verdict(plan: Plan) -> str:
     assert plan.device_memory is not None
-    most = max(g.bytes for g in plan.processes if any("gpu" in place for place in g.places))
-    return f"fits: at most {most / GIB:.1f} of {plan.device_memory / GIB:.1f} GiB of a device"
+    held, limit = held_by_place(plan.processes), f"{plan.device_memory / GIB:.1f} GiB"
+    if plan.device == "cpu":
+        most = plan.total_memory if plan.memory else held["cpu"]
+        return f"fits: {most / GIB:.1f} of {limit} of this machine"
+    most = max(bytes for place, bytes in held.items() if "gpu" in place)
+    return f"fits: at most {most / GIB:.1f} of {limit} of a device"
 
 
 def _processes(plan: Plan) -> list[Table | Text]:

@@ -7,7 +7,8 @@ import platform
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class Hardware:
 
     nodes: int = 1
     devices: int = 0  # of each node
-    memory: int | None = None  # bytes of each device, where it is known
+    memory: int | None = None  # bytes of each device or of the CPUs, where it is known
     here: bool = True  # this machine, whose devices may be shared
 
     @property
@@ -48,15 +49,38 @@ def has_accelerator() -> bool:
 def this_machine() -> Hardware:
     """What is here, found without torch; the memory of its devices is not known."""
     if not has_accelerator():
-        return Hardware()
+        return Hardware(memory=_cpu_memory())
     cards = [p for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name)]
     return Hardware(devices=max(len(cards), 1))
 
 
+def _cpu_memory() -> int:
+    """Bytes that processes may take here: the machine's, or a container's share of it."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups of both versions
+        with suppress(OSError, ValueError):  # 'max'
+            found.append(int(Path("/sys/fs/cgroup", limit).read_text()))
+    return min(found)
+
+
 def wanted(machine: MachineConfig) -> Hardware:
-    """What the configuration asks for, or what is here."""
+    """What the configuration asks for, or what is here.
+
+    Raises ConfigError for what says nothing without machine.devices.
+    """
     if machine.devices is None:
-        return this_machine()
+        here = this_machine()
+        if machine.nodes > 1:
+            raise ConfigError(
+                f"machine.nodes: {machine.nodes} are planned with machine.devices of each only; "
+                "give both (--nodes and --devices), or neither for this machine"
+            )
+        if machine.memory is not None and here.on_cpu:
+            raise ConfigError(
+                f"machine.memory: {machine.memory!r} is of each accelerator and this machine has "
+                "none; give machine.devices too (--devices), or leave it out"
+            )
+        return here if machine.memory is None else replace(here, memory=machine.memory_bytes)
     return Hardware(
         nodes=machine.nodes,
         devices=machine.devices,

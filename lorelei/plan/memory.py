@@ -270,9 +270,13 @@ def micro_batch_tokens(run: Footprint) -> int:
     """Tokens of the largest micro-batch: no more than a worker's share of an optimizer step."""
     prompt, experiments = _prompt_tokens(run), run.config.experiments()
     step = sum(_step_tokens(e, prompt) for e in experiments) // run.config.train.sizes.data
-    longest = max(map(_longest, experiments))
-    longest = min(longest, run.model.context(run.config.rollout.max_context))
-    return min(step, max(run.config.train.max_tokens_per_mb, longest))
+    return min(step, max(run.config.train.max_tokens_per_mb, longest_sequence(run)))
+
+
+def longest_sequence(run: Footprint) -> int:
+    """Tokens of the longest prompt and answer of any adapter, as far as the model has positions."""
+    longest = max(map(_longest, run.config.experiments()))
+    return min(longest, run.model.context(run.config.rollout.max_context))
 
 
 def _step_tokens(e: Experiment, prompt: int) -> int:

@@ -58,7 +58,7 @@ class Plan:
     parameters: Mapping[str, int]  # of the base model, by part
     adapters: tuple[AdapterPlan, ...]
     device: Literal["cpu", "accelerator"]  # whose memory it is
-    device_memory: int | None  # bytes of one, where it is known
+    device_memory: int | None  # bytes of one, or of all CPUs together, where it is known
     # bytes, estimated, by phase and part, of a controller that trains itself
     memory: Mapping[str, Mapping[str, int]]
     processes: tuple[ProcessGroup, ...]

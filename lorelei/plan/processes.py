@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from lorelei.config.rollout import ServerRollout
 from lorelei.lora.targets import Shape
+from lorelei.plan.changes import changes
 from lorelei.plan.hardware import Hardware, seat
 from lorelei.plan.memory import (
     CONTROLLER,
@@ -48,10 +50,10 @@ def process_groups(
     found = [_controller(run)]
     problems: list[str] = []
     if inside:
-        largest = max(phases, key=lambda name: sum(phases[name].values()))
+        phase = max(phases, key=lambda name: sum(phases[name].values()))
         parts = [
-            MemoryItem(name=name, bytes=held, how=f"while {largest}")
-            for name, held in phases[largest].items()
+            MemoryItem(name=name, bytes=held, how=f"while {phase}")
+            for name, held in phases[phase].items()
             if name not in ("programs", "reward workers")
         ]
         role = "trainer" + (" and sampler" if rollout.kind == "embedded" else "")
@@ -71,7 +73,7 @@ def process_groups(
         found.append(_group(f"{servers.kind} server{on_ray}", places, parts, words))
     elif isinstance(rollout, ServerRollout):
         found.append(_group(f"{rollout.kind} server", rollout.urls, (), "runs already"))
-    return tuple(found), (*problems, *_too_large(found, hardware))
+    return tuple(found), (*problems, *_too_large(run, found, hardware, phases))
 
 
 def _controller(run: Footprint) -> ProcessGroup:
@@ -94,22 +96,53 @@ def _group(
     return ProcessGroup(role=role, places=tuple(places), parts=tuple(parts), note=note)
 
 
-def _too_large(groups: Sequence[ProcessGroup], hardware: Hardware) -> list[str]:
-    """Devices whose processes hold more than they have."""
-    if hardware.memory is None:
-        return []
+def held_by_place(groups: Sequence[ProcessGroup]) -> dict[str, int]:
+    """Bytes of all processes of each place."""
     held: dict[str, int] = {}
     for group in groups:
         for place in group.places:
             held[place] = held.get(place, 0) + group.bytes
-    over = {
-        p: n for p, n in held.items() if p.endswith(tuple("0123456789")) and n > hardware.memory
-    }
+    return held
+
+
+def _too_large(
+    run: Footprint,
+    groups: Sequence[ProcessGroup],
+    hardware: Hardware,
+    phases: Mapping[str, Parts],
+) -> list[str]:
+    """Places whose processes hold more than they have."""
+    if hardware.memory is None:
+        return []
+    if hardware.on_cpu and phases:
+        return _too_large_phase(run, hardware.memory, phases)
+    held = held_by_place(groups)
+    places = ["cpu"] if hardware.on_cpu else [p for p in held if p[-1].isdigit()]
+    over = [place for place in places if held.get(place, 0) > hardware.memory]
     if not over:
         return []
-    place, most = max(over.items(), key=lambda item: item[1])
-    return [
-        f"machine.memory: {place} would hold {most / GIB:.1f} GiB of {hardware.memory / GIB:.1f} "
-        f"({len(over)} devices do not fit); spread train over more of them, or lower "
-        "train.max_tokens_per_mb"
-    ]
+    place = max(over, key=lambda name: held[name])
+    parts = {
+        f"{group.role} {part.name}": replace(part, bytes=part.bytes * group.places.count(place))
+        for group in groups
+        for part in group.parts
+    }
+    where = "this machine" if hardware.on_cpu else f"machine.memory: {place}"
+    count = f" ({len(over)} devices do not fit)" if len(over) > 1 else ""
+    change = changes(run, list(parts.values()), held[place] - hardware.memory)
+    return [_would_hold(where, held[place], hardware.memory, f"{count}; {change}")]
+
+
+def _too_large_phase(run: Footprint, memory: int, phases: Mapping[str, Parts]) -> list[str]:
+    """Of a run whose processes share the CPUs' memory."""
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    held = sum(phases[phase].values())
+    if held <= memory:
+        return []
+    parts = [MemoryItem(name=name, bytes=size, how="") for name, size in phases[phase].items()]
+    change = changes(run, parts, held - memory)
+    return [_would_hold("this machine", held, memory, f" while {phase}; {change}")]
+
+
+def _would_hold(where: str, held: int, memory: int, more: str) -> str:
+    return f"{where} would hold {held / GIB:.1f} GiB of {memory / GIB:.1f}{more}"

@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import lorelei
-from lorelei.model.locate import cache_folder
+from lorelei.cache import cache_folder, writable_cache
 
 PACKAGE = {"vllm": "vllm", "sglang": "sglang", "megatron": "megatron-core"}  # what it is made for
 KINDS = tuple(PACKAGE)
@@ -106,8 +107,11 @@ def import_path() -> Path:
     """
     package = Path(lorelei.__file__).resolve().parent
     digest = hashlib.sha256(str(package).encode()).hexdigest()[:12]
-    link = cache_folder() / "sources" / digest / "lorelei"
+    made = cache_folder() / "sources" / digest
+    if os.path.isdir(made / "lorelei"):  # the digest is of the target
+        return made
+    link = writable_cache("sources") / digest / "lorelei"
     link.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):  # the digest is of the target
+    with contextlib.suppress(FileExistsError):
         link.symlink_to(package, target_is_directory=True)
     return link.parent

@@ -19,6 +19,7 @@ LAYERS = (
         "user_file",
         "process",
         "process_guard",
+        "cache",
     ),  # an algorithm brings its settings
     (
         *("areal", "run_file", "data", "env", "reward", "lora", "model", "parallel"),

@@ -32,6 +32,18 @@ class Launch:
     environment: Mapping[str, str]  # on top of ours
 
 
+def no_proxy(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables under which a server reaches itself: SGLang ends when its warm-up request, to
+    its own address, goes to a proxy.
+
+    Curl and requests prefer the small letters, others the capitals.
+    """
+    hosts = f"{LOOPBACK},localhost,::1"
+    names = ("no_proxy", "NO_PROXY")
+    given = next((environment[name] for name in names if environment.get(name)), "")
+    return dict.fromkeys(names, f"{given},{hosts}" if given else hosts)
+
+
 class RunningServer(Protocol):
     """A server that was started, and may have ended since."""
 
@@ -79,7 +91,11 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 # each adapter is received by a new thread, and each of malloc's arenas keeps
                 # the most that any of them freed in it
-                env={"MALLOC_ARENA_MAX": "1", **os.environ, **launch.environment},
+                env={
+                    **{"MALLOC_ARENA_MAX": "1", **os.environ},
+                    **no_proxy(os.environ),
+                    **launch.environment,
+                },
                 start_new_session=True,
             )
 
