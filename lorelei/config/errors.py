@@ -71,7 +71,8 @@ def _path(loc: Sequence[int | str], data: object, *, missing: bool) -> list[str]
             data = cast(Sequence[object], data)[part]
         elif not at_missing_key:
             continue
-        path.append(str(part))
+        word = str(part)
+        path.append(word if word.isprintable() else repr(word))  # in one line, whatever it holds
     return path
 
 
