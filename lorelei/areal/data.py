@@ -19,7 +19,9 @@ def data_sections(file: ArealFile, config: Raw, missing: dict[str, str]) -> None
     path = str(file.value("train_dataset.path", ""))
     name = path.rstrip("/").rpartition("/")[2]
     known = name == "gsm8k"
-    limit = {"max_prompt_tokens": n} if (n := file.number("train_dataset.max_length")) else {}
+    limit = Raw()
+    if longest := file.number("train_dataset.max_length"):
+        limit = {"max_prompt_tokens": longest, "long_prompts": "drop"}
     config.pop("task", None)
     if known:
         asks = {} if file.sft else {"prompt_template": PROMPT}

@@ -24,10 +24,11 @@ DATA = (
     ),
     made("train_dataset.split", "task.split", default="train", why="of openai/gsm8k"),
     copied("train_dataset.batch_size", "algo.batch_size", default=1),
-    copied(
+    made(
         "train_dataset.max_length",
         "task.max_prompt_tokens",
-        why="a longer prompt is an error here, AReaL leaves it out",
+        "task.long_prompts",
+        why="longer prompts are left out: drop",
     ),
     only("train_dataset.drop_last", True, why="every step has a whole batch"),
     only("train_dataset.shuffle", True, why="the order is always a seeded permutation"),

@@ -69,6 +69,7 @@ SHARED = {
     "task.name": "main",
     "task.split": "train",
     "task.max_prompt_tokens": 1024,
+    "task.long_prompts": "drop",
     "reward.kind": "math_verify",
     "eval.every": 7473 // 256,
 }
