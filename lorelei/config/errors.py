@@ -14,6 +14,10 @@ if TYPE_CHECKING:  # programs that only compute run where there is no pydantic
 class ConfigError(ValueError):
     """A configuration that cannot run; the message is the whole line for the user."""
 
+    def __init__(self, message: str) -> None:
+        # one line, whatever the keys and values that it quotes hold
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
 
 class FieldError(ValueError):
     """A refused field, seen from within its section; `describe` adds where the section is."""
@@ -71,8 +75,7 @@ def _path(loc: Sequence[int | str], data: object, *, missing: bool) -> list[str]
             data = cast(Sequence[object], data)[part]
         elif not at_missing_key:
             continue
-        word = str(part)
-        path.append(word if word.isprintable() else repr(word))  # in one line, whatever it holds
+        path.append(str(part))
     return path
 
 
