@@ -11,6 +11,9 @@ if TYPE_CHECKING:  # programs that only compute run where there is no pydantic
     from pydantic_core import ErrorDetails
 
 
+_SHOWN = 20  # names in one error line, which a terminal should hold
+
+
 class ConfigError(ValueError):
     """A configuration that cannot run; the message is the whole line for the user."""
 
@@ -37,7 +40,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """The likely correction of a misspelt word, else everything that is allowed."""
     choices = sorted(known)
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(choices)}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    left = len(choices) - _SHOWN
+    more = f" and {left} more, see `lorelei schema`" if left > 0 else ""
+    return f"allowed: {', '.join(choices[:_SHOWN])}{more}"
 
 
 def describe(error: ValidationError, data: object, prefix: str = "") -> str:

@@ -158,6 +158,18 @@ def check_prompts(source: PromptSource, made: PreTrainedTokenizerFast, task: Any
             chat.follow(after, len(prompt.messages), turn, prompt.tools)
 
 
+def is_read_or_refused(task: Any, template: str, learns: bool, needs_answer: bool) -> None:
+    """task: None when its options are refused already."""
+    if task is None:
+        return
+    try:
+        read(task, template, learns, needs_answer)
+        event("read")
+    except ValueError as error:
+        own_line(error)
+        event(str(error)[:25])
+
+
 @seed(SEED)
 @FUZZ
 @given(lines, templates, tasks, st.booleans(), st.booleans())
@@ -167,15 +179,7 @@ def test_lines_of_json(
 ) -> None:  # fmt: skip
     path = tmp_path_factory.getbasetemp() / "rows.jsonl"
     path.write_bytes(b"\n".join(content))
-    task = task_of("jsonl", path, options)
-    if task is None:
-        return
-    try:
-        read(task, template, learns, needs_answer)
-        event("read")
-    except ValueError as error:
-        own_line(error)
-        event(str(error)[:25])
+    is_read_or_refused(task_of("jsonl", path, options), template, learns, needs_answer)
 
 
 @seed(SEED)
@@ -194,15 +198,7 @@ def test_tables(
     place = at % len(damaged)
     damaged[place : place + len(noise)] = noise
     path.write_bytes(damaged)
-    task = task_of("parquet", path, options)
-    if task is None:
-        return
-    try:
-        read(task, CHATML, False, False)
-        event("read")
-    except ValueError as error:
-        own_line(error)
-        event(str(error)[:25])
+    is_read_or_refused(task_of("parquet", path, options), CHATML, False, False)
 
 
 @seed(SEED)
