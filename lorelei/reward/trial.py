@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorelei.config.errors import shown
+from lorelei.data.reply import Reply
 from lorelei.reward.contract import Sample
 from lorelei.reward.pool import RewardPool, tell
 from lorelei.reward.process import TELL_AFTER
@@ -53,6 +54,5 @@ def trial_texts(row: Mapping[str, Any]) -> list[str]:
 
 
 def sample_of(row: Mapping[str, Any], text: str) -> Sample:
-    """A sample as environments hand it on, with the parts of a reply that is all answer."""
-    parts = {"completion_answer": text, "completion_thinking": "", "completion_prefix": ""}
-    return Sample(data={**row, **parts}, completion=text)
+    """A sample as environments hand it on."""
+    return Sample(data={**row, **Reply.of(text).columns()}, completion=text)
