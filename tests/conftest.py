@@ -29,6 +29,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(_group(item)))
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Names bytes and long texts by their size: a test's name is the same in every process (what
+    a compressor wrote holds the second it was written in) and short enough to read."""
+    if isinstance(val, bytes) or (isinstance(val, str) and len(val) > 200):
+        return f"{len(val)} {'bytes' if isinstance(val, bytes) else 'characters'}"
+    return None
+
+
 def _needs(item: pytest.Item) -> tuple[str, ...]:
     """The environments that a test needs."""
     return tuple(kind for mark in item.iter_markers("needs") for kind in mark.args)
