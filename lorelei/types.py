@@ -132,7 +132,10 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One episode. `error` says why an episode has no reward; its siblings live on."""
+    """One episode. `error` says why it failed; its siblings live on.
+
+    One without a reward or an error is of a run that has none.
+    """
 
     adapter: str
     sample: int
@@ -148,8 +151,8 @@ class Rollout:
 
     @property
     def trainable(self) -> bool:
-        """Whether there is a reward and at least one sampled token."""
-        return self.reward is not None and self.sampled_tokens > 0
+        """Whether it did not fail and has at least one sampled token."""
+        return self.error is None and self.sampled_tokens > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

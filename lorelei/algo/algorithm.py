@@ -14,11 +14,12 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from lorelei.algo.advantage import Level, NormConfig
+from lorelei.algo.frozen import WithReference
 from lorelei.algo.kl_reward import Estimator, kl_of_tokens, to_go
 from lorelei.algo.loss import Aggregation
 from lorelei.config.errors import FieldError
 from lorelei.config.section import Section
-from lorelei.types import BASE, Floats, Items, Longs, LossSpec, Policy, Rollout
+from lorelei.types import Floats, Items, Longs, LossSpec, Policy, Rollout
 
 Job = Literal["rl", "sft"]
 
@@ -40,14 +41,21 @@ class Algorithm(Section):
         """{stream: the policy whose log-probabilities fill it before the first update}."""
         return {}
 
+    @property
+    def needs_reward(self) -> bool:
+        """Whether it learns from what scores its rollouts."""
+        return self.job == "rl"
 
-class PolicyAlgorithm(Algorithm):
+
+class PolicyAlgorithm(WithReference, Algorithm):
     """From the rewards of groups of rollouts to a policy gradient."""
 
     job = "rl"
 
     ppo_n_minibatches: int = Field(default=1, ge=1, description="Optimizer steps of one step.")
-    kl_ctl: float = Field(default=0.0, ge=0, description="Weight of the divergence from the base.")
+    kl_ctl: float = Field(
+        default=0.0, ge=0, description="Weight of the divergence from `reference`."
+    )
     use_kl_in_reward: bool = Field(
         default=False,
         description="Subtract the divergence from tokens' rewards. false: add it to the loss.",
@@ -98,7 +106,20 @@ class PolicyAlgorithm(Algorithm):
 
     @property
     def policies(self) -> Mapping[str, Policy]:
-        return {"reference": BASE} if self.kl_ctl > 0 else {}
+        return {"reference": self.reference} if self.kl_ctl > 0 else {}
+
+    @property
+    def reads_policies(self) -> bool:
+        """Whether advantages follow from the streams of `policies` too, see `with_policies`."""
+        return self.use_kl_in_reward
+
+    def with_policies(self, rounds: Sequence[Items], groups_S: Longs) -> list[Floats]:
+        """The stream `advantage` of the rounds of one batch, where it `reads_policies`.
+
+        rounds: of `credit`, with the streams of `policies`. groups_S: the number of the group of
+        every rollout of the batch.
+        """
+        return self.with_kl(rounds, groups_S)
 
     @property
     def loss_kl(self) -> float:
@@ -147,8 +168,7 @@ class PolicyAlgorithm(Algorithm):
     def with_kl(self, rounds: Sequence[Items], groups_S: Longs) -> list[Floats]:
         """The stream `advantage` of the rounds of one batch, with `use_kl_in_reward`.
 
-        rounds: of `credit`, with the streams of `policies`. groups_S: the number of the group of
-        every rollout of the batch. A token's advantage is less the divergence from it on.
+        See `with_policies`. A token's advantage is less the divergence from it on.
         """
         sequences: list[Longs] = []
         for items in rounds:

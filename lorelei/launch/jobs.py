@@ -25,7 +25,7 @@ from lorelei.model.config import ModelSizes
 from lorelei.model.tokenizer import Tokenizer
 from lorelei.obs.console import Console
 from lorelei.publish.canary import Watched, fixed_tokens
-from lorelei.reward.contract import NoReward
+from lorelei.reward.contract import NoReward, Unscored
 from lorelei.reward.pool import make_pool
 from lorelei.reward.trial import try_out
 from lorelei.rollout.admission import Admission
@@ -98,9 +98,8 @@ class DataMaker:
         return source
 
     def _env(self, e: Experiment, endpoint: Endpoint | None, source: PromptSource) -> Env:
-        assert e.reward is not None, "it samples"
-        if e.reward.kind == "env":
-            reward = NoReward()
+        if e.reward is None or e.reward.kind == "env":
+            reward = NoReward() if e.algo.needs_reward else Unscored()
         else:
             reward = make_pool(e.reward)
             self.stack.callback(reward.close)

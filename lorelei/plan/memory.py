@@ -69,6 +69,7 @@ class Footprint:
     base: int  # parameters of the base model
     stored: str  # the checkpoint's dtype
     adapters: tuple[AdapterSize, ...]
+    frozen: int = 0  # parameters of references and teachers
     on_cpu: bool
 
     @property
@@ -157,6 +158,7 @@ def _trained(run: Footprint) -> Parts:
     trained = sum(size.trained for size in run.adapters)
     return {
         "adapters": workers * trained * FP32,
+        **({"frozen adapters": workers * run.frozen * FP32} if run.frozen else {}),
         "published adapters": published_bytes(run),
         "optimizer": workers * 2 * trained * FP32,  # Adam's two moments
     }

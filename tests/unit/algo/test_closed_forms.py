@@ -19,7 +19,7 @@ import torch
 from lorelei.algo.algorithm import Algorithm, PolicyAlgorithm
 from lorelei.algo.kinds import KINDS, algorithm
 from lorelei.algo.loss import LossItems, item_weights, load_loss
-from lorelei.types import CURRENT
+from lorelei.types import CURRENT, Items
 from tests.episodes import rollout, turn
 
 REWARDS = [[1.0, 0.0, 0.25], [2.0, -1.0]]  # by group
@@ -40,6 +40,7 @@ class Token:
     behaviour: float
     proximal: float
     reference: float
+    teacher: float
 
     @property
     def reward(self) -> float:
@@ -81,6 +82,15 @@ def rloo(token: Token, fields: Fields) -> float:
     return -math.exp(token.current - token.behaviour) * advantage + kl(token, fields)
 
 
+def distill(token: Token, fields: Fields) -> float:
+    """Agarwal et al. (arXiv 2306.13649) with the reverse divergence, at the sampled token."""
+    weight = fields.get("reward_weight", 0.0)
+    of_group = (token.reward - fmean(token.rewards)) / (pstdev(token.rewards) + 1e-6)
+    student = token.proximal if fields.get("recompute_logprob") else token.behaviour
+    advantage = weight * of_group - (student - token.teacher)
+    return -math.exp(token.current - token.behaviour) * advantage + kl(token, fields)
+
+
 def sft(token: Token, fields: Fields) -> float:
     """Ouyang et al. (arXiv 2203.02155), section 3.5: negative log-likelihood."""
     return -token.current
@@ -99,6 +109,14 @@ FORMS: Mapping[str, tuple[Form, Sequence[Fields]]] = {
         ],
     ),
     "rloo": (rloo, [{}, {"kl_ctl": 0.5}]),
+    "distill": (
+        distill,
+        [
+            {"teacher": "base"},
+            {"teacher": "base", "reward_weight": 0.5, "kl_ctl": 0.5},
+            {"teacher": "folder", "recompute_logprob": True},
+        ],
+    ),
     "sft": (sft, [{}]),
 }
 CASES = [(kind, fields) for kind, (_, cases) in FORMS.items() for fields in cases]
@@ -116,7 +134,7 @@ def test_every_kind_names_its_paper(kind: str) -> None:
 
 def items_of(algo: Algorithm, tokens: Sequence[Token]) -> LossItems:
     """As a job and the train engine would make them, in fp64."""
-    names = ("behaviour", "proximal", "reference")
+    names = ("behaviour", "proximal", "reference", "teacher")
     columns = {n: torch.tensor([getattr(t, n) for t in tokens], dtype=torch.float64) for n in names}
     # what policies fill is there only where the algorithm asks for it
     streams = {name: columns[name] for name in ("behaviour", *algo.policies)}
@@ -125,6 +143,19 @@ def items_of(algo: Algorithm, tokens: Sequence[Token]) -> LossItems:
         streams["advantage"] = torch.from_numpy(credit).double()
     lengths = [n for group in LENGTHS for n in group]
     sequence = np.repeat(np.arange(len(lengths)), lengths)
+    if isinstance(algo, PolicyAlgorithm) and algo.reads_policies:
+        nothing = np.zeros(len(sequence), np.float32)
+        items = Items(
+            source=sequence,
+            target=sequence,
+            weight=nothing,
+            temperature=nothing,
+            sequence=sequence,
+            streams={name: values.numpy() for name, values in streams.items()},
+        )
+        groups = np.repeat(np.arange(len(LENGTHS)), [len(group) for group in LENGTHS])
+        (found,) = algo.with_policies([items], groups)
+        streams["advantage"] = torch.from_numpy(found).double()
     weight = item_weights(sequence, getattr(algo, "loss_aggregation", "token"))
     assert set(algo.loss().streams) <= set(streams)
     return LossItems(
@@ -144,6 +175,7 @@ def some_tokens() -> list[Token]:
             behaviour=float(behaviour),
             proximal=float(behaviour + draw.normal() * 0.2),
             reference=float(behaviour + draw.normal() * 0.3),
+            teacher=float(behaviour + draw.normal() * 0.3),
         )
         for rewards, lengths in zip(REWARDS, LENGTHS, strict=True)
         for own, length in enumerate(lengths)

@@ -76,8 +76,13 @@ OTHER: dict[str, tuple[Any, Fields]] = {
     "beta": (0.5, {}),
     "max_weight": (1.1, {}),
     "discount": (0.5, {}),
+    "reference": ("folder", {"kl_ctl": 0.5}),
+    "teacher": ("folder", {}),
+    "reward_weight": (0.5, {}),
 }
 BASELINE = "leave-one-out advantages of a group have mean zero, whatever mean was subtracted before"
+# what a kind needs, or what gives the fields of rewards an effect
+BESIDE: dict[str, Fields] = {"distill": {"teacher": "base", "reward_weight": 1.0}}
 WITHOUT = {  # {(kind, field): why it needs no effect}
     ("rloo", "reward_norm.mean_level"): BASELINE,
     ("rloo", "adv_norm.mean_level"): BASELINE,
@@ -168,7 +173,7 @@ def near(one: Round, policies: Collection[str]) -> tuple[Items, torch.Tensor]:
         return (sampled + draw.normal(size=len(items)) * 0.3).astype(np.float32)
 
     current, others = torch.from_numpy(moved()).double(), {"proximal": moved()}
-    others["reference"] = moved()
+    others["reference"], others["teacher"] = moved(), moved()
     filled = {name: others[name] for name in policies}
     return replace(items, streams={**items.streams, **filled}), current
 
@@ -210,6 +215,7 @@ def test_every_field_has_an_effect(kind: str, path: str) -> None:
     if excused and path not in OTHER:
         return
     value, beside = OTHER[path]
+    beside = {**BESIDE.get(kind, {}), **beside}
     known = class_of(name).model_fields
     beside = {key: held for key, held in beside.items() if key in known}
     usual, changed = (effects(name, f) for f in (beside, with_field(beside, path, value)))

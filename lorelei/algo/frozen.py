@@ -1,0 +1,82 @@
+"""Frozen policies that settings of an algorithm name: a reference or a teacher.
+
+    base              the base model, without an adapter
+    FOLDER            an adapter in PEFT's format, such as `lorelei export` writes
+    RUN:ADAPTER@vN    a version of an adapter in a run's folder
+
+The train engine holds each adapter under the text that names it, which is also its `Policy`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from lorelei.config.errors import FieldError
+from lorelei.config.section import Section
+from lorelei.types import BASE, CURRENT
+
+_MARK = "frozen policy"  # in the metadata of a field
+_VERSION = re.compile(r"(.+):([a-z0-9][a-z0-9_-]{0,63})@v(\d+)")
+
+
+def _checked(value: str) -> str:
+    if value in ("", CURRENT):
+        raise ValueError(f"write {BASE}, an adapter's FOLDER or RUN:ADAPTER@vN")
+    if "@" in value and not Path(value).exists() and parse_version(value) is None:
+        raise ValueError("a version of a run's adapter is written RUN:ADAPTER@vN")
+    return value
+
+
+FrozenPolicy = Annotated[str, AfterValidator(_checked), _MARK]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunVersion:
+    """A version of an adapter in a run's folder."""
+
+    run: Path
+    adapter: str
+    version: int
+
+
+def parse_version(value: str) -> RunVersion | None:
+    """What RUN:ADAPTER@vN names; None: it is a folder."""
+    found = _VERSION.fullmatch(value)
+    if found is None:
+        return None
+    run, adapter, version = found.groups()
+    return RunVersion(run=Path(run), adapter=adapter, version=int(version))
+
+
+def frozen_adapters(algo: Section) -> dict[str, str]:
+    """{field: FOLDER or RUN:ADAPTER@vN} of the settings that name an adapter."""
+    named = (name for name, field in type(algo).model_fields.items() if _MARK in field.metadata)
+    values = {name: getattr(algo, name) for name in named}
+    return {name: value for name, value in values.items() if value != BASE}
+
+
+class WithReference(Section):
+    """What an algorithm has whose divergence `kl_ctl` weighs."""
+
+    if TYPE_CHECKING:
+        kl_ctl: float = 0.0
+
+    reference: FrozenPolicy = Field(
+        default=BASE,
+        description="What kl_ctl holds the adapter near: base, an adapter's folder in PEFT's "
+        "format, or RUN:ADAPTER@vN; its path is relative to the YAML file.",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_weight(self) -> WithReference:
+        if self.reference != BASE and self.kl_ctl == 0:
+            raise FieldError(
+                "reference",
+                f"{self.reference!r} does nothing with kl_ctl: 0; raise it, or remove this",
+            )
+        return self
