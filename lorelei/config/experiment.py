@@ -48,8 +48,8 @@ class ExperimentDefaults(Section):
     reward: RewardConfig | None = Field(
         default=None,
         description="What scores a rollout. Default: the task's own scorer; where it has none, "
-        "what an environment of kind python or agent gives, or none with an algorithm that needs "
-        "none.",
+        "what an environment of kind python or agent gives. An algorithm that learns without a "
+        "reward has none then.",
     )
     algo: AlgoConfig = Field(default_factory=Grpo, description="What it learns from, and how.")
     optimizer: OptimizerConfig = Field(
@@ -186,16 +186,16 @@ def resolve(name: str, defaults: ExperimentDefaults, overrides: AdapterOverrides
     elif reward is None:
         if isinstance(merged.task, ReasoningGymTask):
             reward = ReasoningGymReward(kind="reasoning_gym")
+        elif not merged.algo.needs_reward:
+            _refuse_scores(overrides if prefix else defaults, merged, dotted)
+            evaluation = evaluation.model_copy(update={"every": 0})
         elif merged.env.kind in _OWN_REWARD:
             reward = EnvReward(kind="env")
-        elif merged.algo.needs_reward:
+        else:
             raise ConfigError(
                 f"{dotted}reward: is required for task.kind {merged.task.kind!r}; "
                 "use {kind: math_verify} or {kind: python, path: rewards.py:my_reward}"
             )
-        else:
-            _refuse_scores(overrides if prefix else defaults, merged, dotted)
-            evaluation = evaluation.model_copy(update={"every": 0})
     parts = {field: getattr(merged, field) for field in fields}
     parts |= {"name": name, "reward": reward, "eval": evaluation}
     try:

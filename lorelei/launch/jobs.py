@@ -98,8 +98,10 @@ class DataMaker:
         return source
 
     def _env(self, e: Experiment, endpoint: Endpoint | None, source: PromptSource) -> Env:
-        if e.reward is None or e.reward.kind == "env":
-            reward = NoReward() if e.algo.needs_reward else Unscored()
+        if e.reward is None:
+            reward = Unscored()
+        elif e.reward.kind == "env":
+            reward = NoReward()
         else:
             reward = make_pool(e.reward)
             self.stack.callback(reward.close)
