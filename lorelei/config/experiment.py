@@ -275,7 +275,7 @@ def _refuse_scores(
             f"and there is none; {fix}, or use another environment"
         )
     section = given.eval if "eval" in given.model_fields_set else Raw()
-    asked = section if is_mapping(section) else section.model_dump(exclude_unset=True)
+    asked = section.model_dump(exclude_unset=True) if isinstance(section, EvalConfig) else section
     if asked and asked.get("every") != 0:
         raise ConfigError(
             f"{dotted}eval: has no effect without a reward, by which held-out answers are scored; "

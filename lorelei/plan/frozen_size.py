@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
@@ -27,17 +28,16 @@ def _parameters(named: str) -> int:
         return _of_tensors(found.path) if found else 0
     path = Path(named, "adapter_model.safetensors")
     other = path.with_suffix(".bin")
-    return other.stat().st_size // FP32 if other.is_file() else _of_tensors(path)
+    if not path.is_file() and other.is_file():
+        return other.stat().st_size // FP32
+    return _of_tensors(path)
 
 
 def _of_tensors(path: Path) -> int:
     """Of LoRA matrices alone: a snapshot has Adam's moments too."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            return sum(
-                math.prod(file.get_slice(name).get_shape())
-                for name in file.keys()  # noqa: SIM118 - it is no mapping
-                if not name.startswith("exp_avg")
-            )
+        with cast(Any, safe_open(path, framework="numpy")) as file:
+            names: list[str] = [name for name in file.keys() if not name.startswith("exp_avg")]  # noqa: SIM118
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
     except (OSError, SafetensorError):
         return 0

@@ -15,10 +15,12 @@ from transformers import PreTrainedTokenizerFast
 
 from lorelei.cli.trained_run import TrainedRun
 from lorelei.launch import local
+from lorelei.lora.origin import ORIGIN, origin_bytes, read_origin
 from lorelei.plan.plan import plan
 from lorelei.run_file import load_config
 from lorelei.store.check import check_run
 from lorelei.store.identity import read_identity
+from lorelei.store.inputs import Inputs
 from tests.tiny_runs import final, lorelei, make_workplace, records, write_run
 
 TEACH = {"kind": "sft", "lr": 1.0e-2, "batch_size": 8}
@@ -59,6 +61,12 @@ def gaps(folder: Path, adapter: str = "default") -> list[float]:
     return [r["kl_teacher"] for r in records(folder, "step") if r["adapter"] == adapter]
 
 
+def inputs_of(folder: Path) -> Inputs:
+    inputs = read_identity(folder).inputs
+    assert inputs is not None
+    return inputs
+
+
 @pytest.fixture
 def own_teacher(place: Path) -> Iterator[Path]:
     """A copy of the teacher, which a test may change."""
@@ -75,7 +83,7 @@ def test_a_student_closes_the_gap_to_its_teacher_without_a_reward(place: Path) -
     assert not {"reward", "reward_std", "flat_groups", "reward_sampled"} & set(first)
     assert first["failed_rollouts"] == 0
     assert records(folder, "eval") == [] and check_run(folder) == []
-    assert read_identity(folder).inputs["algo.teacher"].keys() >= {"adapter_model.safetensors"}
+    assert inputs_of(folder)["algo.teacher"].keys() >= {"adapter_model.safetensors"}
 
 
 def test_a_version_of_a_run_teaches_like_its_export(place: Path) -> None:
@@ -83,7 +91,7 @@ def test_a_version_of_a_run_teaches_like_its_export(place: Path) -> None:
     by_folder = distil(place, "by-folder", **one)
     version = distil(place, "by-version", algo={"teacher": "runs/teach:default@v1"}, **one)
     assert final(by_folder) == final(version) and gaps(version)[0] > 0.5
-    assert read_identity(version).inputs["algo.teacher"].keys() == {"tensors"}
+    assert inputs_of(version)["algo.teacher"].keys() == {"tensors"}
     with pytest.raises(ValueError, match=r"algo\.teacher: .*no checkpoint has default@v7; write"):
         distil(place, "absent", algo={"teacher": "runs/teach:default@v7"})
     assert not (place / "runs/absent").exists()
@@ -138,7 +146,7 @@ def test_a_student_and_a_policy_learn_beside_each_other(place: Path) -> None:
     by_name = {r["adapter"]: r for r in records(folder, "step")}
     assert "reward" not in by_name["student"] and "reward" in by_name["policy"]
     assert "kl_reference" in by_name["held"] and by_name["held"]["kl_reference"] > 0
-    inputs = read_identity(folder).inputs
+    inputs = inputs_of(folder)
     assert inputs["adapters.student.algo.teacher"] == inputs["adapters.held.algo.reference"]
     local.resume(folder, ["adapters.student.steps=3"])
     assert len(gaps(folder, "student")) == 3
@@ -161,12 +169,8 @@ def test_a_teacher_that_changed_or_went_is_named(place: Path, own_teacher: Path)
 
 
 def test_a_teacher_of_another_base_is_refused(place: Path, own_teacher: Path) -> None:
-    origin = json.loads((own_teacher / "lorelei.json").read_text())
-    origin["base_model"]["weights"] = "0" * 64
-    origin.pop("sha256", None)
-    from lorelei.lora.origin import origin_bytes
-
-    (own_teacher / "lorelei.json").write_bytes(origin_bytes(origin["base_model"]))
+    base = {**read_origin(own_teacher).base, "weights": "0" * 64}
+    (own_teacher / ORIGIN).write_bytes(origin_bytes(base))
     with pytest.raises(ValueError, match=r"algo\.teacher: the adapter in .* another base model"):
         distil(place, "foreign", algo={"teacher": "changing"})
     assert not (place / "runs/foreign").exists()
