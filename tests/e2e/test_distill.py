@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
@@ -174,6 +176,19 @@ def test_a_teacher_of_another_base_is_refused(place: Path, own_teacher: Path) ->
     with pytest.raises(ValueError, match=r"algo\.teacher: the adapter in .* another base model"):
         distil(place, "foreign", algo={"teacher": "changing"})
     assert not (place / "runs/foreign").exists()
+
+
+def test_the_page_s_runs_train(place: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "distillation.md").read_text()
+    whole, near = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", page, re.DOTALL))
+    path = place / "page.yaml"
+    path.write_text(yaml.safe_dump({**whole, "runs_dir": str(place / "runs"), "threads": 1}))
+    here = [f"model={place / 'model'}", "steps=1", "algo.batch_size=2", "rollout.max_new_tokens=4"]
+    local.train(load_config(path, here))
+    assert len(gaps(place / "runs/page")) == 1
+    lorelei(place, "report", "runs/page")
+    run(place, "near", steps=1, algo={**near["algo"], "reference": "teacher"})
+    assert records(place / "runs/near", "step")[0]["kl_reference"] > 0
 
 
 def test_the_plan_counts_a_teacher_once(place: Path) -> None:
