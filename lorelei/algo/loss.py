@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -95,7 +95,7 @@ def kl_estimate(log_ratio: Tensor, estimator: Estimator = "k3") -> Tensor:
 
 def sequence_sum(values_I: Tensor, sequence_I: Tensor) -> Tensor:
     """[I] of every item, the sum over the items of its sequence."""
-    _, place_I = sequence_I.unique(return_inverse=True)
+    place_I = _places(sequence_I)
     # float64: on a GPU the order of the additions differs from call to call
     sums = values_I.new_zeros(len(values_I)).double().index_add(0, place_I, values_I.double())
     return sums[place_I].to(values_I.dtype)
@@ -113,6 +113,12 @@ def sequence_mean(values_I: Tensor, sequence_I: Tensor, kept_I: Tensor | None = 
 
 def sequence_max(values_I: Tensor, sequence_I: Tensor) -> Tensor:
     """[I] of every item, the largest value of its sequence."""
-    _, place_I = sequence_I.unique(return_inverse=True)
+    place_I = _places(sequence_I)
     lowest = values_I.new_full((len(values_I),), float("-inf"))
     return lowest.scatter_reduce(0, place_I, values_I, "amax")[place_I]
+
+
+def _places(sequence_I: Tensor) -> Tensor:
+    """[I] the place of every item's sequence among those there are."""
+    untyped: Any = sequence_I
+    return untyped.unique(return_inverse=True)[1]

@@ -97,7 +97,8 @@ class Collector:
         self.finished.sort(key=lambda group: group.index)
         size = self.algo.batch_size
         self.taken, self.finished = self.finished[:size], self.finished[size:]
-        self.dropped += [("flat", group) for group in self._replaced]
+        for group in self._replaced:
+            self.dropped.append(("flat", group))
         self._replaced = []
         return self.taken
 

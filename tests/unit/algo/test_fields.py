@@ -217,6 +217,7 @@ def effects(kind: str, fields: Fields) -> list[Any]:
             "model": "m/m",
             "task": {"kind": "jsonl", "path": "rows.jsonl"},
             "algo": {"kind": kind, **fields},
+            **({"env": {"kind": "multi_turn", "max_turns": 2}} if sampled else {}),
             **({"rollout": {"max_new_tokens": 8}} if sampled else {}),
             **({"reward": {"kind": "math_verify"}} if sampled else {}),
         }
