@@ -42,9 +42,8 @@ def ours(case: dict[str, Any]) -> dict[str, Any]:
         }
     if loss_type == "sapo":
         return {"kind": "sapo", **fields}
-    if loss_type == "cispo":  # its bound is the weight's own
-        high = case["epsilon_high"] - 1 if case["epsilon_high"] > 1 else 1e-12
-        return {"kind": "cispo", "eps_clip_higher": high, **fields}
+    if loss_type == "cispo":  # there the bound is the weight's own
+        return {"kind": "cispo", "eps_clip_higher": case["epsilon_high"] - 1, **fields}
     fields |= {"eps_clip": case["epsilon_low"], "eps_clip_higher": case["epsilon_high"]}
     if case["delta"] is not None:
         fields["c_clip"] = case["delta"]
