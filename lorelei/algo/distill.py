@@ -25,7 +25,7 @@ from lorelei.algo.advantage import Level
 from lorelei.algo.algorithm import PolicyAlgorithm
 from lorelei.algo.frozen import FrozenPolicy
 from lorelei.algo.kl_reward import Doubles, kl_of_tokens
-from lorelei.algo.loss import LossItems, LossResult, loss_path
+from lorelei.algo.loss import Estimator, LossItems, LossResult, loss_path
 from lorelei.algo.rloo import loss as policy_gradient
 from lorelei.config.errors import FieldError
 from lorelei.types import CURRENT, Floats, Items, Longs, LossSpec, Policy, Rollout
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OF_REWARDS = (
-    *("reward_scaling", "reward_norm", "adv_norm", "use_kl_in_reward"),
-    "drop_zero_variance_groups",
+    *("reward_scaling", "reward_norm", "adv_norm", "use_kl_in_reward", "turn_discount"),
+    *("overlong_penalty", "drop_zero_variance_groups"),
 )
 
 
@@ -92,12 +92,12 @@ class Distill(PolicyAlgorithm):
         return {**super().policies, **proximal, "teacher": self.teacher}
 
     @property
-    def reads_policies(self) -> bool:
+    def credit_reads_policies(self) -> bool:
         return True
 
     def loss(self) -> LossSpec:
         streams = ("advantage", "behaviour", "teacher")
-        return LossSpec(path=loss_path(loss), params={"kl_ctl": self.loss_kl}, streams=streams)
+        return LossSpec(path=loss_path(loss), params=self.kl_params(), streams=streams)
 
     def credit(self, groups: Sequence[Sequence[Rollout]]) -> list[list[Floats]]:
         """Of the reward alone; zero without one. What the teacher says comes by `with_policies`."""
@@ -131,12 +131,14 @@ def discounted(values_I: Doubles, sequence_I: Longs, discount: float) -> Doubles
     return out
 
 
-def loss(current_I: Tensor, items: LossItems, *, kl_ctl: float = 0.0) -> LossResult:
+def loss(
+    current_I: Tensor, items: LossItems, *, kl_ctl: float = 0.0, kl_estimator: Estimator = "k3"
+) -> LossResult:
     """Weighted sum of -ratio A, plus the divergence from the reference.
 
     Metric kl_teacher: how far the policy that sampled is from the teacher, KL(sampler || teacher)
     a token, estimated by k1.
     """
-    found = policy_gradient(current_I, items, kl_ctl=kl_ctl)
+    found = policy_gradient(current_I, items, kl_ctl=kl_ctl, kl_estimator=kl_estimator)
     gap = (items.streams["behaviour"] - items.streams["teacher"]) * items.weight
     return replace(found, metrics={**found.metrics, "kl_teacher": gap.sum()})

@@ -136,6 +136,7 @@ class Experiment(Section):
     def _fits_together(self) -> Experiment:
         if isinstance(self.algo, PolicyAlgorithm):
             _check_statistics(self.algo, self.rollout)
+            _check_credit(self.algo, self.rollout, self.env)
         if isinstance(self.reward, ReasoningGymReward) and self.task.kind != "reasoning_gym":
             raise FieldError(
                 "reward.kind",
@@ -280,6 +281,22 @@ def _refuse_scores(
         raise ConfigError(
             f"{dotted}eval: has no effect without a reward, by which held-out answers are scored; "
             f"{fix}, or set eval.every: 0"
+        )
+
+
+def _check_credit(algo: PolicyAlgorithm, rollout: RolloutConfig, env: EnvConfig) -> None:
+    buffer = algo.overlong_penalty.buffer if algo.overlong_penalty else None
+    if buffer is not None and buffer > rollout.max_new_tokens:
+        raise FieldError(
+            "algo.overlong_penalty.buffer",
+            f"{buffer} is more than rollout.max_new_tokens: {rollout.max_new_tokens}, so that "
+            "every answer would be penalised; lower it",
+        )
+    if algo.turn_discount < 1 and env.kind == "single_turn":
+        raise FieldError(
+            "algo.turn_discount",
+            f"{algo.turn_discount:g} does nothing with env.kind: single_turn, whose answers have "
+            "one turn; remove it, or use another environment",
         )
 
 

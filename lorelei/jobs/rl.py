@@ -145,7 +145,8 @@ def policy_work(
 
     version: of the adapter before them. Rollouts that failed are left out.
     """
-    kept = _trainable(groups)
+    longest = e.rollout.max_new_tokens
+    kept = algo.penalised(_trainable(groups), longest)
     credit = algo.credit(kept)
     size = algo.batch_size // algo.ppo_n_minibatches
     rounds: list[Round] = []
@@ -154,18 +155,18 @@ def policy_work(
         streams = {"advantage": credit[part]}
         batch = rollout_batch(e.name, kept[part], streams, e.rollout.temperature)
         # normalised over one optimizer step
-        weights = item_weights(batch.items.sequence, algo.loss_aggregation)
+        length = algo.loss_length or longest
+        weights = item_weights(batch.items.sequence, algo.loss_aggregation, length)
         batch = replace(batch, items=replace(batch.items, weight=weights))
         step = e.optimizer.at(version, e.steps)
         rounds.append(Round(batch=batch, loss=algo.loss(), step=step))
     groups_S = np.repeat(np.arange(len(kept)), [len(group) for group in kept])
+    late = algo.credit_reads_policies
     return Work(
         adapter=e.name,
         rounds=tuple(rounds),
         policies=algo.policies,
-        advantages=(lambda items: algo.with_policies(items, groups_S))
-        if algo.reads_policies
-        else None,
+        advantages=(lambda items: algo.with_policies(items, groups_S)) if late else None,
         last=version + 1 >= e.steps,
     )
 

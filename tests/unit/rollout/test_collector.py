@@ -302,6 +302,45 @@ def test_a_group_with_equal_rewards_gives_way_only_when_asked(
     assert taken(run(finish(make(tmp_path, script, algo=algo))))[0] == first
 
 
+@pytest.mark.parametrize(
+    ("most", "expected", "dropped"),
+    # every third group has rewards that differ: 2, 5, 8, ...
+    [
+        (0, [[0, 1], [2, 3], [4, 5]], [0, 0, 0]),
+        (1, [[0, 2], [3, 5], [6, 8]], [1, 1, 1]),
+        (9, [[2, 5], [8, 11], [14, 17]], [4, 4, 4]),
+    ],
+)
+def test_a_batch_drops_so_many_groups_of_equal_rewards_and_trains_on_the_others(
+    tmp_path: Path, most: int, expected: list[list[int]], dropped: list[int]
+) -> None:
+    algo = {"batch_size": 2, "drop_zero_variance_groups": True, "max_dropped_groups": most}
+
+    async def body(seed: int) -> tuple[list[list[int]], list[int]]:
+        rng, script = random.Random(seed), Script()
+
+        async def wait(*_: object) -> None:
+            await asyncio.sleep(rng.random() / 1000)
+
+        script.wait = wait
+        script.reward = lambda _, index, sample: float(sample) if index % 3 == 2 else 0.0
+        collector = make(tmp_path / f"{most}", script, algo=algo, steps=3)
+        batches: list[list[int]] = []
+        counts: list[int] = []
+        while not done(collector):
+            batches.append([group.index for group in await collector.batch()])
+            assert [why for why, _ in collector.dropped] == ["flat"] * len(collector.dropped)
+            counts.append(len(collector.dropped))
+            collector.dropped.clear()
+            assert collector.pending() == batches[-1]
+            train(collector)
+        await collector.close()
+        return batches, counts
+
+    # whoever finishes first
+    assert run(body(1)) == run(body(2)) == (expected, dropped)
+
+
 def test_the_batch_of_a_synchronous_run_does_not_depend_on_who_is_first(tmp_path: Path) -> None:
     def batches(seed: int) -> list[list[int]]:
         rng, script = random.Random(seed), Script()
