@@ -34,7 +34,7 @@ class PreferenceJob(GivenJob[Comparison]):
         if not _reads_kl(self.algo):
             return batch
         others = comparison_batch(self.name, mismatched(examples, self.max_tokens))
-        return _with_kl(batch, others, *await self.thread.call(self._both, others))
+        return with_kl(batch, others, *await self.thread.call(self._both, others))
 
     def means(self, batch: Batch) -> dict[str, float]:
         """The loss of the held-out rows and what it reports, such as the preference accuracy."""
@@ -71,7 +71,7 @@ class PreferenceEvaluator:
         if _reads_kl(self.algo):
             rows = mismatched(self.prompts, self.max_tokens)
             both = [await self._logprobs(rows, policy) for policy in (ref, None)]
-            batch = _with_kl(batch, comparison_batch("held-out", rows), *both)
+            batch = with_kl(batch, comparison_batch("held-out", rows), *both)
         return Scores(
             means=measured(batch.items, self.algo.loss(), current_I),
             n=len(self.prompts),
@@ -91,7 +91,7 @@ def _reads_kl(algo: Algorithm) -> bool:
     return "kl" in algo.loss().streams
 
 
-def _with_kl(batch: Batch, others: Batch, current_I: Floats, reference_I: Floats) -> Batch:
+def with_kl(batch: Batch, others: Batch, current_I: Floats, reference_I: Floats) -> Batch:
     """The batch with the mean log-ratio of the sequences of `others`, at least 0."""
     ratio = (current_I.astype(np.float64) - reference_I).sum()
     kl = max(float(ratio) / (int(others.items.sequence.max()) + 1), 0.0)
