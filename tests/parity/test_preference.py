@@ -1,4 +1,4 @@
-"""Preference losses in train engines: against transformers and peft, and over any cut of a batch."""
+"""Preference losses in train engines: against transformers and peft, and however batches are cut."""
 
 from __future__ import annotations
 
