@@ -1,4 +1,4 @@
-"""Preference losses in train engines: against transformers and peft, and however batches are cut."""
+"""Preference losses in train engines: against transformers and peft, and in any cut of a batch."""
 
 from __future__ import annotations
 
