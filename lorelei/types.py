@@ -185,6 +185,22 @@ class Example:
     id: str
     tokens: Ints  # [T]
     predicted: NDArray[np.bool_]  # [T]; the first token cannot be predicted
+    weight: float = 1.0  # of its tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A prompt, answers to it that are given, and what is thought of each."""
+
+    id: str
+    prompt: Ints  # [P]
+    answers: tuple[Ints, ...]  # [T] each, with the token that ends it
+    signs: tuple[int, ...]  # +1: chosen, or desirable; -1: rejected, or undesirable
+
+    @property
+    def tokens(self) -> Ints:
+        """[T] the prompt and its first answer."""
+        return np.concatenate([self.prompt, self.answers[0]])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,13 +24,14 @@ from lorelei.config.errors import FieldError
 from lorelei.config.section import Section
 from lorelei.types import Floats, Items, Longs, LossSpec, Policy, Rollout
 
-Job = Literal["rl", "sft"]
+Job = Literal["rl", "sft", "preference"]
 
 
 class Algorithm(Section):
     """How one adapter learns: every field of a subclass has an effect on what it does."""
 
     job: ClassVar[Job]  # the kind of job that feeds it
+    answers: ClassVar[int] = 1  # to one prompt, of a row that is given
 
     kind: Any  # a Literal in each algorithm
     batch_size: int = Field(default=4, ge=1, description="Prompts (groups), or rows, of one step.")

@@ -24,7 +24,7 @@ from lorelei.config.rollout import (
     VllmRollout,
 )
 from lorelei.config.section import Raw, Section, is_mapping
-from lorelei.config.task import ReasoningGymTask, TaskConfig
+from lorelei.config.task import ANSWER, ReasoningGymTask, TaskConfig
 
 _OWN_REWARD = frozenset({"python", "agent"})  # environments that may give the reward themselves
 _FOR_THE_RUN = "belongs to the whole run, not to one adapter; move it to the top level"
@@ -182,6 +182,12 @@ def resolve(name: str, defaults: ExperimentDefaults, overrides: AdapterOverrides
                 f"{dotted}task.kind: 'reasoning_gym' makes problems to be scored, without answers "
                 f"that a model could imitate, which algo.kind: {merged.algo.kind} learns from; use "
                 "jsonl, parquet or hf"
+            )
+        if merged.algo.job == "preference" and merged.task.answer_field != ANSWER:
+            raise ConfigError(
+                f"{dotted}task.answer_field: {merged.task.answer_field!r} has no effect with "
+                f"algo.kind: {merged.algo.kind}, whose answers are in columns of their own; "
+                "remove it"
             )
         reward = None
     elif reward is None:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from lorelei import loop as the_loop
 from lorelei.config.run import RunConfig
-from lorelei.data.examples import ExampleSource
 from lorelei.inference.contract import EngineClosed
 from lorelei.inference.server.client import ServerTrouble
 from lorelei.launch.amend import amend, check_steps
 from lorelei.launch.assemble import RunComponents, build, make_loop, make_thread, warm_starts
 from lorelei.launch.frozen import hold_all, read_frozen
+from lorelei.launch.jobs import Problems
 from lorelei.launch.warm_start import check_warm_starts
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot
@@ -202,7 +202,7 @@ def _opening(config: RunConfig, parts: RunComponents, loop: Loop) -> list[str]:
         task = e.task.title if e.task.kind == "reasoning_gym" else e.task.path
         lines.append(f"  {e.name}: {e.algo.kind} on {task}, {trained}, {batch}, {e.steps} steps")
         data = parts.data[e.name]
-        notes = data.notes if isinstance(data, ExampleSource) else data.source.notes
+        notes = data.source.notes if isinstance(data, Problems) else data.notes
         lines += [f"    {note}" for note in notes]
     return lines
 

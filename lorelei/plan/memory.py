@@ -289,9 +289,9 @@ def _step_tokens(e: Experiment, prompt: int) -> int:
 
 
 def _longest(e: Experiment) -> int:
-    """Tokens of the longest sequence; a given answer may be as long as its prompt."""
-    answer = e.rollout.max_new_tokens if e.samples else e.task.max_prompt_tokens
-    return e.task.max_prompt_tokens + answer
+    """Tokens of what is never parted; a given answer may be as long as its prompt."""
+    prompt = e.task.max_prompt_tokens
+    return prompt + (e.rollout.max_new_tokens if e.samples else e.algo.answers * prompt)
 
 
 def snapshot_bytes(run: Footprint) -> int:

@@ -160,7 +160,7 @@ BAD = [
         "adapters.a.algo.use_decoupled_loss: has no effect with kind: rloo, only with grpo",
     ),
     (GOOD + "algo: {kind: grop}", "algo.kind: 'grop' is not allowed; did you mean 'grpo'?"),
-    (GOOD + "algo: {kind: 3}", "algo.kind: 3 is not allowed; allowed: grpo, rloo, sft, or a"),
+    (GOOD + "algo: {kind: 3}", "algo.kind: 3 is not allowed; allowed: dpo, "),
     # supervised fine-tuning samples nothing
     (SFT + "reward: {kind: math_verify}", "reward: has no effect with algo.kind: sft, which"),
     (SFT + "env: {kind: single_turn}", "env: has no effect with algo.kind: sft, which samples"),
