@@ -22,7 +22,7 @@ from lorelei.algo.loss import Aggregation, Estimator
 from lorelei.algo.overlong import OverlongPenalty
 from lorelei.config.errors import FieldError
 from lorelei.config.section import Section
-from lorelei.types import Floats, Items, Longs, LossSpec, Policy, Rollout
+from lorelei.types import BASE, Floats, Items, Longs, LossSpec, Policy, Rollout
 
 Job = Literal["rl", "sft", "preference"]
 
@@ -120,6 +120,11 @@ class PolicyAlgorithm(WithReference, Algorithm):
         if self.use_kl_in_reward and self.kl_ctl == 0:
             raise FieldError(
                 "use_kl_in_reward", "true does nothing with kl_ctl: 0; raise it, or remove this"
+            )
+        if self.reference != BASE and self.kl_ctl == 0:
+            raise FieldError(
+                "reference",
+                f"{self.reference!r} does nothing with kl_ctl: 0; raise it, or remove this",
             )
         if self.kl_estimator != "k3" and self.kl_ctl == 0:
             raise FieldError(

@@ -12,11 +12,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
-from lorelei.config.errors import FieldError
 from lorelei.config.section import Section
 from lorelei.types import BASE, CURRENT
 
@@ -61,22 +60,10 @@ def frozen_adapters(algo: Section) -> dict[str, str]:
 
 
 class WithReference(Section):
-    """What an algorithm has whose divergence `kl_ctl` weighs."""
-
-    if TYPE_CHECKING:
-        kl_ctl: float = 0.0
+    """What an algorithm has that compares with a frozen policy."""
 
     reference: FrozenPolicy = Field(
         default=BASE,
-        description="What kl_ctl holds the adapter near: base, an adapter's folder in PEFT's "
+        description="The frozen policy that it is held near: base, an adapter's folder in PEFT's "
         "format, or RUN:ADAPTER@vN; its path is relative to the YAML file.",
     )
-
-    @model_validator(mode="after")
-    def _has_a_weight(self) -> WithReference:
-        if self.reference != BASE and self.kl_ctl == 0:
-            raise FieldError(
-                "reference",
-                f"{self.reference!r} does nothing with kl_ctl: 0; raise it, or remove this",
-            )
-        return self

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from lorelei.algo.algorithm import Algorithm
+from lorelei.algo.frozen import WithReference
 from lorelei.algo.loss import LossItems, LossResult
-from lorelei.types import BASE, Policy
+from lorelei.types import Policy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,12 +31,12 @@ class PreferenceAlgorithm(Algorithm):
     paired: ClassVar[bool] = True  # rows hold two answers; False: one, and a label
 
 
-class ReferencedAlgorithm(PreferenceAlgorithm):
+class ReferencedAlgorithm(WithReference, PreferenceAlgorithm):
     """A preference objective whose rewards are log-ratios to a frozen policy."""
 
     @property
     def policies(self) -> Mapping[str, Policy]:
-        return {"reference": BASE}
+        return {"reference": self.reference}
 
 
 @dataclass(frozen=True, slots=True)

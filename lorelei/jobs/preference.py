@@ -60,6 +60,7 @@ class PreferenceEvaluator:
     algo: Algorithm
     prompts: Sequence[Comparison]
     max_tokens: int  # of a prompt and an answer
+    reference: AdapterRef | None = None  # that the engine has loaded; None: the base
 
     async def run(self, ref: AdapterRef | None) -> Scores:
         """Loss, preference accuracy and what else the objective reports."""
@@ -67,10 +68,11 @@ class PreferenceEvaluator:
         batch = comparison_batch("held-out", self.prompts)
         current_I = await self._logprobs(self.prompts, ref)
         if "reference" in self.algo.policies:
-            batch = _with_streams(batch, {"reference": await self._logprobs(self.prompts, None)})
+            reference_I = await self._logprobs(self.prompts, self.reference)
+            batch = _with_streams(batch, {"reference": reference_I})
         if _reads_kl(self.algo):
             rows = mismatched(self.prompts, self.max_tokens)
-            both = [await self._logprobs(rows, policy) for policy in (ref, None)]
+            both = [await self._logprobs(rows, policy) for policy in (ref, self.reference)]
             batch = with_kl(batch, comparison_batch("held-out", rows), *both)
         return Scores(
             means=measured(batch.items, self.algo.loss(), current_I),

@@ -40,18 +40,21 @@ def read_frozen(config: RunConfig) -> list[FrozenAdapter]:
     """Each adapter once. Raises ValueError naming the field and what is missing or damaged."""
     found: dict[Policy, FrozenAdapter] = {}
     for field, named in named_adapters(config):
-        if named in found:
-            continue
-        version = parse_version(named)
-        try:
-            if version is None:
-                state = read_peft_folder(Path(named), resolve_model(config.model))
-            else:
-                state = _read_version(version)
-        except ValueError as error:
-            raise ValueError(f"{field}: {error}") from error
-        found[named] = FrozenAdapter(field=field, policy=named, state=state)
+        if named not in found:
+            state = read_adapter(field, named, config.model)
+            found[named] = FrozenAdapter(field=field, policy=named, state=state)
     return list(found.values())
+
+
+def read_adapter(field: str, named: str, model: str) -> AdapterState:
+    """What a field names. Raises ValueError naming the field and what is missing or damaged."""
+    version = parse_version(named)
+    try:
+        if version is None:
+            return read_peft_folder(Path(named), resolve_model(model))
+        return _read_version(version)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
 
 
 def hold_all(engine: TrainEngine, adapters: Iterable[FrozenAdapter]) -> None:

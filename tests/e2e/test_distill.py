@@ -154,6 +154,20 @@ def test_a_student_and_a_policy_learn_beside_each_other(place: Path) -> None:
     assert len(gaps(folder, "student")) == 3
 
 
+def test_preferences_are_compared_with_an_adapter(place: Path) -> None:
+    pairs = [{"prompt": f"Say {n}.", "chosen": "tea tea", "rejected": "no"} for n in range(32)]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    algo = {"kind": "dpo", "reference": "teacher", "batch_size": 4, "lr": 1.0e-2}
+    task, sections = {"path": "pairs.jsonl"}, {"reward": None, "rollout": None}
+    evaluation = {"every": 1, "n_prompts": 8}
+    folder = run(place, "dpo", algo=algo, task=task, steps=1, eval=evaluation, **sections)
+    # the reference likes what is chosen better than the fresh adapter does
+    first, last = (r["scores"] for r in records(folder, "eval"))
+    assert first["accuracy"] < 0.5
+    scored = json.loads(lorelei(place, "eval", "runs/dpo", "--json"))["default"]["v1"]
+    assert scored["loss"] == pytest.approx(last["loss"], rel=1e-3)
+
+
 def test_a_teacher_that_changed_or_went_is_named(place: Path, own_teacher: Path) -> None:
     folder = distil(place, "changed", steps=2, algo={"teacher": "changing"})
     tensors = load_file(own_teacher / "adapter_model.safetensors")
