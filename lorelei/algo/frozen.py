@@ -20,13 +20,14 @@ from lorelei.config.section import Section
 from lorelei.types import BASE, CURRENT
 
 _MARK = "frozen policy"  # in the metadata of a field
+_LIKE_VERSION = re.compile(r":[^/]*@[^/]*$")
 _VERSION = re.compile(r"(.+):([a-z0-9][a-z0-9_-]{0,63})@v(\d+)")
 
 
 def _checked(value: str) -> str:
     if value in ("", CURRENT):
         raise ValueError(f"write {BASE}, an adapter's FOLDER or RUN:ADAPTER@vN")
-    if "@" in value and not Path(value).exists() and parse_version(value) is None:
+    if _LIKE_VERSION.search(value) and parse_version(value) is None:
         raise ValueError("a version of a run's adapter is written RUN:ADAPTER@vN")
     return value
 
