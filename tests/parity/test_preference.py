@@ -113,7 +113,8 @@ def assert_the_same(engine: TrainEngine, plain: TrainEngine, kind: str) -> None:
     with adapters(engine, a=SPEC), adapters(plain, a=SPEC):
         batch, loss = read(kind, plain)
         got, expected = (e.forward_backward(batch, {"a": loss}) for e in (engine, plain))
-        assert got.metrics["a"] == pytest.approx(dict(expected.metrics["a"]), rel=FP32)
+        # rewards are small differences of sums that are about 60
+        assert got.metrics["a"] == pytest.approx(dict(expected.metrics["a"]), rel=FP32, abs=FP32)
         assert_close(gradients_held(engine), gradients_held(plain), FP32)
 
 
