@@ -149,11 +149,11 @@ BAD = [
     ),
     (
         GOOD + "algo: {kind: rloo, rejection_sampling: {upper: 2}}",
-        "algo.rejection_sampling: has no effect with kind: rloo, only with grpo; remove it$",
+        "algo.rejection_sampling: has no effect with kind: rloo, only with cispo, dapo, dr_grpo,",
     ),
     (
         GOOD + "algo: {kind: rloo, eps_clip: 0.3}",
-        "algo.eps_clip: has no effect with kind: rloo, only with grpo; remove it$",
+        "algo.eps_clip: has no effect with kind: rloo, only with cispo, dapo, dr_grpo,",
     ),
     (
         GOOD + "adapters: {a: {algo: {kind: rloo, use_decoupled_loss: true}}}",
