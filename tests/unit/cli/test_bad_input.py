@@ -157,7 +157,7 @@ BAD = [
     ),
     (
         GOOD + "adapters: {a: {algo: {kind: rloo, use_decoupled_loss: true}}}",
-        "adapters.a.algo.use_decoupled_loss: has no effect with kind: rloo, only with cispo, dapo, ",
+        "adapters.a.algo.use_decoupled_loss: has no effect with kind: rloo, only with cispo, dapo",
     ),
     (GOOD + "algo: {kind: grop}", "algo.kind: 'grop' is not allowed; did you mean 'grpo'?"),
     (GOOD + "algo: {kind: 3}", "algo.kind: 3 is not allowed; allowed: cispo, dapo, "),
