@@ -48,6 +48,8 @@ class PolicyAlgorithm(Algorithm):
     """From the rewards of groups of rollouts to a policy gradient."""
 
     job = "rl"
+    # whether a greedy answer to each prompt is scored beside its samples: Rollout.baseline
+    greedy_baseline: ClassVar[bool] = False
 
     ppo_n_minibatches: int = Field(default=1, ge=1, description="Optimizer steps of one step.")
     kl_ctl: float = Field(default=0.0, ge=0, description="Weight of the divergence from the base.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -25,8 +25,12 @@ from tests.episodes import rollout, turn
 REWARDS = [[1.0, 0.0, 0.25], [2.0, -1.0]]  # by group
 LENGTHS = [[3, 1, 2], [2, 4]]  # tokens of the rollouts
 TOKENS = 12
+BASELINE = 0.5  # the reward of every greedy answer
 GROUPS = [
-    [rollout(turn([1, 2], list(range(n))), reward=r) for r, n in zip(rs, ns, strict=True)]
+    [
+        replace(rollout(turn([1, 2], list(range(n))), reward=r), baseline=BASELINE)
+        for r, n in zip(rs, ns, strict=True)
+    ]
     for rs, ns in zip(REWARDS, LENGTHS, strict=True)
 ]
 
