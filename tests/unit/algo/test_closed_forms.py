@@ -73,6 +73,11 @@ def others(token: Token, fields: Fields) -> float:
     return token.reward - fmean(r for n, r in enumerate(token.rewards) if n != token.own)
 
 
+def above_greedy(token: Token, fields: Fields) -> float:
+    """Li et al. (arXiv 2310.10505), eq. 4."""
+    return token.reward - BASELINE
+
+
 def of_the_batch(token: Token, fields: Fields) -> float:
     """Hu et al. (arXiv 2501.03262): the z-score among all tokens."""
     by_group = fields.get("baseline_of") == "group"
@@ -280,6 +285,7 @@ FORMS: Mapping[str, tuple[Form, Credit, Sequence[Fields]]] = {
         [{}, {"m2_threshold": 0.01, "kl_ctl": 0.5}, {"use_decoupled_loss": True}],
     ),
     "reinforce_pp": (clip, of_the_batch, [{}, {**TWO, "baseline_of": "group"}]),
+    "remax": (rloo, above_greedy, [{}, {"kl_ctl": 0.5}]),
     "rloo": (rloo, others, [{}, {"kl_ctl": 0.5}, {"kl_ctl": 0.5, "kl_estimator": "k2"}]),
     "sapo": (sapo, z_score, [{}, {"tau_pos": 2.0, "tau_neg": 3.0, "kl_ctl": 0.5}, RECOMPUTED]),
     "sft": (sft, others, [{}]),
