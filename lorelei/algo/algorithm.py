@@ -55,6 +55,8 @@ class PolicyAlgorithm(WithReference, Algorithm):
     """From the rewards of groups of rollouts to a policy gradient."""
 
     job = "rl"
+    # whether a greedy answer to each prompt is scored beside its samples: Rollout.baseline
+    greedy_baseline: ClassVar[bool] = False
 
     ppo_n_minibatches: int = Field(default=1, ge=1, description="Optimizer steps of one step.")
     kl_ctl: float = Field(

@@ -193,6 +193,8 @@ def _rollout_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
         "staleness_mean": float(np.mean(staleness)),
         "staleness_max": float(max(staleness)),
     }
+    if baselines := [r.baseline for r in kept if r.baseline is not None]:
+        found["reward_baseline"] = float(np.mean(baselines))
     tokens: Counter[int] = Counter()
     for turn in turns:
         for sampled, count in turn.completion.versions:

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lorelei.algo.algorithm import PolicyAlgorithm
@@ -186,6 +186,8 @@ class Collector:
         rollouts = await asyncio.gather(
             *(self._rollout(prompt, index, n, scores) for n in range(size))
         )
+        if self.algo.greedy_baseline:
+            rollouts = await self._beside_greedy(prompt, index, rollouts)
         group = Group(adapter=self.name, index=index, prompt=prompt, rollouts=tuple(rollouts))
         self.errors.update(r.error.split(":")[0] for r in rollouts if r.error is not None)
         self.partly_failed += is_partly_failed(group)
@@ -231,10 +233,31 @@ class Collector:
                 f"nothing to train on; the last one: {reason}"
             )
 
+    async def _beside_greedy(
+        self, prompt: Prompt, index: int, rollouts: Sequence[Rollout]
+    ) -> list[Rollout]:
+        """The rollouts with the reward of the greedy answer; without one they have none either.
+
+        It is asked for after them, of the version that is the newest then.
+        """
+        sampling = replace(self.policy.sampling, temperature=0.0)
+        policy = replace(self.policy, sampling=sampling, interruptible=False, training=False)
+        sampler = EngineSampler(self.engine, policy, f"{index}/greedy", self.meter)
+        greedy = await self._episode(prompt, sampler, 0, GroupScores(1))
+        if greedy.reward is None:
+            error = f"greedy answer: {greedy.error}"
+            return [replace(one, reward=None, error=one.error or error) for one in rollouts]
+        return [replace(one, baseline=greedy.reward) for one in rollouts]
+
     async def _rollout(
         self, prompt: Prompt, index: int, number: int, scores: GroupScores
     ) -> Rollout:
         sampler = EngineSampler(self.engine, self.policy, f"{index}/{number}", self.meter)
+        return await self._episode(prompt, sampler, number, scores)
+
+    async def _episode(
+        self, prompt: Prompt, sampler: EngineSampler, number: int, scores: GroupScores
+    ) -> Rollout:
         start = time.perf_counter()
         try:
             with scores.member(number):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -26,8 +26,12 @@ from tests.unit.algo.test_preference_forms import COMPARED
 REWARDS = [[1.0, 0.0, 0.25], [2.0, -1.0]]  # by group
 LENGTHS = [[3, 1, 2], [2, 4]]  # tokens of the rollouts
 TOKENS = 12
+BASELINE = 0.5  # the reward of every greedy answer
 GROUPS = [
-    [rollout(turn([1, 2], list(range(n))), reward=r) for r, n in zip(rs, ns, strict=True)]
+    [
+        replace(rollout(turn([1, 2], list(range(n))), reward=r), baseline=BASELINE)
+        for r, n in zip(rs, ns, strict=True)
+    ]
     for rs, ns in zip(REWARDS, LENGTHS, strict=True)
 ]
 
@@ -69,6 +73,11 @@ def centred(token: Token, fields: Fields) -> float:
 def others(token: Token, fields: Fields) -> float:
     """Ahmadian et al. (arXiv 2402.14740), eq. 7."""
     return token.reward - fmean(r for n, r in enumerate(token.rewards) if n != token.own)
+
+
+def above_greedy(token: Token, fields: Fields) -> float:
+    """Li et al. (arXiv 2310.10505), eq. 4."""
+    return token.reward - BASELINE
 
 
 def of_the_batch(token: Token, fields: Fields) -> float:
@@ -294,6 +303,7 @@ FORMS: Mapping[str, tuple[Form, Credit, Sequence[Fields]]] = {
         [{}, {"m2_threshold": 0.01, "kl_ctl": 0.5}, {"use_decoupled_loss": True}],
     ),
     "reinforce_pp": (clip, of_the_batch, [{}, {**TWO, "baseline_of": "group"}]),
+    "remax": (rloo, above_greedy, [{}, {"kl_ctl": 0.5}]),
     "rloo": (rloo, others, [{}, {"kl_ctl": 0.5}, {"kl_ctl": 0.5, "kl_estimator": "k2"}]),
     "sapo": (sapo, z_score, [{}, {"tau_pos": 2.0, "tau_neg": 3.0, "kl_ctl": 0.5}, RECOMPUTED]),
     "sft": (sft, others, [{}]),

@@ -173,7 +173,7 @@ def groups_of(count: int) -> list[Group]:
     for index in range(count):
         rollouts = random_group(draw, 3, [4, 2, 3])
         talk = replace(rollouts[0], turns=(*rollouts[0].turns, *rollouts[1].turns))
-        rollouts = (talk, *rollouts[1:])
+        rollouts = tuple(replace(one, baseline=0.25) for one in (talk, *rollouts[1:]))
         found.append(Group(adapter="a", index=index, prompt=prompt, rollouts=rollouts))
     return found
 

@@ -149,18 +149,18 @@ BAD = [
     ),
     (
         GOOD + "algo: {kind: rloo, rejection_sampling: {upper: 2}}",
-        "algo.rejection_sampling: has no effect with kind: rloo, only with grpo; remove it$",
+        "algo.rejection_sampling: has no effect with kind: rloo, only with cispo, dapo, dr_grpo,",
     ),
     (
         GOOD + "algo: {kind: rloo, eps_clip: 0.3}",
-        "algo.eps_clip: has no effect with kind: rloo, only with grpo; remove it$",
+        "algo.eps_clip: has no effect with kind: rloo, only with cispo, dapo, dr_grpo,",
     ),
     (
         GOOD + "adapters: {a: {algo: {kind: rloo, use_decoupled_loss: true}}}",
-        "adapters.a.algo.use_decoupled_loss: has no effect with kind: rloo, only with grpo",
+        "adapters.a.algo.use_decoupled_loss: has no effect with kind: rloo, only with cispo, dapo",
     ),
     (GOOD + "algo: {kind: grop}", "algo.kind: 'grop' is not allowed; did you mean 'grpo'?"),
-    (GOOD + "algo: {kind: 3}", "algo.kind: 3 is not allowed; allowed: dpo, "),
+    (GOOD + "algo: {kind: 3}", "algo.kind: 3 is not allowed; allowed: cispo, dapo, "),
     # supervised fine-tuning samples nothing
     (SFT + "reward: {kind: math_verify}", "reward: has no effect with algo.kind: sft, which"),
     (SFT + "env: {kind: single_turn}", "env: has no effect with algo.kind: sft, which samples"),

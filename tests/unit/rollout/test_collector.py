@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 
+from lorelei.algo.grpo import Grpo
 from lorelei.env.contract import Episode, Sampler
 from lorelei.inference.contract import EngineClosed
 from lorelei.reward.contract import RewardResult
@@ -290,6 +292,31 @@ def test_a_reward_of_whole_groups_is_asked_once_a_group_with_those_that_live(
     assert [[r.reward for r in g.rollouts] for g in first] == [[0, 0, 0, 1], [0, 0, 1, None]]
     assert sorted(env.calls)[0] == ["1", "2", "3"]
     assert sorted(env.calls)[1:] == [["1", "2", "3", "4"]] * 5
+
+
+def test_an_algorithm_may_have_the_reward_of_the_greedy_answer_beside_its_samples(
+    tmp_path: Path,
+) -> None:
+    class Greedy(Grpo):
+        greedy_baseline = True
+
+    class Engine(Script):
+        async def generate(self, request: GenerateRequest) -> Completion:
+            if request.sampling.temperature:
+                return await super().generate(request)
+            sampled = replace(request, key=request.key.replace("greedy", "6"))
+            if int(request.tokens[0]) == 1:
+                raise ValueError("no answer")
+            return await super().generate(sampled)
+
+    collector = make(tmp_path, Engine())
+    collector.algo = Greedy(batch_size=2)
+    first = run(finish(collector))[0]
+    assert [group.index for group in first] == [0, 2]
+    for group in first:
+        assert [r.reward for r in group.rollouts] == [0, 1, 2, 3]
+        assert [r.baseline for r in group.rollouts] == [6] * 4
+    assert collector.errors["greedy answer"] == 4
 
 
 @pytest.mark.parametrize(("drop", "first"), [(True, [1, 2]), (False, [0, 1])])

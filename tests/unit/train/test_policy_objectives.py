@@ -50,7 +50,7 @@ def some_groups(adapter: str) -> list[Group]:
         rollouts = random_group(draw, 5, [4, 2, 3], adapter)
         (other,) = random_group(draw, 4, [3], adapter)
         talk = replace(rollouts[0], turns=(*rollouts[0].turns, *other.turns))
-        rollouts = (talk, *rollouts[1:])
+        rollouts = tuple(replace(one, baseline=0.25) for one in (talk, *rollouts[1:]))
         found.append(Group(adapter=adapter, index=index, prompt=prompt, rollouts=rollouts))
     return found
 
