@@ -130,8 +130,13 @@ def _of_adapter(e: Experiment) -> Iterator[tuple[str, Parts]]:
     if ".py:" in e.algo.kind:
         yield "algo.kind", _code([e.algo.kind])
     if e.lora.init_from is not None:
-        folder = Path(e.lora.init_from)
-        yield "lora.init_from", _digests(folder / name for name in _ADAPTER)
+        yield "lora.init_from", _adapter(Path(e.lora.init_from))
+
+
+def _adapter(folder: Path) -> Parts:
+    """Of an adapter's folder; one without its configuration is none."""
+    found = _digests(folder / name for name in _ADAPTER)
+    return found if _ADAPTER[0] in found else {}
 
 
 def _package(kind: str) -> Parts:
