@@ -133,15 +133,17 @@ def _of_adapter(e: Experiment) -> Iterator[tuple[str, Parts]]:
     if ".py:" in e.algo.kind:
         yield "algo.kind", _code([e.algo.kind])
     if e.lora.init_from is not None:
-        folder = Path(e.lora.init_from)
-        yield "lora.init_from", _digests(folder / name for name in _ADAPTER)
+        yield "lora.init_from", _adapter(Path(e.lora.init_from), _ADAPTER)
     for field, named in frozen_adapters(e.algo).items():
         version = parse_version(named)
-        yield f"algo.{field}", _version(version) if version else _folder(Path(named))
+        found = _version(version) if version else _adapter(Path(named), _FROZEN)
+        yield f"algo.{field}", found
 
 
-def _folder(folder: Path) -> Parts:
-    return _digests(folder / name for name in _FROZEN)
+def _adapter(folder: Path, names: Sequence[str]) -> Parts:
+    """Of an adapter's folder; one without its configuration is none."""
+    found = _digests(folder / name for name in names)
+    return found if _ADAPTER[0] in found else {}
 
 
 def _version(version: RunVersion) -> Parts:

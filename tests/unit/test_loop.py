@@ -219,7 +219,7 @@ def test_a_run_of_which_no_problem_can_be_scored_does_not_begin(
     (place / "raises.py").write_text("def score(completion): return 1 / 0")
 
     async def body() -> None:
-        reward = {"path": "raises.py:score"}
+        reward = {"path": "raises.py:score", "trial": False}
         async with loop_of(tmp_path / "run", place, reward=reward) as loop:
             with pytest.raises(RolloutsFail, match=r"none of 4 .* raised ZeroDivisionError"):
                 await the_loop.begin(loop)
@@ -245,7 +245,7 @@ def test_a_job_that_fails_leaves_the_others_to_finish_and_the_run_ends_with_its_
     tmp_path: Path, place: Path
 ) -> None:
     (place / "fails.py").write_text("def score(completion): return 1 / 0")
-    bad = {"reward": {"path": "fails.py:score"}, "eval": {"every": 0}}
+    bad = {"reward": {"path": "fails.py:score", "trial": False}, "eval": {"every": 0}}
 
     async def body() -> None:
         async with loop_of(tmp_path / "run", place, adapters={"bad": bad, "good": {}}) as loop:
