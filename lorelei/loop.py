@@ -160,8 +160,10 @@ async def _step(loop: Loop, works: Sequence[Work], clock: _Clock) -> None:
     works = [work for work in works if loop.registry.claim(work)]
     if not works:
         return
-    results = await loop.thread.call(run_works, loop.engine, works)
+    results = await _train(loop, works)
     clock.lap("train")
+    if not results:
+        return
     moved = {r.adapter: r for r in results if r.work.steps}
     loop.step += bool(moved)
     loop.unsaved |= moved.keys()
@@ -188,6 +190,16 @@ async def _step(loop: Loop, works: Sequence[Work], clock: _Clock) -> None:
         await loop.registry[result.adapter].admit(refs.get(result.adapter))
     for ref in replaced:
         _retire(loop, ref)
+
+
+async def _train(loop: Loop, works: Sequence[Work]) -> list[Result]:
+    """What came of the works, without those that failed: their jobs stop, the others go on."""
+    results = await loop.thread.call(run_works, loop.engine, works)
+    for result in results:
+        if result.error is not None:
+            loop.registry.fail(result.adapter, result.error)
+            await loop.registry[result.adapter].close()
+    return [result for result in results if result.error is None]
 
 
 def _next_version(loop: Loop, result: Result) -> int:

@@ -40,7 +40,7 @@ class RayCluster(_Cluster):
         description="pack: few nodes. spread: many. strict: each process on a node of its own.",
     )
     cpus_per_worker: int = Field(
-        default=1, ge=1, description="CPU cores, and threads, of each train worker."
+        default=1, ge=1, le=1024, description="CPU cores, and threads, of each train worker."
     )
     gpus_per_worker: int | None = Field(
         default=None,

@@ -12,7 +12,7 @@ from lorelei.config.section import Section, in_a_file, tagged
 
 class _Reward(Section):
     timeout: float = Field(default=10.0, gt=0, description="Seconds for one score; then it fails.")
-    workers: int = Field(default=2, ge=1, description="Processes that run the scorer.")
+    workers: int = Field(default=2, ge=1, le=1024, description="Processes that run the scorer.")
     memory_gib: float = Field(
         default=4.0, gt=0, description="Most memory of a worker, and of each process it starts."
     )

@@ -30,7 +30,9 @@ class Sampling(Section):
         {"n_samples", "max_new_tokens", "temperature", "stop_strings"}
     )
 
-    n_samples: int = Field(default=8, ge=1, description="Rollouts of each prompt: a group.")
+    n_samples: int = Field(
+        default=8, ge=1, le=65_536, description="Rollouts of each prompt: a group."
+    )
     max_new_tokens: int = Field(default=64, ge=1, description="Longest completion, in tokens.")
     temperature: float = Field(default=1.0, description="Sampling temperature, above 0.")
     stop_strings: Words = Field(
@@ -119,7 +121,9 @@ class ServerRollout(Sampling):
     reserve_rank: int = Field(
         default=0, ge=0, le=512, description="Room for adapters of this rank that come later."
     )
-    threads: int = Field(default=1, ge=1, description="CPU threads of each process of a server.")
+    threads: int = Field(
+        default=1, ge=1, le=1024, description="CPU threads of each process of a server."
+    )
     cpu_cache_gib: int = Field(
         default=2, ge=1, description="Memory for keys and values of a server on a CPU."
     )
@@ -169,7 +173,9 @@ class EvalConfig(Section):
     """How often, how much, and how completions are sampled for it."""
 
     every: int = Field(default=5, ge=0, description="Steps between evaluations; 0: never.")
-    n_prompts: int = Field(default=128, ge=1, description="Held-out problems of one evaluation.")
+    n_prompts: int = Field(
+        default=128, ge=1, le=1_000_000, description="Held-out problems of one evaluation."
+    )
     max_new_tokens: int | None = Field(
         default=None, ge=1, description="Longest completion. Default: rollout.max_new_tokens."
     )

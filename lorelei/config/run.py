@@ -57,7 +57,10 @@ class RunConfig(ExperimentDefaults):
         default="runs", description="The run folder is runs_dir/name; relative to where you are."
     )
     threads: int | None = Field(
-        default=None, ge=1, description="CPU threads. Default: the physical cores we may use."
+        default=None,
+        ge=1,
+        le=1024,
+        description="CPU threads. Default: the physical cores we may use.",
     )
     train: TrainConfig = Field(default_factory=ArchonTrain, description="The train engine.")
     publish: PublishConfig = Field(

@@ -43,7 +43,7 @@ class _Task(Section):
         default=1024, ge=1, description="Longest prompt; see long_prompts."
     )
     eval_size: int | None = Field(
-        default=None, ge=0, description="Problems held out. Default: eval.n_prompts."
+        default=None, ge=0, le=1_000_000, description="Problems held out. Default: eval.n_prompts."
     )
 
     @field_validator("prompt_template")

@@ -20,7 +20,7 @@ class Job(Protocol):
     """What trains one adapter, and all that belongs to it. The loop does not know its kind.
 
     For each step the loop calls `work`, `tell` and `admit`, in this order. A ValueError of
-    `work` ends this job alone; what the other methods raise ends the run.
+    `work`, or of training on it, ends this job alone; what the other methods raise ends the run.
     """
 
     @property

@@ -88,6 +88,12 @@ class Registry:
         self._changed.set()
         return job
 
+    def fail(self, name: str, error: ValueError) -> None:
+        """Put a job aside: it is asked for no more work. Warns if others go on."""
+        self._failed[name] = error
+        if self._stays_open or any(map(self._alive, self)):
+            self._warn(f"adapter {name} stops, the others go on: {error}")
+
     def claim(self, work: Work) -> bool:
         """Whether a work that was given is to be done: not when its job was removed since."""
         return self._given.pop(work.adapter, None) is work
@@ -141,9 +147,7 @@ class Registry:
                 works.append(task.result())
                 self._given[name] = works[-1]
             except ValueError as error:
-                self._failed[name] = error
-                if self._stays_open or any(map(self._alive, self)):
-                    self._warn(f"adapter {name} stops, the others go on: {error}")
+                self.fail(name, error)
         return works
 
     async def _wait(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from lorelei.config.errors import ConfigError
 from lorelei.config.rollout import ServerRollout
 from lorelei.lora.targets import Shape
 from lorelei.plan.changes import changes
@@ -23,6 +24,8 @@ from lorelei.plan.rank_memory import Counts, rank_parts
 from lorelei.plan.server_memory import server_parts
 from lorelei.train.kinds import trains_here
 
+MOST_PROCESSES = 100_000  # a slip of the keyboard would fill the memory with their places
+
 
 def process_groups(
     run: Footprint,
@@ -34,7 +37,7 @@ def process_groups(
 ) -> tuple[tuple[ProcessGroup, ...], tuple[str, ...]]:
     """(the processes, what does not fit). phases: of a controller that trains itself.
 
-    Raises ConfigError when there are fewer devices than processes.
+    Raises ConfigError when there are fewer devices than processes, or more than MOST_PROCESSES.
     """
     rollout, train = run.config.rollout, run.config.train
     on_ray = ", on Ray" if run.config.cluster.kind == "ray" else ""
@@ -43,7 +46,9 @@ def process_groups(
     ranks = 1 if inside else train.workers
     sampler = rollout.kind == "embedded" and not inside
     groups = [ranks, *([1] if sampler else [])]
+    _check_number("train", ranks)
     if servers is not None:
+        _check_number("rollout.replicas", servers.replicas * servers.tensor_parallel_size)
         groups += [servers.tensor_parallel_size] * servers.replicas
     seats = seat(hardware, groups)
     role = f"{train.kind} rank{on_ray}"
@@ -74,6 +79,14 @@ def process_groups(
     elif isinstance(rollout, ServerRollout):
         found.append(_group(f"{rollout.kind} server", rollout.urls, (), "runs already"))
     return tuple(found), (*problems, *_too_large(run, found, hardware, phases))
+
+
+def _check_number(field: str, processes: int) -> None:
+    if processes > MOST_PROCESSES:
+        raise ConfigError(
+            f"{field}: {processes} processes are more than the {MOST_PROCESSES} that one run may "
+            "have; lower its sizes"
+        )
 
 
 def _controller(run: Footprint) -> ProcessGroup:

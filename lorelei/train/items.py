@@ -67,11 +67,16 @@ class Outputs:
 def piece_losses(
     part: Piece, losses: Mapping[str, LossSpec], logprobs_I: Tensor
 ) -> dict[str, LossResult]:
-    """The loss of each adapter with items in a micro-batch."""
+    """The loss of each adapter with items in a micro-batch. Raises ValueError where one raises."""
     found: dict[str, LossResult] = {}
     for name, rows in item_rows(part.batch).items():
         items, spec = loss_items(part.batch.items, rows, logprobs_I), losses[name]
-        found[name] = load_loss(spec)(logprobs_I[rows], items, **spec.params)
+        try:
+            found[name] = load_loss(spec)(logprobs_I[rows], items, **spec.params)
+        # The border to the user's code.
+        except Exception as error:
+            text = f"adapter {name!r}: its loss raised {type(error).__name__}: {error}"
+            raise ValueError(text) from error
     return found
 
 

@@ -61,6 +61,7 @@ class Result:
     work: Work
     rounds: tuple[RoundResult, ...]
     seconds: float  # of the whole pass, shared with the other adapters of it
+    error: ValueError | None = None  # why there is no more of it; the adapter is as it was before
 
     @property
     def adapter(self) -> str:

@@ -28,8 +28,8 @@ def refuses(current_I: Tensor, items: LossItems) -> LossResult:
 
 
 def breaks(current_I: Tensor, items: LossItems) -> LossResult:
-    """Raises what nobody expects."""
-    raise RuntimeError("loss: this one breaks")
+    """Gives what nobody expects."""
+    return "no result"  # type: ignore[return-value]  # that is the fault
 
 
 def infinite(current_I: Tensor, items: LossItems) -> LossResult:

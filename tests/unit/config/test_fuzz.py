@@ -1,17 +1,16 @@
 """Run files of any content: a configuration, or one line that names what is wrong with it.
 
-LORELEI_FUZZ_EXAMPLES=N: how many are tried.
+See tests/fuzz.py for how many are tried.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -19,9 +18,9 @@ from lorelei.config.errors import ConfigError
 from lorelei.config.run import RunConfig
 from lorelei.plan.plan import plan
 from lorelei.run_file import dump_config, load_config
+from tests.fuzz import fuzz
 from tests.tiny_models import make_tiny
 
-EXAMPLES = int(os.environ.get("LORELEI_FUZZ_EXAMPLES", "600"))
 BASE: dict[str, Any] = {
     "model": "./model",
     "task": {"kind": "jsonl", "path": "rows.jsonl"},
@@ -105,12 +104,7 @@ def test_what_the_changes_start_from_is_right(place: Path) -> None:
     plan(load_config(path))
 
 
-relaxed = settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-
-
-@relaxed
+@fuzz(600)
 @given(changes=CHANGES)
 def test_changed_values_load_or_are_refused(place: Path, changes: list[tuple[str, Any]]) -> None:
     data: dict[str, Any] = {key: value for key, value in BASE.items()}
@@ -127,7 +121,7 @@ def test_changed_values_load_or_are_refused(place: Path, changes: list[tuple[str
     loads_or_says_why(path)
 
 
-@relaxed
+@fuzz(600)
 @given(key=st.sampled_from(KEYS), value=st.one_of(st.text(max_size=12), SCALARS.map(str)))
 def test_overrides_load_or_are_refused(place: Path, key: str, value: str) -> None:
     path = place / "base.yaml"
@@ -135,7 +129,7 @@ def test_overrides_load_or_are_refused(place: Path, key: str, value: str) -> Non
     loads_or_says_why(path, f"{key}={value}")
 
 
-@relaxed
+@fuzz(600)
 @given(text=st.one_of(st.text(max_size=60), st.binary(max_size=60)))
 def test_any_file_is_refused_with_its_name(place: Path, text: str | bytes) -> None:
     path = place / "any.yaml"

@@ -1,12 +1,11 @@
 """Rows and templates that nobody would write: a clean success or the project's own one line.
 
-LORELEI_FUZZ_EXAMPLES sets how many examples are tried, LORELEI_FUZZ_SEED from where.
+See tests/fuzz.py for how many are tried.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from hypothesis import HealthCheck, event, given, seed, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerFast
@@ -27,16 +26,9 @@ from lorelei.data.reply import Reply
 from lorelei.data.source import make_comparisons, make_examples, make_source
 from lorelei.data.tool_call import FORMATS, parse_calls
 from lorelei.types import Completion, Turn
+from tests.fuzz import fuzz
 from tests.tiny_models import CHATML, make_tokenizer
 
-EXAMPLES = int(os.environ.get("LORELEI_FUZZ_EXAMPLES", "150"))
-SEED = int(os.environ.get("LORELEI_FUZZ_SEED", "0"))
-FUZZ = settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
 FIELD = re.compile(r"(task|model|env|reward|algo)[a-z_.]*: ")
 
 PIECES = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>", "<tool_call>",
@@ -188,8 +180,7 @@ def is_read_or_refused(task: Any, template: str, learns: str, needs_answer: bool
         event(str(error)[:25])
 
 
-@seed(SEED)
-@FUZZ
+@fuzz(150)
 @given(lines, templates, tasks, st.sampled_from(LEARNT), st.booleans())
 def test_lines_of_json(
     tmp_path_factory: Any, content: list[bytes], template: str, options: dict[str, Any],
@@ -200,8 +191,7 @@ def test_lines_of_json(
     is_read_or_refused(task_of("jsonl", path, options), template, learns, needs_answer)
 
 
-@seed(SEED)
-@FUZZ
+@fuzz(150)
 @given(st.lists(rows, min_size=1, max_size=3), st.binary(max_size=3), st.integers(0, 10**6), tasks)
 def test_tables(
     tmp_path_factory: Any, content: list[dict[str, Any]], noise: bytes, at: int,
@@ -219,8 +209,7 @@ def test_tables(
     is_read_or_refused(task_of("parquet", path, options), CHATML, "", False)
 
 
-@seed(SEED)
-@FUZZ
+@fuzz(150)
 @given(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), texts, st.sampled_from(FORMATS))
 def test_replies(text: str, prefix: str, format: Any) -> None:
     reply = Reply.of(text, None, prefix)

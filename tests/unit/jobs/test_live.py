@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from lorelei.jobs.job import JobFailed
 from lorelei.loop import Loop
 from lorelei.store.check import check_run
 from lorelei.train.work import Result
+from lorelei.types import LossSpec
 from tests.tiny_models import make_tiny
 from tests.unit.jobs.live import driven, example_round, live_loop
 
@@ -210,6 +212,28 @@ def test_a_job_that_fails_stops_alone_and_the_run_ends_with_its_reason(
                 await the_loop.add(loop, good)
                 await the_loop.add(loop, Failing("bad", good.spec))
                 await good.train([example_round("good", SENTENCE)], publish=True)
+                await good.train([example_round("good", SENTENCE)], publish=True)
+                assert good.version == 2 and list(loop.registry.failed) == ["bad"]
+
+    asyncio.run(body())
+    assert check_run(tmp_path / "run") == []
+
+
+def test_a_job_whose_loss_raises_stops_alone(tmp_path: Path, model: Path) -> None:
+    refuses = LossSpec(path="tests.contract.losses:refuses", params={})
+
+    async def body() -> None:
+        with pytest.raises(ValueError, match="adapter 'bad': its loss raised ValueError: loss: "):
+            async with live_loop(model, tmp_path / "run") as loop:
+                good, bad = driven("good"), driven("bad")
+                await the_loop.add(loop, good)
+                await the_loop.add(loop, bad)
+                found = await asyncio.gather(
+                    good.train([example_round("good", SENTENCE)], publish=True),
+                    bad.train([replace(example_round("bad", SENTENCE), loss=refuses)]),
+                    return_exceptions=True,
+                )
+                assert isinstance(found[1], JobFailed)
                 await good.train([example_round("good", SENTENCE)], publish=True)
                 assert good.version == 2 and list(loop.registry.failed) == ["bad"]
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from lorelei.cli import main as cli
+from lorelei.config.errors import ConfigError
 from lorelei.plan import hardware
 from lorelei.plan.format import plan_table
 from lorelei.plan.hardware import Hardware, this_machine
@@ -164,3 +165,28 @@ def test_a_devices_memory_may_be_given_where_it_has_devices(run_file, monkeypatc
     (problem,) = plan(config, hardware.wanted(config.machine)).problems
     assert problem.startswith("machine.memory: gpu 0 would hold ")
     plan_table(plan(config, hardware.wanted(config.machine)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("train={kind: archon, workers: 1000000000}",), "train: 1000000000 processes are more"),
+        (
+            ("train={kind: fsdp, data_parallel: 100000, tensor_parallel: 4}",),
+            "train: 400000 processes are more",
+        ),
+        (
+            ("rollout={kind: vllm, replicas: 50000, tensor_parallel_size: 4}",),
+            "rollout.replicas: 200000 processes are more",
+        ),
+        (("reward.workers=1000000000",), "reward.workers: 1000000000 is not allowed"),
+        (("rollout.n_samples=1000000000",), "rollout.n_samples: 1000000000 is not allowed"),
+        (("eval.n_prompts=1000000000",), "eval.n_prompts: 1000000000 is not allowed"),
+        (("threads=1000000",), "threads: 1000000 is not allowed"),
+    ],
+)
+def test_numbers_that_nobody_means_are_refused_before_they_fill_the_memory(
+    run_file, overrides, line
+):
+    with pytest.raises(ConfigError, match=line):
+        plan(load_config(run_file, ("reward.kind=reasoning_gym", *overrides)))

@@ -181,3 +181,45 @@ def test_adapters_of_different_losses_and_rounds_step_together_as_alone(
         states = single.adapter_state(name).tensors, engine.adapter_state(name).tensors
         for tensor_name, tensor in states[0].items():
             torch.testing.assert_close(states[1][tensor_name], tensor, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("loss", ["refuses", "infinite"])
+def test_what_cannot_be_trained_on_costs_no_other_adapter_anything(
+    engine: TrainEngine, decoder: Decoder, loss: str
+) -> None:
+    bad = LossSpec(path=f"tests.contract.losses:{loss}", params={})
+    before = digest(engine, "a")
+    waits, steps = (
+        Round(batch=batch, loss=CLIPPED, step=step)
+        for batch, step in zip(batches("b"), (None, HYPER), strict=True)
+    )
+    (first, second) = batches("a")
+    fails = Work(
+        adapter="a",
+        rounds=(
+            Round(batch=first, loss=CLIPPED, step=None),
+            Round(batch=second, loss=bad, step=HYPER),
+        ),
+    )
+    good = Work(adapter="b", rounds=(waits, steps))
+    failed, trained = run_works(engine, [fails, good])
+    assert failed.error is not None and "adapter 'a'" in str(failed.error)
+    assert trained.error is None and len(trained.rounds) == 2
+    assert digest(engine, "a") == before
+    single = alone(decoder, "b", 1)
+    (expected,) = run_works(single, [good])
+    for got, right in zip(trained.rounds, expected.rounds, strict=True):
+        np.testing.assert_allclose(got.outputs.logprobs, right.outputs.logprobs, atol=1e-5)
+    for name, tensor in single.adapter_state("b").tensors.items():
+        torch.testing.assert_close(
+            engine.adapter_state("b").tensors[name], tensor, atol=1e-5, rtol=0
+        )
+    with pytest.raises(ValueError, match="there are no gradients"):
+        engine.optim_step({"a": HYPER})
+
+
+def test_what_fails_between_its_own_steps_is_raised(engine: TrainEngine) -> None:
+    (first, second) = work("a", batches("a")).rounds
+    bad = LossSpec(path="tests.contract.losses:refuses", params={})
+    with pytest.raises(ValueError, match="this one refuses"):
+        run_works(engine, [Work(adapter="a", rounds=(first, replace(second, loss=bad)))])
