@@ -38,7 +38,9 @@ def test_all_policy_objectives_train_beside_one_another_and_go_on_after_a_resume
     algo = {"ppo_n_minibatches": 2}
     path = write_run(place, "all", steps=2, adapters=entries, algo=algo, eval={"every": 0})
     planned = lorelei(place, "plan", path.name)
-    assert "dapo: dapo is grpo with ppo_n_minibatches: 2, overlong_penalty" in " ".join(planned.split())
+    assert "dapo: dapo is grpo with ppo_n_minibatches: 2, overlong_penalty" in " ".join(
+        planned.split()
+    )
     local.train(load_config(path, [f"runs_dir={place / 'runs'}"]))
     local.resume(place / "runs" / "all", ["steps=3"])
     found = records(place / "runs" / "all", "step")
