@@ -5,6 +5,7 @@ Shapes: I items.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,12 @@ def test_every_turn_is_judged_with_the_score_that_reaches_it() -> None:
     one = [rollout(turn([1], [2, 3]), reward=r) for r in (1.0, 0.0)]
     for got, usual in zip(algo.credit([one])[0], Grpo(adv_norm=None).credit([one])[0], strict=True):
         np.testing.assert_array_equal(got, usual)
+
+
+def test_every_policy_objective_stands_in_the_table() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "objectives.md").read_text()
+    listed = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `")}
+    assert {kind for kind, made in KINDS.items() if made.job == "rl"} <= listed
 
 
 def test_a_preset_says_what_it_expands_to() -> None:

@@ -144,6 +144,19 @@ BAD = [
     (GOOD + "algo: {recompute_logprob: false}", "algo.recompute_logprob: false leaves use_decoup"),
     (GOOD + "algo: {rejection_sampling: {}}", "algo.rejection_sampling.upper: give upper, lower"),
     (
+        GOOD + "algo: {kind: dapo, overlong_penalty: {buffer: 99}}\nrollout: {max_new_tokens: 64}",
+        "algo.overlong_penalty.buffer: 99 is more than rollout.max_new_tokens: 64, so that every",
+    ),
+    (
+        GOOD + "algo: {turn_discount: 0.5}",
+        "algo.turn_discount: 0.5 does nothing with env.kind: single_turn, whose answers have one",
+    ),
+    (GOOD + "algo: {c_clip: 1.1}", "algo.c_clip: 1.1 is within the clip, which ends at 1.2; raise"),
+    (
+        GOOD + "algo: {rejection_sampling: {upper: 2, agg: sum}}",
+        "algo.rejection_sampling.agg: sum does nothing with level: token; remove it",
+    ),
+    (
         GOOD + "algo: {rejection_sampling: {upper: 1, lower: 2}}",
         "algo.rejection_sampling.lower: 2.0 is not below upper: 1.0",
     ),
