@@ -47,7 +47,7 @@ from lorelei.types import (
 NAME = "default"
 SPEC = AdapterSpec(rank=RANK, alpha=ALPHA)
 # the first update of a batch: the ratio is 1 and nothing is clipped
-LOSSES = {NAME: LossSpec(path="lorelei.algo.grpo:recomputed_loss", params={})}
+LOSSES = {NAME: LossSpec(path="lorelei.algo.clip:loss", params={"form": "recomputed"})}
 HYPER = {NAME: AdamHyper(lr=LR)}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lorelei.algo import grpo
+from lorelei.algo import clip
 from lorelei.lora import linear
 from lorelei.model import attention, head, mlp, norm, rope
 from lorelei.model.backend import Weight
@@ -86,4 +86,4 @@ class PartClock:
         for name in ("__call__", "backward"):
             self.stamp(mlp.SwiGlu, name, MLP_GATE)
             self.stamp(norm.RmsNorm, name, NORMS)
-        self.stamp(grpo, "loss", HEAD)
+        self.stamp(clip, "loss", HEAD)

@@ -24,7 +24,7 @@ from lorelei.types import AdamHyper, AdapterSpec, Batch, Completion, LossSpec, R
 ADAPTER = "default"
 SPEC = AdapterSpec(rank=RANK, alpha=ALPHA)
 # the ratio is 1 and nothing is clipped: the gradient is that of the first update of a batch
-LOSSES = {ADAPTER: LossSpec(path="lorelei.algo.grpo:recomputed_loss", params={})}
+LOSSES = {ADAPTER: LossSpec(path="lorelei.algo.clip:loss", params={"form": "recomputed"})}
 # the first moment of a step with beta1 = 0 is the gradient; lr = 0 leaves the weights alone
 LOOK = AdamHyper(lr=0.0, beta1=0.0, max_grad_norm=0.0)
 

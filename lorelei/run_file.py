@@ -20,7 +20,6 @@ from typing import Any, cast
 import yaml
 from pydantic import ValidationError
 
-from lorelei.algo.kinds import DEFAULT
 from lorelei.areal.file import (
     became,
     default_of,
@@ -149,13 +148,13 @@ def moved(data: Raw, *, replace: bool = False) -> Raw:
 
 
 def _kind(overrides: Iterable[str]) -> object:
-    """The algorithm that overrides choose."""
+    """The algorithm that overrides choose; None: they do not."""
     chosen = Raw()
     for override in overrides:
         if _key(override).partition(".")[0] == "algo":
             _override(chosen, override)
     algo = _absolute(chosen, Path.cwd()).get("algo")
-    return algo.get("kind", DEFAULT) if is_mapping(algo) else DEFAULT
+    return algo.get("kind") if is_mapping(algo) else None
 
 
 def dump_set(config: RunConfig) -> str:

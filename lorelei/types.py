@@ -141,6 +141,7 @@ class Rollout:
     error: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     seconds: float = 0.0
+    baseline: float | None = None  # the reward of the greedy answer, where the algorithm asks
 
     @property
     def sampled_tokens(self) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from lorelei.algo.algorithm import PolicyAlgorithm
-from lorelei.algo.loss import LossItems, LossResult, kl_estimate, loss_path
+from lorelei.algo.loss import Estimator, LossItems, LossResult, kl_estimate, loss_path
 from lorelei.types import Floats, LossSpec, Rollout
 
 if TYPE_CHECKING:  # settings are read without torch
@@ -38,19 +38,25 @@ class Awr(PolicyAlgorithm):
         return (self.discount ** np.arange(tokens)[::-1]).astype(np.float32)
 
     def loss(self) -> LossSpec:
-        params = {"beta": self.beta, "max_weight": self.max_weight, "kl_ctl": self.loss_kl}
+        params = {"beta": self.beta, "max_weight": self.max_weight, **self.kl_params()}
         return LossSpec(path=loss_path(loss), params=params, streams=("advantage",))
 
 
 def loss(
-    current_I: Tensor, items: LossItems, *, beta: float, max_weight: float, kl_ctl: float
+    current_I: Tensor,
+    items: LossItems,
+    *,
+    beta: float,
+    max_weight: float,
+    kl_ctl: float,
+    kl_estimator: Estimator = "k3",
 ) -> LossResult:
     """Weighted sum of negative log-likelihoods, plus kl_ctl * KL(current, reference)."""
     weight = (items.streams["advantage"] / beta).exp().clamp(max=max_weight)
     item_loss = -weight * current_I
     metrics = {"regression_weight": (weight * items.weight).sum()}
     if (reference := items.streams.get("reference")) is not None:  # there with kl_ctl > 0
-        kl = kl_estimate(reference - current_I)
+        kl = kl_estimate(reference - current_I, kl_estimator)
         item_loss = item_loss + kl_ctl * kl
         metrics["kl_reference"] = (kl.detach() * items.weight).sum()
     return LossResult(total=(item_loss * items.weight).sum(), metrics=metrics)

@@ -8,14 +8,17 @@ Shapes: S rollouts of one adapter's batch, T sampled tokens of a rollout, in the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from lorelei.algo.advantage import Level, NormConfig
-from lorelei.algo.kl_reward import Estimator, kl_of_tokens, to_go
-from lorelei.algo.loss import Aggregation
+from lorelei.algo.kl_reward import kl_of_tokens, to_go
+from lorelei.algo.loss import Aggregation, Estimator
+from lorelei.algo.overlong import OverlongPenalty
 from lorelei.config.errors import FieldError
 from lorelei.config.section import Section
 from lorelei.types import BASE, Floats, Items, Longs, LossSpec, Policy, Rollout
@@ -45,6 +48,8 @@ class PolicyAlgorithm(Algorithm):
     """From the rewards of groups of rollouts to a policy gradient."""
 
     job = "rl"
+    # whether a greedy answer to each prompt is scored beside its samples: Rollout.baseline
+    greedy_baseline: ClassVar[bool] = False
 
     ppo_n_minibatches: int = Field(default=1, ge=1, description="Optimizer steps of one step.")
     kl_ctl: float = Field(default=0.0, ge=0, description="Weight of the divergence from the base.")
@@ -53,18 +58,44 @@ class PolicyAlgorithm(Algorithm):
         description="Subtract the divergence from tokens' rewards. false: add it to the loss.",
     )
     kl_estimator: Estimator = Field(
-        default="k3", description="How a token's divergence is estimated; in the loss always k3."
+        default="k3",
+        description="How a token's divergence is estimated. In the loss, k1 has no gradient on "
+        "average.",
     )
     loss_aggregation: Aggregation = Field(
-        default="token", description="Every token, or every rollout, has the same weight."
+        default="token",
+        description="Every token, or every rollout, has the same weight; constant: a token's does "
+        "not depend on how many there are.",
+    )
+    loss_length: int | None = Field(
+        default=None,
+        ge=1,
+        description="The tokens of a rollout that has one rollout's share, with constant. "
+        "Default: rollout.max_new_tokens.",
     )
     reward_scaling: float = Field(default=1.0, description="reward = score * scaling.")
+    overlong_penalty: OverlongPenalty | None = Field(
+        default=None, description="Of scores of answers that are nearly as long as they may be."
+    )
+    turn_discount: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Every turn counts as a rollout, with the score times this for every turn "
+        "behind it. 1: all turns of a rollout share one advantage.",
+    )
     reward_norm: NormConfig | None = Field(default=None, description="Normalise rewards.")
     adv_norm: NormConfig | None = Field(
         default_factory=NormConfig, description="Normalise advantages. Default: by group."
     )
     drop_zero_variance_groups: bool = Field(
         default=False, description="Sample another group for one whose rewards are all equal."
+    )
+    max_dropped_groups: int | None = Field(
+        default=None,
+        ge=0,
+        description="How many of them one batch may drop; more are trained on. Default: any "
+        "number.",
     )
 
     @model_validator(mode="after")
@@ -83,10 +114,26 @@ class PolicyAlgorithm(Algorithm):
             raise FieldError(
                 "use_kl_in_reward", "true does nothing with kl_ctl: 0; raise it, or remove this"
             )
-        if self.kl_estimator != "k3" and not self.use_kl_in_reward:
+        if self.kl_estimator != "k3" and self.kl_ctl == 0:
             raise FieldError(
                 "kl_estimator",
-                f"{self.kl_estimator} is for rewards; set use_kl_in_reward: true, or use k3",
+                f"{self.kl_estimator} does nothing with kl_ctl: 0; raise it, or remove this",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _belongs_to_another(self) -> PolicyAlgorithm:
+        if self.loss_length is not None and self.loss_aggregation != "constant":
+            raise FieldError(
+                "loss_length",
+                f"{self.loss_length} does nothing with loss_aggregation: {self.loss_aggregation}; "
+                "set that to constant, or remove this",
+            )
+        if self.max_dropped_groups is not None and not self.drop_zero_variance_groups:
+            raise FieldError(
+                "max_dropped_groups",
+                f"{self.max_dropped_groups} does nothing with drop_zero_variance_groups: false; "
+                "set that to true, or remove this",
             )
         return self
 
@@ -104,6 +151,28 @@ class PolicyAlgorithm(Algorithm):
     def loss_kl(self) -> float:
         """The weight of the divergence in the loss."""
         return 0.0 if self.use_kl_in_reward else self.kl_ctl
+
+    def kl_params(self) -> dict[str, Any]:
+        """The parameters of a loss that adds the divergence."""
+        params: dict[str, Any] = {"kl_ctl": self.loss_kl}
+        if self.loss_kl and self.kl_estimator != "k3":
+            params["kl_estimator"] = self.kl_estimator
+        return params
+
+    def penalised(
+        self, groups: Sequence[Sequence[Rollout]], max_new_tokens: int
+    ) -> Sequence[Sequence[Rollout]]:
+        """The rollouts with the scores that their lengths leave them."""
+        if self.overlong_penalty is None:
+            return groups
+        penalty = self.overlong_penalty
+        return [
+            [
+                replace(r, reward=(r.reward or 0.0) + penalty(r.sampled_tokens, max_new_tokens))
+                for r in group
+            ]
+            for group in groups
+        ]
 
     def scaled(self, scores_S: Floats) -> Floats:
         """[S] rewards, of what scorers gave."""
@@ -135,14 +204,35 @@ class PolicyAlgorithm(Algorithm):
         groups: rollouts with a reward. A rollout's tokens share its advantage unless a subclass
         has something better to say.
         """
-        rewards = np.array([r.reward for group in groups for r in group], dtype=np.float32)
-        groups_S = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-        tokens_S = np.array([r.sampled_tokens for group in groups for r in group])
+        # with a discount every turn is judged alone, else all of a rollout are
+        judged = partial(_turns, self.turn_discount) if self.turn_discount < 1 else _whole
+        parts = [[judged(r) for r in group] for group in groups]
+        flat = [part for group in parts for own in group for part in own]
+        rewards = np.array([reward for reward, _ in flat], dtype=np.float32)
+        counts = [sum(map(len, group)) for group in parts]
+        groups_S = np.repeat(np.arange(len(groups)), counts)
+        tokens_S = np.array([tokens for _, tokens in flat])
         values = iter(self.advantages(rewards, groups_S, tokens_S))
         return [
-            [np.full(r.sampled_tokens, next(values), dtype=np.float32) for r in group]
-            for group in groups
+            [
+                np.concatenate([np.full(n, next(values), dtype=np.float32) for _, n in own])
+                for own in group
+            ]
+            for group in parts
         ]
+
+    @property
+    def credit_reads_policies(self) -> bool:
+        """Whether advantages follow from log-probabilities of policies: see `with_policies`."""
+        return self.use_kl_in_reward
+
+    def with_policies(self, rounds: Sequence[Items], groups_S: Longs) -> list[Floats]:
+        """The stream `advantage` of the rounds of one batch, with `credit_reads_policies`.
+
+        rounds: of `credit`, with the streams of `policies`. groups_S: the number of the group of
+        every rollout of the batch.
+        """
+        return self.with_kl(rounds, groups_S)
 
     def with_kl(self, rounds: Sequence[Items], groups_S: Longs) -> list[Floats]:
         """The stream `advantage` of the rounds of one batch, with `use_kl_in_reward`.
@@ -174,6 +264,23 @@ class PolicyAlgorithm(Algorithm):
     def kl_policy(self) -> str:
         """The stream of the policy whose divergence is a part of the rewards."""
         return "behaviour"
+
+
+def _whole(rollout: Rollout) -> list[tuple[float, int]]:
+    """Its reward and its sampled tokens."""
+    assert rollout.reward is not None, "only rollouts with a reward are trained on"
+    return [(rollout.reward, rollout.sampled_tokens)]
+
+
+def _turns(discount: float, rollout: Rollout) -> list[tuple[float, int]]:
+    """The same of each of its turns that has tokens."""
+    ((reward, _),) = _whole(rollout)
+    last = len(rollout.turns) - 1
+    found = [
+        (reward * discount ** (last - number), len(turn.completion.tokens))
+        for number, turn in enumerate(rollout.turns)
+    ]
+    return [(value, tokens) for value, tokens in found if tokens]
 
 
 def _weights(norm: NormConfig, tokens_S: Longs | None) -> Longs | None:

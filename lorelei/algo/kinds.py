@@ -12,10 +12,11 @@ from pydantic_core import CoreSchema
 
 import lorelei.algo
 from lorelei.algo.algorithm import Algorithm, Job
+from lorelei.algo.importance import RatioAlgorithm
 from lorelei.algo.loss import load_loss
 from lorelei.config.errors import FieldError, describe, nearest, shown, unknown_key
 from lorelei.config.optimizer import OptimizerConfig
-from lorelei.config.section import is_mapping
+from lorelei.config.section import Section, is_mapping
 from lorelei.user_file import load_function
 
 DEFAULT = "grpo"
@@ -92,6 +93,34 @@ def fields_of(kind: object, values: dict[str, Any]) -> dict[str, Any]:
 def short_name(kind: str) -> str:
     """A kind for tables and figures: of a user's class without the folders of its file."""
     return kind.rpartition(":")[2]
+
+
+def expansion(made: Algorithm) -> str:
+    """What an algorithm with a ratio is beside grpo's defaults, in a line; of another one: ''."""
+    plain = KINDS[DEFAULT](kind=DEFAULT)
+    known = type(plain).model_fields
+    if not isinstance(made, RatioAlgorithm) or made.kind == plain.kind:
+        return ""
+    own = [
+        f"{name}: {_plain(getattr(made, name))}"
+        for name in type(made).model_fields
+        if name not in ("kind", "batch_size")
+        and (name not in known or getattr(made, name) != getattr(plain, name))
+    ]
+    preset = made.loss().path == plain.loss().path
+    return f"{DEFAULT} with {', '.join(own if preset else ['another loss', *own])}"
+
+
+def _plain(value: object) -> str:
+    """A setting as YAML has it; of a section what is not its default."""
+    if isinstance(value, Section):
+        fields = type(value).model_fields
+        held = {name: getattr(value, name) for name in fields}
+        set_to = {k: v for k, v in held.items() if v != fields[k].default} or held
+        return f"{{{', '.join(f'{name}: {_plain(one)}' for name, one in set_to.items())}}}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value}"
 
 
 def _check_loss(made: Algorithm) -> None:

@@ -6,14 +6,12 @@ Source: Ouyang et al., 2022 (arXiv 2203.02155), eq. 2; the estimators: Schulman,
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 from numpy.typing import NDArray
 
+from lorelei.algo.loss import Estimator
 from lorelei.types import Floats, Longs
 
-Estimator = Literal["k1", "k2", "k3"]
 Doubles = NDArray[np.float64]
 
 LARGEST = 10.0  # of one token: k2 and k3 have heavy tails

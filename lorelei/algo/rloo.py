@@ -12,7 +12,7 @@ from pydantic import Field
 
 from lorelei.algo.advantage import Level, NormConfig
 from lorelei.algo.algorithm import PolicyAlgorithm
-from lorelei.algo.loss import LossItems, LossResult, kl_estimate, loss_path
+from lorelei.algo.loss import Estimator, LossItems, LossResult, kl_estimate, loss_path
 from lorelei.types import Floats, Longs, LossSpec
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class Rloo(PolicyAlgorithm):
         return values
 
     def loss(self) -> LossSpec:
-        params = {"kl_ctl": self.loss_kl}
-        return LossSpec(path=loss_path(loss), params=params, streams=("advantage", "behaviour"))
+        streams = ("advantage", "behaviour")
+        return LossSpec(path=loss_path(loss), params=self.kl_params(), streams=streams)
 
 
 def leave_one_out(rewards_G: Floats) -> Floats:
@@ -55,12 +55,14 @@ def leave_one_out(rewards_G: Floats) -> Floats:
     return (rewards_G - others).astype(np.float32)
 
 
-def loss(current_I: Tensor, items: LossItems, *, kl_ctl: float = 0.0) -> LossResult:
+def loss(
+    current_I: Tensor, items: LossItems, *, kl_ctl: float = 0.0, kl_estimator: Estimator = "k3"
+) -> LossResult:
     """Weighted sum of -ratio A; ratio = current / behaviour is 1 on policy: REINFORCE."""
     item_loss = -(current_I - items.streams["behaviour"]).exp() * items.streams["advantage"]
     metrics: dict[str, Tensor] = {}
     if (reference := items.streams.get("reference")) is not None:
-        kl = kl_estimate(reference - current_I)
+        kl = kl_estimate(reference - current_I, kl_estimator)
         if kl_ctl:  # else it is in the rewards
             item_loss = item_loss + kl_ctl * kl
         metrics["kl_reference"] = (kl.detach() * items.weight).sum()

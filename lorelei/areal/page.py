@@ -82,6 +82,17 @@ What a value means there, it means here:
 - `use_decoupled_loss` without `rejection_sampling` has no weight proximal / behaviour there: it
   becomes `recompute_logprob` alone.
 - `reward_clip` clips rewards after bias and scaling.
+- `rollout.agent.turn_discount` becomes `algo.turn_discount`: every turn is judged alone, with the
+  score times the discount for every turn behind it.
+
+## Objectives
+
+`importance_sampling_level: sequence` is `algo.kind: gspo`, `use_sapo_loss` is `sapo`, and
+`m2_threshold` with the decoupled loss is `m2po` ([objectives.md](objectives.md)). Else it is
+`grpo`, whose `adv_norm` and `reward_norm` make Dr. GRPO, LitePPO, RLOO and REINFORCE of it as
+there. Every token has the same weight, with every kind. M2PO's mask is found over the whole batch,
+and tokens that it leaves out count in the normaliser; AReaL finds it in each micro-batch. The
+overlong penalty is below `rollout.max_new_tokens`.
 
 ## Backends
 

@@ -81,7 +81,7 @@ ROLLOUT = (
         "subproc",
         why="episodes are driven by `env`, not by clients",
     ),
-    only("rollout.agent.turn_discount", 1.0, why="set env.turn_discount"),
+    copied("rollout.agent.turn_discount", "algo.turn_discount", why="of each turn's reward"),
     only("rollout.agent.export_style", "individual", "concat", why="turns share prefixes anyway"),
     *(
         ignored(f"rollout.agent.{key}", "agents are `env` here, see docs/environments.md")
@@ -208,7 +208,7 @@ _LOSS = (
     copied("actor.ppo_n_minibatches", "algo.ppo_n_minibatches", default=4),
     copied("actor.eps_clip", "algo.eps_clip", default=0.2),
     copied("actor.eps_clip_higher", "algo.eps_clip_higher"),
-    only("actor.c_clip", None, objective="dual clipping"),
+    copied("actor.c_clip", "algo.c_clip"),
     copied("actor.kl_ctl", "algo.kl_ctl", default=0.1),
     made(
         "actor.kl_estimator",
@@ -231,9 +231,9 @@ _LOSS = (
     copied("actor.rejection_sampling.upper", "algo.rejection_sampling.upper"),
     copied("actor.rejection_sampling.lower", "algo.rejection_sampling.lower"),
     copied("actor.rejection_sampling.metric", "algo.rejection_sampling.metric"),
-    only("actor.rejection_sampling.level", "token", why="tokens are judged one by one"),
-    only("actor.rejection_sampling.action", "mask", why="tokens are left out, not clamped"),
-    only("actor.rejection_sampling.agg", "mean", why="tokens are judged one by one"),
+    copied("actor.rejection_sampling.level", "algo.rejection_sampling.level"),
+    copied("actor.rejection_sampling.action", "algo.rejection_sampling.action"),
+    copied("actor.rejection_sampling.agg", "algo.rejection_sampling.agg", why="of level: sequence"),
     *(
         copied(f"actor.{key}", "algo.rejection_sampling.upper", why="of older files")
         for key in ("behave_imp_weight_cap", "behav_imp_weight_cap")
@@ -241,11 +241,16 @@ _LOSS = (
     only(
         "actor.prox_logp_method", "recompute", objective="an approximation of the proximal policy"
     ),
-    only("actor.importance_sampling_level", "token", objective="GSPO"),
-    only("actor.m2_threshold", None, objective="M2PO"),
-    only("actor.use_sapo_loss", False, objective="SAPO"),
-    only("actor.use_cispo_loss", False, objective="CISPO"),
-    *(ignored(f"actor.{k}", "see actor.use_sapo_loss") for k in ("sapo_tau_pos", "sapo_tau_neg")),
+    made("actor.importance_sampling_level", "algo.kind", why="sequence: gspo"),
+    copied("actor.m2_threshold", "algo.m2_threshold", why="with use_decoupled_loss: m2po"),
+    made("actor.use_sapo_loss", "algo.kind", why="true: sapo"),
+    copied("actor.sapo_tau_pos", "algo.tau_pos", default=1.0),
+    copied("actor.sapo_tau_neg", "algo.tau_neg", default=1.05),
+    only(
+        "actor.use_cispo_loss",
+        False,
+        why="set algo.kind=cispo, whose bounds are algo.eps_clip and algo.eps_clip_higher",
+    ),
     copied("actor.dynamic_sampling", "algo.drop_zero_variance_groups"),
 )
 _STATISTIC = "deviations are around the mean that is subtracted"
@@ -275,9 +280,13 @@ _REWARD = (
     only("actor.discount", 1.0, why="an answer has one reward"),
     only("actor.gae_lambda", 1.0, why="an answer has one reward"),
     only("actor.gae_timestep_unit", "token", why="an answer has one reward"),
-    only("actor.overlong_reward_penalty", False, objective="DAPO's penalty on long answers"),
-    ignored("actor.overlong_tokens", "see actor.overlong_reward_penalty"),
-    ignored("actor.overlong_penalty_factor", "see actor.overlong_reward_penalty"),
+    made("actor.overlong_reward_penalty", "algo.overlong_penalty", why="below rollout's limit"),
+    made("actor.overlong_tokens", "algo.overlong_penalty.buffer", why="of overlong_reward_penalty"),
+    made(
+        "actor.overlong_penalty_factor",
+        "algo.overlong_penalty.factor",
+        why="of overlong_reward_penalty",
+    ),
     only("actor.mask_no_eos_with_zero", False, why="answers that were cut off are trained on"),
     ignored("actor.min_usable_group_size", "a failed rollout leaves its siblings to train on"),
     ignored("actor.log_agent_stats", "metrics.jsonl has what a reward reports"),

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lorelei.algo.kinds import DEFAULT, fields_of
 from lorelei.areal.backends import (
     allocation,
     rollout_section,
@@ -17,6 +16,7 @@ from lorelei.areal.backends import (
 from lorelei.areal.contradictions import check
 from lorelei.areal.data import IMAGES, data_sections, own_sections
 from lorelei.areal.file import ArealFile
+from lorelei.areal.objectives import algorithm
 from lorelei.areal.rules import RULES
 from lorelei.config.errors import ConfigError
 from lorelei.config.section import Raw, is_mapping
@@ -31,10 +31,10 @@ class Translation:
     missing: Mapping[str, str]  # {our key: why the file does not give it, and what does}
 
 
-def translate(data: Raw, kind: object = DEFAULT) -> Translation:
+def translate(data: Raw, kind: object = None) -> Translation:
     """Of a file without interpolations. Raises ConfigError for what cannot be meant or done.
 
-    kind: of the algorithm; what only AReaL's own has is left out for another.
+    kind: of an algorithm in the place of the file's; what that lacks is left out. None: its own.
     """
     file = ArealFile(data)
     check(file)
@@ -52,8 +52,7 @@ def translate(data: Raw, kind: object = DEFAULT) -> Translation:
         config.setdefault("rollout", {})
         config["rollout"] |= rollout_section(file, allocation(file).rollout)
         config["adapters"] = {_plain(str(file.value("gconfig.lora_name", "default_lora"))): {}}
-        _algorithm(file, config["algo"])
-        config["algo"] = fields_of(kind, config["algo"])
+        config["algo"] = algorithm(file, config["algo"], kind)
     missing: dict[str, str] = {}
     data_sections(file, config, missing)
     own_sections(file, missing)
@@ -117,50 +116,6 @@ def _schedule(file: ArealFile, optimizer: Raw) -> None:
     ratio = file.number("actor.optimizer.min_lr_ratio", 0.0)
     if ratio and optimizer["lr_schedule"] != "constant":  # AReaL does nothing with it then
         optimizer["min_lr_ratio"] = ratio
-
-
-def _algorithm(file: ArealFile, algo: Raw) -> None:
-    """What follows from several keys; `algo` has what was copied."""
-    algo["reward_norm"] = _norm(file, "actor.reward_norm")
-    algo["adv_norm"] = norm = _norm(file, "actor.adv_norm")
-    if norm is not None:
-        norm["weigh_by"] = "token"
-    bounds = file.has_section("actor.rejection_sampling") or "rejection_sampling" in algo
-    decoupled = file.value("actor.use_decoupled_loss", False)
-    recompute = file.value("actor.recompute_logprob", False)
-    algo["use_decoupled_loss"] = decoupled and bounds
-    if not bounds or recompute or not decoupled:
-        algo["recompute_logprob"] = recompute or decoupled
-    if not decoupled:
-        algo.pop("rejection_sampling", None)  # AReaL does nothing with it then
-    elif bounds:
-        algo["rejection_sampling"].setdefault("upper", 5.0)
-    if algo["kl_ctl"] > 0:
-        if decoupled and not bounds:
-            raise ConfigError(
-                f"actor.kl_ctl: {algo['kl_ctl']} with use_decoupled_loss and no rejection_sampling "
-                "rewards the sampler's log-probabilities and trains on the trainer's, which "
-                "cannot be done here; give actor.rejection_sampling={upper: 5.0}"
-            )
-        estimator = file.value("actor.kl_estimator", "k1")
-        algo |= {"kl_estimator": estimator, "use_kl_in_reward": True}
-
-
-def _norm(file: ArealFile, key: str) -> Raw | None:
-    if not file.has_section(key):
-        return None
-    levels = (file.values.get(f"{key}.{k}", "batch") for k in ("mean_level", "std_level"))
-    mean, std = ("none" if level is None else level for level in levels)
-    found: Raw = {"mean_level": mean, "std_level": std}
-    leaves_out = file.value(f"{key}.mean_leave1out", False) and mean != "none"
-    if leaves_out:
-        found["mean_leave1out"] = True
-    if std != "none":
-        found["std_unbiased"] = file.value(f"{key}.std_unbiased", True)
-        found["eps"] = file.number(f"{key}.eps", 1e-5)
-        if leaves_out or mean != std:
-            found["std_around"] = "subtracted_mean"
-    return found
 
 
 def put(config: Raw, dotted: str, value: object) -> None:

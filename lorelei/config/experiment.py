@@ -135,6 +135,7 @@ class Experiment(Section):
     def _fits_together(self) -> Experiment:
         if isinstance(self.algo, PolicyAlgorithm):
             _check_statistics(self.algo, self.rollout)
+            _check_credit(self.algo, self.rollout, self.env)
         if isinstance(self.reward, ReasoningGymReward) and self.task.kind != "reasoning_gym":
             raise FieldError(
                 "reward.kind",
@@ -254,6 +255,22 @@ def refuse_unused(given: Section, kind: str, dotted: str = "") -> None:
                 f"{dotted}{key}: has no effect with algo.kind: {kind}, which samples nothing; "
                 "remove it"
             )
+
+
+def _check_credit(algo: PolicyAlgorithm, rollout: RolloutConfig, env: EnvConfig) -> None:
+    buffer = algo.overlong_penalty.buffer if algo.overlong_penalty else None
+    if buffer is not None and buffer > rollout.max_new_tokens:
+        raise FieldError(
+            "algo.overlong_penalty.buffer",
+            f"{buffer} is more than rollout.max_new_tokens: {rollout.max_new_tokens}, so that "
+            "every answer would be penalised; lower it",
+        )
+    if algo.turn_discount < 1 and env.kind == "single_turn":
+        raise FieldError(
+            "algo.turn_discount",
+            f"{algo.turn_discount:g} does nothing with env.kind: single_turn, whose answers have "
+            "one turn; remove it, or use another environment",
+        )
 
 
 def _check_statistics(algo: PolicyAlgorithm, rollout: RolloutConfig) -> None:

@@ -145,7 +145,8 @@ def policy_work(
 
     version: of the adapter before them. Rollouts without a reward are left out.
     """
-    kept = _trainable(groups)
+    longest = e.rollout.max_new_tokens
+    kept = algo.penalised(_trainable(groups), longest)
     credit = algo.credit(kept)
     size = algo.batch_size // algo.ppo_n_minibatches
     rounds: list[Round] = []
@@ -154,17 +155,18 @@ def policy_work(
         streams = {"advantage": credit[part]}
         batch = rollout_batch(e.name, kept[part], streams, e.rollout.temperature)
         # normalised over one optimizer step
-        weights = item_weights(batch.items.sequence, algo.loss_aggregation)
+        length = algo.loss_length or longest
+        weights = item_weights(batch.items.sequence, algo.loss_aggregation, length)
         batch = replace(batch, items=replace(batch.items, weight=weights))
         step = e.optimizer.at(version, e.steps)
         rounds.append(Round(batch=batch, loss=algo.loss(), step=step))
     groups_S = np.repeat(np.arange(len(kept)), [len(group) for group in kept])
-    in_reward = algo.use_kl_in_reward
+    late = algo.credit_reads_policies
     return Work(
         adapter=e.name,
         rounds=tuple(rounds),
         policies=algo.policies,
-        advantages=(lambda items: algo.with_kl(items, groups_S)) if in_reward else None,
+        advantages=(lambda items: algo.with_policies(items, groups_S)) if late else None,
         last=version + 1 >= e.steps,
     )
 
@@ -195,6 +197,8 @@ def _rollout_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
         "staleness_mean": float(np.mean(staleness)),
         "staleness_max": float(max(staleness)),
     }
+    if baselines := [r.baseline for r in kept if r.baseline is not None]:
+        found["reward_baseline"] = float(np.mean(baselines))
     tokens: Counter[int] = Counter()
     for turn in turns:
         for sampled, count in turn.completion.versions:

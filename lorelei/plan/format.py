@@ -22,6 +22,7 @@ def plan_table(plan: Plan) -> Group:
         _parameters(plan.parameters, plan.total_parameters),
         _adapters(plan.adapters),
         *(Text(f"{a.name}: {_summary(a.modules)}") for a in plan.adapters),
+        *(Text(f"{a.name}: {a.algo} is {a.expands}") for a in plan.adapters if a.expands),
         *([_memory(plan.memory, plan.device)] if plan.memory else []),
         *(_processes(plan) if _spread(plan) else []),
         Text(_estimate(plan)),

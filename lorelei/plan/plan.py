@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lorelei.algo.kinds import short_name
+from lorelei.algo.kinds import expansion, short_name
 from lorelei.config.env import AgentEnv, PythonEnv
 from lorelei.config.errors import ConfigError
 from lorelei.config.experiment import Experiment
@@ -38,6 +38,7 @@ class AdapterPlan:
     task: str
     reward: str | None  # None: it learns from answers that are given
     algo: str
+    expands: str  # what the algorithm is beside grpo; empty: nothing is to be said
     steps: int
     sequences_per_step: int  # rollouts, or rows of the data
     rank: int  # 0: full fine-tuning
@@ -162,6 +163,7 @@ def _adapter_plan(
         task=task.title if task.kind == "reasoning_gym" else f"{task.kind} {Path(task.path).name}",
         reward=experiment.reward.kind if experiment.reward else None,
         algo=short_name(experiment.algo.kind),
+        expands=expansion(experiment.algo),
         steps=experiment.steps,
         sequences_per_step=experiment.algo.batch_size
         * (experiment.rollout.n_samples if experiment.samples else 1),

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lorelei.algo.algorithm import PolicyAlgorithm
@@ -58,6 +58,8 @@ class Collector:
     partly_failed: int = 0  # groups, since the last step
     # (why, group) of those that nothing is trained on, since the last step
     dropped: list[tuple[Unfit, Group]] = field(default_factory=list[tuple[Unfit, Group]])
+    # flat groups that were replaced for the next batch, at most algo.max_dropped_groups
+    _replaced: list[Group] = field(default_factory=list[Group])
     _trained: list[int] = field(default_factory=list[int])  # since the last checkpoint
     _failed_in_a_row: int = 0
     _closing: bool = False
@@ -95,6 +97,9 @@ class Collector:
         self.finished.sort(key=lambda group: group.index)
         size = self.algo.batch_size
         self.taken, self.finished = self.finished[:size], self.finished[size:]
+        for group in self._replaced:
+            self.dropped.append(("flat", group))
+        self._replaced = []
         return self.taken
 
     def trained(self) -> None:
@@ -181,20 +186,42 @@ class Collector:
         rollouts = await asyncio.gather(
             *(self._rollout(prompt, index, n, scores) for n in range(size))
         )
+        if self.algo.greedy_baseline:
+            rollouts = await self._beside_greedy(prompt, index, rollouts)
         group = Group(adapter=self.name, index=index, prompt=prompt, rollouts=tuple(rollouts))
         self.errors.update(r.error.split(":")[0] for r in rollouts if r.error is not None)
         self.partly_failed += is_partly_failed(group)
         if found := unfit(group, self.algo):
-            self.dropped.append((found[0], group))
-            self._give_back(index, found[1])
-            return
+            why, reason = found
+            if why != "flat" or (most := self.algo.max_dropped_groups) is None:
+                self.dropped.append((why, group))
+                self._give_back(index, reason)
+                return
+            if (beyond := self._replace(group, most)) is None:
+                return
+            group = beyond
         if self.experiment.rollout.max_head_offpolicyness:
             await asyncio.to_thread(self.spool.put, group)
         self._failed_in_a_row = 0
-        self.running.discard(index)
+        self.running.discard(group.index)
         self.admission.accept()
         self.finished.append(group)
         self._drop_stale()  # training may have gone on without it
+
+    def _replace(self, group: Group, most: int) -> Group | None:
+        """Another group starts for a flat one; None. Beyond `most`, a flat one to train on.
+
+        Those that were started first are trained on, so that it does not depend on which of them
+        are finished first.
+        """
+        self._replaced.append(group)
+        self.running.discard(group.index)
+        if len(self._replaced) <= most:
+            self.admission.give_back()
+            return None
+        self._replaced.sort(key=lambda group: group.index)
+        self.running.add(self._replaced[0].index)
+        return self._replaced.pop(0)
 
     def _give_back(self, index: int, reason: str) -> None:
         self.running.discard(index)
@@ -206,10 +233,31 @@ class Collector:
                 f"nothing to train on; the last one: {reason}"
             )
 
+    async def _beside_greedy(
+        self, prompt: Prompt, index: int, rollouts: Sequence[Rollout]
+    ) -> list[Rollout]:
+        """The rollouts with the reward of the greedy answer; without one they have none either.
+
+        It is asked for after them, of the version that is the newest then.
+        """
+        sampling = replace(self.policy.sampling, temperature=0.0)
+        policy = replace(self.policy, sampling=sampling, interruptible=False, training=False)
+        sampler = EngineSampler(self.engine, policy, f"{index}/greedy", self.meter)
+        greedy = await self._episode(prompt, sampler, 0, GroupScores(1))
+        if greedy.reward is None:
+            error = f"greedy answer: {greedy.error}"
+            return [replace(one, reward=None, error=one.error or error) for one in rollouts]
+        return [replace(one, baseline=greedy.reward) for one in rollouts]
+
     async def _rollout(
         self, prompt: Prompt, index: int, number: int, scores: GroupScores
     ) -> Rollout:
         sampler = EngineSampler(self.engine, self.policy, f"{index}/{number}", self.meter)
+        return await self._episode(prompt, sampler, number, scores)
+
+    async def _episode(
+        self, prompt: Prompt, sampler: EngineSampler, number: int, scores: GroupScores
+    ) -> Rollout:
         start = time.perf_counter()
         try:
             with scores.member(number):

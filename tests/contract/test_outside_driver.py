@@ -12,7 +12,7 @@ from tests.decoders import load_decoder
 from tests.tiny_models import make_tiny
 
 LIKELIHOOD = LossSpec(path="tests.contract.losses:likelihood", params={"factor": 1.0})
-GRPO = LossSpec(path="lorelei.algo.grpo:plain_loss", params={"eps_clip": 0.1})
+GRPO = LossSpec(path="lorelei.algo.clip:loss", params={"eps_clip": 0.1, "form": "plain"})
 
 
 def sentence_batch(adapter: str, tokens: list[int], advantage: float) -> Batch:

@@ -77,8 +77,8 @@ MATRIX = {
 }
 SMALL = 24  # tokens of a micro-batch: less than most trees of the tests
 
-GRPO = LossSpec(path="lorelei.algo.grpo:plain_loss", params={})
-DECOUPLED = LossSpec(path="lorelei.algo.grpo:decoupled_loss", params={})
+GRPO = LossSpec(path="lorelei.algo.clip:loss", params={"form": "plain"})
+DECOUPLED = LossSpec(path="lorelei.algo.clip:loss", params={})
 # the first moment of a step with beta1 = 0 is the gradient; lr = 0 leaves the weights alone
 LOOK = AdamHyper(lr=0.0, beta1=0.0, max_grad_norm=0.0)
 

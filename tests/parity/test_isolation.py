@@ -68,13 +68,13 @@ class Task:
         return weighted_batch(self.name, [random_group(rng, 5 + self.seed, [3, 1, 6], self.name)])
 
 
-GRPO = "lorelei.algo.grpo:plain_loss"
+GRPO = "lorelei.algo.clip:loss"
 TASKS = (
     Task(
         name="a",
         spec=AdapterSpec(rank=2, alpha=4),
         lr=1e-3,
-        loss=LossSpec(path=GRPO, params={}),
+        loss=LossSpec(path=GRPO, params={"form": "plain"}),
         seed=1,
     ),
     Task(

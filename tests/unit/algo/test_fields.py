@@ -38,6 +38,7 @@ BY_GROUP: Fields = {"mean_level": "group", "std_level": "batch"}
 BY_BATCH: Fields = {"mean_level": "batch", "std_level": "batch"}
 KL: Fields = {"kl_ctl": 0.5, "use_kl_in_reward": True}
 TWO: Fields = {"ppo_n_minibatches": 2}  # then the policy moves within a step
+BOUNDED: Fields = {**TWO, "use_decoupled_loss": True, "rejection_sampling": {"upper": 1.2}}
 # {field: (another value, the fields beside it with which it has an effect)}
 OTHER: dict[str, tuple[Any, Fields]] = {
     "batch_size": (2, {}),
@@ -66,6 +67,12 @@ OTHER: dict[str, tuple[Any, Fields]] = {
     "adv_norm.std_around": ("subtracted_mean", {"adv_norm": BY_GROUP}),
     "adv_norm.eps": (0.5, {"adv_norm": BY_GROUP}),
     "drop_zero_variance_groups": (True, {}),
+    "max_dropped_groups": (1, {"drop_zero_variance_groups": True}),
+    "loss_length": (7, {"loss_aggregation": "constant"}),
+    "overlong_penalty": ({"buffer": 5}, {**RAW, "overlong_penalty": None}),
+    "overlong_penalty.buffer": (6, {**RAW, "overlong_penalty": {"buffer": 5}}),
+    "overlong_penalty.factor": (0.5, {**RAW, "overlong_penalty": {"buffer": 5}}),
+    "turn_discount": (0.5, RAW),
     "eps_clip": (0.05, TWO),
     "eps_clip_higher": (0.6, TWO),
     "use_decoupled_loss": (False, {}),
@@ -73,16 +80,42 @@ OTHER: dict[str, tuple[Any, Fields]] = {
     "rejection_sampling": ({"upper": 1.05}, TWO),
     "rejection_sampling.upper": (1.2, {**TWO, "rejection_sampling": {"upper": 1.05}}),
     "rejection_sampling.lower": (0.9, {**TWO, "rejection_sampling": {"upper": 1.05}}),
+    "rejection_sampling.level": ("sequence", BOUNDED),
+    "rejection_sampling.action": ("clamp", BOUNDED),
+    "rejection_sampling.metric": ("kl_k2", BOUNDED),
+    "rejection_sampling.agg": (
+        "sum",
+        {**BOUNDED, "rejection_sampling": {"upper": 1.2, "level": "sequence"}},
+    ),
+    "c_clip": (1.25, TWO),
+    "baseline_of": ("group", {}),
+    "tau_pos": (3.0, {}),
+    "tau_neg": (3.0, {}),
+    "m2_threshold": (0.001, {}),
     "beta": (0.5, {}),
     "max_weight": (1.1, {}),
     "discount": (0.5, {}),
+}
+# where a kind's own default is another
+OTHER_OF: dict[tuple[str, str], tuple[Any, Fields]] = {
+    ("dr_grpo", "loss_aggregation"): ("token", {}),
+    **{(kind, "loss_aggregation"): ("token", {}) for kind in ("gspo", "gspo_token", "sapo")},
+    **{(kind, "use_decoupled_loss"): (True, TWO) for kind in ("cispo", "sapo")},
+    # of an unclipped ratio only another weight than the token's own shows
+    ("m2po", "use_decoupled_loss"): (
+        True,
+        {**TWO, "rejection_sampling": {"upper": 9.0, "level": "sequence"}},
+    ),
+    ("dapo", "c_clip"): (1.3, TWO),
+    ("dapo", "drop_zero_variance_groups"): (False, {}),
+    **{(kind, "c_clip"): (1.05, TWO) for kind in ("gspo", "gspo_token")},
+    ("cispo", "eps_clip_higher"): (0.1, {}),
 }
 BASELINE = "leave-one-out advantages of a group have mean zero, whatever mean was subtracted before"
 WITHOUT = {  # {(kind, field): why it needs no effect}
     ("rloo", "reward_norm.mean_level"): BASELINE,
     ("rloo", "adv_norm.mean_level"): BASELINE,
     ("rloo", "adv_norm.std_around"): BASELINE,
-    ("grpo", "rejection_sampling.metric"): "it has one value",
 }
 ALGORITHMS = {**{kind: kind for kind in KINDS}, "example": EXAMPLE}
 
@@ -115,13 +148,16 @@ class Collected:
 
 
 def groups_of(count: int) -> list[Group]:
-    """Groups of three rollouts."""
+    """Groups of three rollouts, the first of two turns."""
     draw = np.random.default_rng(0)
     prompt = Prompt(id="p", tokens=np.zeros(3, np.int32), messages=(), data={})
-    return [
-        Group(adapter="a", index=i, prompt=prompt, rollouts=random_group(draw, 3, [4, 2, 3]))
-        for i in range(count)
-    ]
+    found: list[Group] = []
+    for index in range(count):
+        rollouts = random_group(draw, 3, [4, 2, 3])
+        talk = replace(rollouts[0], turns=(*rollouts[0].turns, *rollouts[1].turns))
+        rollouts = tuple(replace(one, baseline=0.25) for one in (talk, *rollouts[1:]))
+        found.append(Group(adapter="a", index=index, prompt=prompt, rollouts=rollouts))
+    return found
 
 
 def examples_of(count: int) -> list[tuple[str, Example]]:
@@ -181,6 +217,8 @@ def effects(kind: str, fields: Fields) -> list[Any]:
             "model": "m/m",
             "task": {"kind": "jsonl", "path": "rows.jsonl"},
             "algo": {"kind": kind, **fields},
+            **({"env": {"kind": "multi_turn", "max_turns": 2}} if sampled else {}),
+            **({"rollout": {"max_new_tokens": 8}} if sampled else {}),
             **({"reward": {"kind": "math_verify"}} if sampled else {}),
         }
     )
@@ -191,6 +229,7 @@ def effects(kind: str, fields: Fields) -> list[Any]:
     return [
         experiment.max_concurrent,
         unfit(equal, experiment.algo) if sampled else None,  # type: ignore[arg-type]
+        getattr(experiment.algo, "max_dropped_groups", None),  # see test_collector
         work.policies,
         [len(one.batch.items) for one in work.rounds],
         totals(work),
@@ -209,7 +248,7 @@ def test_every_field_has_an_effect(kind: str, path: str) -> None:
     name, excused = ALGORITHMS[kind], (kind, path) in WITHOUT
     if excused and path not in OTHER:
         return
-    value, beside = OTHER[path]
+    value, beside = OTHER_OF.get((kind, path)) or OTHER[path]
     known = class_of(name).model_fields
     beside = {key: held for key, held in beside.items() if key in known}
     usual, changed = (effects(name, f) for f in (beside, with_field(beside, path, value)))
@@ -217,5 +256,5 @@ def test_every_field_has_an_effect(kind: str, path: str) -> None:
 
 
 def test_only_fields_that_are_there_are_excused() -> None:
-    assert set(WITHOUT) <= set(FIELDS)
+    assert set(WITHOUT) | set(OTHER_OF) <= set(FIELDS)
     assert set(OTHER) <= {path for _, path in FIELDS}

@@ -96,7 +96,7 @@ def test_the_policy_is_the_samplers_or_the_trainers_word_for_it() -> None:
     ("settings", "words"),
     [
         ({"use_kl_in_reward": True}, "use_kl_in_reward: true does nothing with kl_ctl: 0"),
-        ({"kl_ctl": 0.1, "kl_estimator": "k1"}, "kl_estimator: k1 is for rewards; set use_kl"),
+        ({"kl_estimator": "k1"}, "kl_estimator: k1 does nothing with kl_ctl: 0; raise it"),
     ],
 )
 def test_a_form_that_does_nothing_is_refused(settings: dict[str, Any], words: str) -> None:

@@ -58,7 +58,14 @@ SHARED = {
     "algo.ppo_n_minibatches": 1,
     "algo.recompute_logprob": True,
     "algo.use_decoupled_loss": True,
-    "algo.rejection_sampling": {"metric": "ratio", "upper": 5.0, "lower": None},
+    "algo.rejection_sampling": {
+        "level": "token",
+        "action": "mask",
+        "metric": "ratio",
+        "agg": "mean",
+        "upper": 5.0,
+        "lower": None,
+    },
     "algo.reward_norm": {**NORM, "mean_level": "group", "std_level": "group"},
     "algo.adv_norm": {**NORM, "mean_level": "batch", "std_level": "batch", "weigh_by": "token"},
     "algo.reward_clip": 20.0,
@@ -261,7 +268,10 @@ def test_what_only_areals_algorithm_has_is_left_out_for_another():
     assert "algo.eps_clip" not in text and "algo.rejection_sampling" not in text
     # what is asked for in our words is not left out
     refused = refusal("gsm8k_grpo_lora", "algo.kind=rloo", "algo.eps_clip=0.3")
-    assert refused == "algo.eps_clip: has no effect with kind: rloo, only with grpo; remove it"
+    assert refused == (
+        "algo.eps_clip: has no effect with kind: rloo, only with cispo, dapo, "
+        "dr_grpo, grpo, gspo, gspo_token, reinforce_pp; remove it"
+    )
 
 
 ELSEWHERE = ["train_dataset.path=org/data", "valid_dataset.path=org/data"]
@@ -277,6 +287,11 @@ OTHERS = {  # values that differ from the example's and are allowed
     "actor.weight_update_mode": "xccl",
     "actor.optimizer.lr_scheduler_type": "linear",
     "actor.rejection_sampling.lower": 0.1,
+    "actor.rejection_sampling.metric": "kl_k2",
+    "actor.rejection_sampling.level": "sequence",
+    "actor.rejection_sampling.action": "clamp",
+    "actor.rejection_sampling.agg": "max",
+    "rollout.agent.turn_discount": 0.5,
     "cluster.fileroot": "/elsewhere",
     "scheduler.type": "ray",
     "actor.eps_clip": 0.3,
@@ -290,7 +305,15 @@ OTHERS = {  # values that differ from the example's and are allowed
     "actor.fsdp.offload_params": True,
     "actor.megatron.ddp.use_distributed_optimizer": True,
 }
-FIXED = {"actor.use_lora", "actor.peft_type", "actor.rejection_sampling.metric"}  # one value each
+FIXED = {"actor.use_lora", "actor.peft_type"}  # one value each
+SAPO = ["actor.use_sapo_loss=true", "actor.use_decoupled_loss=false"]
+BESIDE = {  # what a key needs to mean something
+    "actor.ppo_n_minibatches": ["train_dataset.batch_size=9"],
+    "actor.rejection_sampling.agg": ["actor.rejection_sampling.level=sequence"],
+    "actor.sapo_tau_pos": SAPO,
+    "actor.sapo_tau_neg": SAPO,
+    "rollout.agent.turn_discount": ["env={kind: multi_turn}"],
+}
 
 
 @pytest.mark.parametrize("rule", COPIED, ids=lambda rule: rule.key)
@@ -303,7 +326,7 @@ def test_a_copied_key_reaches_the_key_that_the_table_names(rule):
         value = True
     else:
         value = OTHERS.get(rule.key, "other/model" if rule.key == "actor.path" else 3)
-    more = [] if rule.key != "actor.ppo_n_minibatches" else ["train_dataset.batch_size=9"]
+    more = BESIDE.get(rule.key, [])
     name = "gsm8k_grpo_megatron_lora" if "megatron" in rule.key else "gsm8k_grpo_lora"
     config = changed(name, f"{rule.key}={json.dumps(value)}", *more)
     wanted = rule.convert(value) if rule.convert else value
@@ -396,7 +419,7 @@ def test_older_files_say_allocation_mode_and_an_importance_cap(tmp_path):
         (["allocation_mode=sglang:d4|fsdp:d4"], "puts trainer and servers on the same devices"),
         (["gconfig.greedy=true"], "gconfig.greedy: true cannot be done here; greedy samples"),
         (["gconfig.top_p=0.9"], "gconfig.top_p: 0.9 cannot be done here"),
-        (["actor.use_sapo_loss=true"], "actor.use_sapo_loss: true is SAPO, which is not built"),
+        (["actor.use_sapo_loss=true"], "actor.use_sapo_loss: true contradicts actor.use_decoup"),
         (["actor.optimizer.type=sgd"], '"sgd" cannot be done here; AdamW with'),
         (["critic={path: x}"], 'critic.path: "x" is PPO with a critic, which is not built yet'),
         (["scheduler.type=slurm"], "scheduler.type: 'slurm' does not start runs here"),

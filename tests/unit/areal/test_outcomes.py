@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from lorelei.algo.overlong import OverlongPenalty
+from lorelei.algo.rejection import RejectionSampling
 from lorelei.areal.outcomes import outcomes, section
 from lorelei.areal.report import lines
 from lorelei.config.errors import ConfigError
@@ -153,11 +155,7 @@ def test_a_reference_may_be_to_a_default_of_areals_classes(written):
 OBJECTIVES: list[tuple[dict[str, Any], str]] = [
     ({"critic": {"backend": "fsdp:d4"}}, "PPO with a critic, which is not built yet; critic=null"),
     ({"teacher": {"path": "m/m"}}, "distillation from a teacher, which is not built yet"),
-    ({"actor": {"importance_sampling_level": "sequence"}}, "is GSPO, which is not built yet; "),
-    ({"actor": {"use_sapo_loss": True}}, "is SAPO, which is not built yet; actor.use_sapo_loss=f"),
-    ({"actor": {"m2_threshold": 0.04}}, "is M2PO, which is not built yet; actor.m2_threshold=null"),
     ({"actor": {"prox_logp_method": "loglinear"}}, "is an approximation of the proximal policy"),
-    ({"actor": {"overlong_reward_penalty": True}}, "is DAPO's penalty on long answers"),
     ({"train_dataset": {"type": "dpo"}, "actor": {"beta": 0.1}}, "type: 'dpo' is DPO, which is"),
     ({"train_dataset": {"type": "rw"}}, "train_dataset.type: 'rw' is a reward model, which is not"),
 ]
@@ -199,6 +197,33 @@ def test_a_vision_file_with_lora_reaches_its_contradiction_and_one_without_its_i
         ({"train_dataset": {"shuffle": False}}, "train_dataset.shuffle: false cannot be done"),
         ({"train_dataset": {"dataset_kwargs": {"x": 1}}}, "train_dataset.dataset_kwargs.x: 1"),
         ({"valid_dataset": {"path": "a.jsonl"}}, "eval: valid_dataset.path: 'a.jsonl' is other"),
+        (
+            {"actor": {"use_sapo_loss": True}},
+            "actor.use_sapo_loss: true contradicts actor.use_decoupled_loss: true, in AReaL too;",
+        ),
+        (
+            {
+                "actor": {
+                    "use_sapo_loss": True,
+                    "use_decoupled_loss": False,
+                    "importance_sampling_level": "sequence",
+                }
+            },
+            "actor.importance_sampling_level: sequence with use_sapo_loss cannot be done here",
+        ),
+        (
+            {"actor": {"m2_threshold": 0.04, "ppo_n_minibatches": 2}},
+            "actor.ppo_n_minibatches: 2 with m2_threshold cannot be done here, where M2PO clips",
+        ),
+        (
+            {"actor": {"rejection_sampling": {"level": "sequence", "agg": "sum"}}},
+            "actor.rejection_sampling.agg: sum of ratios weighs by their mean in AReaL",
+        ),
+        (
+            {"actor": {"overlong_reward_penalty": True, "overlong_tokens": 9}},
+            "actor.overlong_penalty_factor: is required with actor.overlong_reward_penalty: true",
+        ),
+        ({"actor": {"use_cispo_loss": True}}, "set algo.kind=cispo, whose bounds are"),
         ({"dynamic_bs": True}, "dynamic_bs: true cannot be done here; a step takes batch_size"),
         ({"rollout": {"agent": {"mode": "online"}}}, 'rollout.agent.mode: "online" cannot be done'),
     ],
@@ -217,6 +242,52 @@ def test_fp8_is_refused_by_the_engine_that_would_do_it_and_not_read_for_another(
 def test_a_decoupled_loss_without_rejection_has_no_weight(written):
     algo = load_config(written({"actor": {"rejection_sampling": None}})).algo
     assert (algo.use_decoupled_loss, algo.recompute_logprob) == (False, True)
+
+
+PLAIN = {"use_decoupled_loss": False, "recompute_logprob": False}
+
+
+@pytest.mark.parametrize(
+    ("actor", "kind", "expected"),
+    [
+        (
+            {"importance_sampling_level": "sequence"},
+            "gspo",
+            {"eps_clip": 0.4, "eps_clip_higher": None, "loss_aggregation": "token"},
+        ),
+        (
+            {"use_sapo_loss": True, "sapo_tau_neg": 1.2, **PLAIN},
+            "sapo",
+            {"tau_pos": 1.0, "tau_neg": 1.2, "loss_aggregation": "token"},
+        ),
+        (
+            {"m2_threshold": 0.04, "eps_clip": 0.0},
+            "m2po",
+            {"m2_threshold": 0.04, "use_decoupled_loss": True, "loss_aggregation": "token"},
+        ),
+        ({"m2_threshold": 0.04, **PLAIN}, "grpo", {"use_decoupled_loss": False}),
+        ({"c_clip": 3.0}, "grpo", {"c_clip": 3.0}),
+        (
+            {
+                "eps_clip_higher": 0.28,
+                "overlong_reward_penalty": True,
+                "overlong_tokens": 64,
+                "overlong_penalty_factor": 0.5,
+            },
+            "grpo",
+            {"overlong_penalty": OverlongPenalty(buffer=64, factor=0.5)},
+        ),
+        (
+            {"rejection_sampling": {"level": "sequence", "action": "clamp", "upper": 3.0}},
+            "grpo",
+            {"rejection_sampling": RejectionSampling(level="sequence", action="clamp", upper=3.0)},
+        ),
+    ],
+)
+def test_an_objective_of_areal_is_a_kind_with_its_settings(written, actor, kind, expected):
+    algo = load_config(written({"actor": actor})).algo
+    assert algo.kind == kind
+    assert {key: getattr(algo, key) for key in expected} == expected
 
 
 def test_evaluation_has_the_sampling_of_eval_gconfig(written):

@@ -144,23 +144,36 @@ BAD = [
     (GOOD + "algo: {recompute_logprob: false}", "algo.recompute_logprob: false leaves use_decoup"),
     (GOOD + "algo: {rejection_sampling: {}}", "algo.rejection_sampling.upper: give upper, lower"),
     (
+        GOOD + "algo: {kind: dapo, overlong_penalty: {buffer: 99}}\nrollout: {max_new_tokens: 64}",
+        "algo.overlong_penalty.buffer: 99 is more than rollout.max_new_tokens: 64, so that every",
+    ),
+    (
+        GOOD + "algo: {turn_discount: 0.5}",
+        "algo.turn_discount: 0.5 does nothing with env.kind: single_turn, whose answers have one",
+    ),
+    (GOOD + "algo: {c_clip: 1.1}", "algo.c_clip: 1.1 is within the clip, which ends at 1.2; raise"),
+    (
+        GOOD + "algo: {rejection_sampling: {upper: 2, agg: sum}}",
+        "algo.rejection_sampling.agg: sum does nothing with level: token; remove it",
+    ),
+    (
         GOOD + "algo: {rejection_sampling: {upper: 1, lower: 2}}",
         "algo.rejection_sampling.lower: 2.0 is not below upper: 1.0",
     ),
     (
         GOOD + "algo: {kind: rloo, rejection_sampling: {upper: 2}}",
-        "algo.rejection_sampling: has no effect with kind: rloo, only with grpo; remove it$",
+        "algo.rejection_sampling: has no effect with kind: rloo, only with cispo, dapo, dr_grpo,",
     ),
     (
         GOOD + "algo: {kind: rloo, eps_clip: 0.3}",
-        "algo.eps_clip: has no effect with kind: rloo, only with grpo; remove it$",
+        "algo.eps_clip: has no effect with kind: rloo, only with cispo, dapo, dr_grpo,",
     ),
     (
         GOOD + "adapters: {a: {algo: {kind: rloo, use_decoupled_loss: true}}}",
-        "adapters.a.algo.use_decoupled_loss: has no effect with kind: rloo, only with grpo",
+        "adapters.a.algo.use_decoupled_loss: has no effect with kind: rloo, only with cispo, dapo",
     ),
     (GOOD + "algo: {kind: grop}", "algo.kind: 'grop' is not allowed; did you mean 'grpo'?"),
-    (GOOD + "algo: {kind: 3}", "algo.kind: 3 is not allowed; allowed: grpo, rloo, sft, or a"),
+    (GOOD + "algo: {kind: 3}", "algo.kind: 3 is not allowed; allowed: cispo, dapo, "),
     # supervised fine-tuning samples nothing
     (SFT + "reward: {kind: math_verify}", "reward: has no effect with algo.kind: sft, which"),
     (SFT + "env: {kind: single_turn}", "env: has no effect with algo.kind: sft, which samples"),

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 
+from lorelei.algo.grpo import Grpo
 from lorelei.env.contract import Episode, Sampler
 from lorelei.inference.contract import EngineClosed
 from lorelei.reward.contract import RewardResult
@@ -292,6 +294,31 @@ def test_a_reward_of_whole_groups_is_asked_once_a_group_with_those_that_live(
     assert sorted(env.calls)[1:] == [["1", "2", "3", "4"]] * 5
 
 
+def test_an_algorithm_may_have_the_reward_of_the_greedy_answer_beside_its_samples(
+    tmp_path: Path,
+) -> None:
+    class Greedy(Grpo):
+        greedy_baseline = True
+
+    class Engine(Script):
+        async def generate(self, request: GenerateRequest) -> Completion:
+            if request.sampling.temperature:
+                return await super().generate(request)
+            sampled = replace(request, key=request.key.replace("greedy", "6"))
+            if int(request.tokens[0]) == 1:
+                raise ValueError("no answer")
+            return await super().generate(sampled)
+
+    collector = make(tmp_path, Engine())
+    collector.algo = Greedy(batch_size=2)
+    first = run(finish(collector))[0]
+    assert [group.index for group in first] == [0, 2]
+    for group in first:
+        assert [r.reward for r in group.rollouts] == [0, 1, 2, 3]
+        assert [r.baseline for r in group.rollouts] == [6] * 4
+    assert collector.errors["greedy answer"] == 4
+
+
 @pytest.mark.parametrize(("drop", "first"), [(True, [1, 2]), (False, [0, 1])])
 def test_a_group_with_equal_rewards_gives_way_only_when_asked(
     tmp_path: Path, drop: bool, first: list[int]
@@ -300,6 +327,45 @@ def test_a_group_with_equal_rewards_gives_way_only_when_asked(
     script.reward = lambda _, index, sample: 0.5 if index == 0 else float(sample)
     algo = {"drop_zero_variance_groups": drop}
     assert taken(run(finish(make(tmp_path, script, algo=algo))))[0] == first
+
+
+@pytest.mark.parametrize(
+    ("most", "expected", "dropped"),
+    # every third group has rewards that differ: 2, 5, 8, ...
+    [
+        (0, [[0, 1], [2, 3], [4, 5]], [0, 0, 0]),
+        (1, [[0, 2], [3, 5], [6, 8]], [1, 1, 1]),
+        (9, [[2, 5], [8, 11], [14, 17]], [4, 4, 4]),
+    ],
+)
+def test_a_batch_drops_so_many_groups_of_equal_rewards_and_trains_on_the_others(
+    tmp_path: Path, most: int, expected: list[list[int]], dropped: list[int]
+) -> None:
+    algo = {"batch_size": 2, "drop_zero_variance_groups": True, "max_dropped_groups": most}
+
+    async def body(seed: int) -> tuple[list[list[int]], list[int]]:
+        rng, script = random.Random(seed), Script()
+
+        async def wait(*_: object) -> None:
+            await asyncio.sleep(rng.random() / 1000)
+
+        script.wait = wait
+        script.reward = lambda _, index, sample: float(sample) if index % 3 == 2 else 0.0
+        collector = make(tmp_path / f"{most}", script, algo=algo, steps=3)
+        batches: list[list[int]] = []
+        counts: list[int] = []
+        while not done(collector):
+            batches.append([group.index for group in await collector.batch()])
+            assert [why for why, _ in collector.dropped] == ["flat"] * len(collector.dropped)
+            counts.append(len(collector.dropped))
+            collector.dropped.clear()
+            assert collector.pending() == batches[-1]
+            train(collector)
+        await collector.close()
+        return batches, counts
+
+    # whoever finishes first
+    assert run(body(1)) == run(body(2)) == (expected, dropped)
 
 
 def test_the_batch_of_a_synchronous_run_does_not_depend_on_who_is_first(tmp_path: Path) -> None:

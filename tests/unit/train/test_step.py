@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorelei.algo import grpo, rloo
+from lorelei.algo import clip, rloo
 from lorelei.algo.loss import loss_path
 from lorelei.model.decoder import Decoder
 from lorelei.model.load import load_decoder
@@ -26,7 +26,7 @@ HYPER = AdamHyper(lr=1e-2, eps=1e-3)  # a large eps: adam's sign hides no differ
 STREAMS = ("advantage", "behaviour")
 # a narrow clip: it bites as soon as the first round has moved the policy
 CLIPPED = LossSpec(
-    path=loss_path(grpo.decoupled_loss), params={"eps_clip": 1e-3, "kl_ctl": 0.2}, streams=STREAMS
+    path=loss_path(clip.loss), params={"eps_clip": 1e-3, "kl_ctl": 0.2}, streams=STREAMS
 )
 REINFORCE = LossSpec(path=loss_path(rloo.loss), params={"kl_ctl": 0.1}, streams=STREAMS)
 

@@ -1,4 +1,4 @@
-"""The forms of GRPO's loss against the clipped surrogate written by hand.
+"""The forms of the clipped loss against the clipped surrogate written by hand.
 
 Shapes: I items.
 """
@@ -6,16 +6,19 @@ Shapes: I items.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from lorelei.algo.grpo import decoupled_loss, plain_loss, recomputed_loss
+from lorelei.algo import clip
 from lorelei.algo.loss import Loss, LossItems
 from tests.loss_items import some_items, taken, with_streams, without
 
-FORMS = (decoupled_loss, recomputed_loss, plain_loss)
+decoupled_loss, recomputed_loss, plain_loss = FORMS = tuple(
+    partial(clip.loss, form=form) for form in ("decoupled", "recomputed", "plain")
+)
 
 
 def clipped_by_hand(ratio: float, advantage: float, low: float, high: float) -> float:
@@ -23,7 +26,7 @@ def clipped_by_hand(ratio: float, advantage: float, low: float, high: float) -> 
     return -min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.keywords["form"])
 @pytest.mark.parametrize("high", [None, 0.5])
 def test_every_form_is_the_clipped_surrogate_written_by_hand(
     form: Loss, high: float | None
@@ -66,7 +69,7 @@ def test_the_upper_clip_alone_lets_good_tokens_rise_further() -> None:
         assert x.grad.tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.keywords["form"])
 def test_gradients_are_those_of_finite_differences_where_tokens_are_rejected(form: Loss) -> None:
     current, items = some_items()
     current.requires_grad_()
@@ -110,7 +113,7 @@ def test_without_a_proximal_policy_the_current_one_is_it() -> None:
     torch.testing.assert_close(gradients[0], -items.streams["advantage"] * weight)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.keywords["form"])
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_a_rejected_item_gives_no_gradient_even_when_its_ratio_is_infinite(
     form: Loss, advantage: float
