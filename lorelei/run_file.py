@@ -1,10 +1,10 @@
 """Reading and writing the configuration file, with dotted overrides.
 
-Relative paths of files (task.path, env.path, env.tools, reward.path, lora.init_from, algo.kind of a
-class in a file, and a model that starts with '.') are taken from the YAML file's folder, those in
-command-line overrides from the working directory; both are made absolute here, and so is a model,
-or a data set of kind hf, that is a folder in the working directory. runs_dir is relative to the
-working directory.
+Relative paths of files (task.path, env.path, env.tools, reward.path, lora.init_from, algo.teacher,
+algo.reference, algo.kind of a class in a file, and a model that starts with '.') are taken from the
+YAML file's folder, those in command-line overrides from the working directory; both are made
+absolute here, and so is a model, or a data set of kind hf, that is a folder in the working
+directory. runs_dir is relative to the working directory.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from lorelei.config.experiment import SAMPLED
 from lorelei.config.optimizer import from_algo
 from lorelei.config.run import RunConfig
 from lorelei.config.section import Raw, is_mapping
+from lorelei.types import BASE, CURRENT
 
 
 class _Loader(yaml.SafeLoader):
@@ -172,11 +173,15 @@ def to_plain(config: RunConfig) -> Raw:
     data = config.model_dump(mode="json", exclude={"adapters"})
     if not any(experiment.samples for experiment in config.experiments()):
         data = _without_sampling(data)
+    elif not config.adapters:
+        data["eval"]["every"] = config.experiments()[0].eval.every  # 0 where nothing is scored
     adapters: Raw = {}
     for experiment in config.experiments() if config.adapters else ():
         entry = experiment.model_dump(mode="json", exclude={"name"})
         sampling = config.rollout.per_adapter
         entry["rollout"] = {k: v for k, v in entry["rollout"].items() if k in sampling}
+        if entry["reward"] is None:
+            del entry["reward"]
         adapters[experiment.name] = entry if experiment.samples else _without_sampling(entry)
     return {"name": config.name, "model": config.model, **data, "adapters": adapters}
 
@@ -303,8 +308,13 @@ def _absolute_sections(sections: Raw, folder: Path, kind_above: object) -> Raw:
         if name == "env" and isinstance(tools := section.get("tools"), list):
             section["tools"] = [_in_file(folder, tool) for tool in cast(list[object], tools)]
         sections[name] = section
-    if is_mapping(algo := sections.get("algo")) and "kind" in algo:
-        sections["algo"] = {**algo, "kind": _in_file(folder, algo["kind"])}
+    if is_mapping(algo := sections.get("algo")):
+        sections["algo"] = algo = dict(algo)
+        if "kind" in algo:
+            algo["kind"] = _in_file(folder, algo["kind"])
+        for key in ("teacher", "reference"):
+            if isinstance(named := algo.get(key), str) and named not in ("", BASE, CURRENT):
+                algo[key] = _join(folder, named)
     return sections
 
 

@@ -132,7 +132,10 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One episode. `error` says why an episode has no reward; its siblings live on."""
+    """One episode. `error` says why it failed; its siblings live on.
+
+    One without a reward or an error is of a run that has none.
+    """
 
     adapter: str
     sample: int
@@ -149,8 +152,8 @@ class Rollout:
 
     @property
     def trainable(self) -> bool:
-        """Whether there is a reward and at least one sampled token."""
-        return self.reward is not None and self.sampled_tokens > 0
+        """Whether it did not fail and has at least one sampled token."""
+        return self.error is None and self.sampled_tokens > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +186,22 @@ class Example:
     id: str
     tokens: Ints  # [T]
     predicted: NDArray[np.bool_]  # [T]; the first token cannot be predicted
+    weight: float = 1.0  # of its tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A prompt, answers to it that are given, and what is thought of each."""
+
+    id: str
+    prompt: Ints  # [P]
+    answers: tuple[Ints, ...]  # [T] each, with the token that ends it
+    signs: tuple[int, ...]  # +1: chosen, or desirable; -1: rejected, or undesirable
+
+    @property
+    def tokens(self) -> Ints:
+        """[T] the prompt and its first answer."""
+        return np.concatenate([self.prompt, self.answers[0]])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

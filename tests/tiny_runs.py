@@ -57,6 +57,9 @@ def tiny_run(**sections: Any) -> dict[str, Any]:
         "eval": {"every": 2, "n_prompts": 4},
     }
     for name, value in sections.items():
+        if value is None:
+            config.pop(name, None)
+            continue
         below = config.get(name, {})
         both = isinstance(value, Mapping) and value.get("kind", below.get("kind")) == below.get(
             "kind"

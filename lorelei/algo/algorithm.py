@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from lorelei.algo.advantage import Level, NormConfig
+from lorelei.algo.frozen import WithReference
 from lorelei.algo.kl_reward import kl_of_tokens, to_go
 from lorelei.algo.loss import Aggregation, Estimator
 from lorelei.algo.overlong import OverlongPenalty
@@ -23,13 +24,14 @@ from lorelei.config.errors import FieldError
 from lorelei.config.section import Section
 from lorelei.types import BASE, Floats, Items, Longs, LossSpec, Policy, Rollout
 
-Job = Literal["rl", "sft"]
+Job = Literal["rl", "sft", "preference"]
 
 
 class Algorithm(Section):
     """How one adapter learns: every field of a subclass has an effect on what it does."""
 
     job: ClassVar[Job]  # the kind of job that feeds it
+    answers: ClassVar[int] = 1  # to one prompt, of a row that is given
 
     kind: Any  # a Literal in each algorithm
     batch_size: int = Field(default=4, ge=1, description="Prompts (groups), or rows, of one step.")
@@ -43,8 +45,13 @@ class Algorithm(Section):
         """{stream: the policy whose log-probabilities fill it before the first update}."""
         return {}
 
+    @property
+    def needs_reward(self) -> bool:
+        """Whether it learns from what scores its rollouts."""
+        return self.job == "rl"
 
-class PolicyAlgorithm(Algorithm):
+
+class PolicyAlgorithm(WithReference, Algorithm):
     """From the rewards of groups of rollouts to a policy gradient."""
 
     job = "rl"
@@ -52,7 +59,9 @@ class PolicyAlgorithm(Algorithm):
     greedy_baseline: ClassVar[bool] = False
 
     ppo_n_minibatches: int = Field(default=1, ge=1, description="Optimizer steps of one step.")
-    kl_ctl: float = Field(default=0.0, ge=0, description="Weight of the divergence from the base.")
+    kl_ctl: float = Field(
+        default=0.0, ge=0, description="Weight of the divergence from `reference`."
+    )
     use_kl_in_reward: bool = Field(
         default=False,
         description="Subtract the divergence from tokens' rewards. false: add it to the loss.",
@@ -114,6 +123,11 @@ class PolicyAlgorithm(Algorithm):
             raise FieldError(
                 "use_kl_in_reward", "true does nothing with kl_ctl: 0; raise it, or remove this"
             )
+        if self.reference != BASE and self.kl_ctl == 0:
+            raise FieldError(
+                "reference",
+                f"{self.reference!r} does nothing with kl_ctl: 0; raise it, or remove this",
+            )
         if self.kl_estimator != "k3" and self.kl_ctl == 0:
             raise FieldError(
                 "kl_estimator",
@@ -145,7 +159,7 @@ class PolicyAlgorithm(Algorithm):
 
     @property
     def policies(self) -> Mapping[str, Policy]:
-        return {"reference": BASE} if self.kl_ctl > 0 else {}
+        return {"reference": self.reference} if self.kl_ctl > 0 else {}
 
     @property
     def loss_kl(self) -> float:
@@ -237,8 +251,7 @@ class PolicyAlgorithm(Algorithm):
     def with_kl(self, rounds: Sequence[Items], groups_S: Longs) -> list[Floats]:
         """The stream `advantage` of the rounds of one batch, with `use_kl_in_reward`.
 
-        rounds: of `credit`, with the streams of `policies`. groups_S: the number of the group of
-        every rollout of the batch. A token's advantage is less the divergence from it on.
+        See `with_policies`. A token's advantage is less the divergence from it on.
         """
         sequences: list[Longs] = []
         for items in rounds:

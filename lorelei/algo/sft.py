@@ -18,11 +18,18 @@ if TYPE_CHECKING:
 
 
 class Sft(Algorithm):
-    """Maximum likelihood of the answers' tokens; the tokens of prompts have no loss."""
+    """Maximum likelihood of the assistant's tokens; the tokens of prompts have no loss."""
 
     job = "sft"
 
     kind: Literal["sft"] = Field(description="Which algorithm.")
+    loss_on: Literal["answer", "assistant_turns"] = Field(
+        default="answer",
+        description="What is learnt of a chat: the assistant's last message, or all of its own.",
+    )
+    weight_field: str | None = Field(
+        default=None, description="The column with a row's weight in the loss. Default: 1."
+    )
 
     def loss(self) -> LossSpec:
         return LossSpec(path=loss_path(loss), params={})

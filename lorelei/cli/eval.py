@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorelei.cli.arguments import AcceptChanged, Json, RunFolder, prepare_run, say
+from lorelei.types import AdapterRef
 
 if TYPE_CHECKING:
     from lorelei.cli.trained_run import TrainedRun
+    from lorelei.jobs.preference import PreferenceEvaluator
 
 Scores = dict[str, dict[str, dict[str, float]]]  # adapter: {"base" or version: {score: mean}}
 
@@ -50,6 +52,7 @@ def evaluate(
 async def _scores(run: TrainedRun, n_prompts: int | None, base: bool) -> Scores:
     """The held-out means of every adapter, on the run's own problems."""
     from lorelei.cache import writable_cache
+    from lorelei.jobs.preference import PreferenceEvaluator
     from lorelei.launch.assemble import build, evaluators
 
     found: Scores = {}
@@ -65,9 +68,25 @@ async def _scores(run: TrainedRun, n_prompts: int | None, base: bool) -> Scores:
                     f"-n: {n_prompts} is more than the {len(held_out)} problems that are held out"
                 )
             evaluator = replace(evaluator, prompts=held_out[:n_prompts])
+            if isinstance(evaluator, PreferenceEvaluator):
+                evaluator = await _with_reference(evaluator, run)
             state = run.state(name)
             ref = run.ref(name, state)
             await evaluator.engine.load(ref, state)
             found[name] = {"base": (await evaluator.run(None)).means} if base else {}
             found[name][f"v{ref.version}"] = (await evaluator.run(ref)).means
     return found
+
+
+async def _with_reference(evaluator: PreferenceEvaluator, run: TrainedRun) -> PreferenceEvaluator:
+    """The evaluator with the adapter that its objective compares with, where it is not the base."""
+    from lorelei.algo.frozen import frozen_adapters
+    from lorelei.launch.frozen import read_adapter
+
+    named = frozen_adapters(evaluator.algo).get("reference")
+    if named is None:
+        return evaluator
+    state = read_adapter("algo.reference", named, run.config.model)
+    ref = AdapterRef(name="reference", version=0, run_id=run.manifest.run, digest=state.digest())
+    await evaluator.engine.load(ref, state)
+    return replace(evaluator, reference=ref)

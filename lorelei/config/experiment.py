@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from lorelei.algo.algorithm import PolicyAlgorithm
 from lorelei.algo.grpo import Grpo
 from lorelei.algo.kinds import AlgoConfig, fields_of
-from lorelei.config.env import EnvConfig, SingleTurnEnv
+from lorelei.config.env import EnvConfig, MultiTurnEnv, SingleTurnEnv
 from lorelei.config.errors import ConfigError, FieldError, describe
 from lorelei.config.lora import LoraConfig
 from lorelei.config.optimizer import OptimizerConfig, from_algo
@@ -24,7 +24,7 @@ from lorelei.config.rollout import (
     VllmRollout,
 )
 from lorelei.config.section import Raw, Section, is_mapping
-from lorelei.config.task import ReasoningGymTask, TaskConfig
+from lorelei.config.task import ANSWER, ReasoningGymTask, TaskConfig
 
 _OWN_REWARD = frozenset({"python", "agent"})  # environments that may give the reward themselves
 _FOR_THE_RUN = "belongs to the whole run, not to one adapter; move it to the top level"
@@ -48,7 +48,8 @@ class ExperimentDefaults(Section):
     reward: RewardConfig | None = Field(
         default=None,
         description="What scores a rollout. Default: the task's own scorer; where it has none, "
-        "what an environment of kind python or agent gives.",
+        "what an environment of kind python or agent gives. An algorithm that learns without a "
+        "reward has none then.",
     )
     algo: AlgoConfig = Field(default_factory=Grpo, description="What it learns from, and how.")
     optimizer: OptimizerConfig = Field(
@@ -107,7 +108,7 @@ class Experiment(Section):
     lora: LoraConfig
     task: TaskConfig
     env: EnvConfig
-    reward: RewardConfig | None  # None: nothing is sampled, so nothing is scored
+    reward: RewardConfig | None  # None: nothing is scored
     algo: AlgoConfig
     optimizer: OptimizerConfig
     rollout: RolloutConfig
@@ -173,7 +174,7 @@ def resolve(name: str, defaults: ExperimentDefaults, overrides: AdapterOverrides
     dotted = f"{prefix}." if prefix else ""
     if merged.task is None:
         raise ConfigError(f"{dotted}task: is required, such as {{kind: reasoning_gym, name: ...}}")
-    reward = merged.reward
+    reward, evaluation = merged.reward, merged.eval
     if merged.algo.job != "rl":
         refuse_unused(overrides if prefix else defaults, merged.algo.kind, dotted)
         if isinstance(merged.task, ReasoningGymTask):
@@ -182,10 +183,19 @@ def resolve(name: str, defaults: ExperimentDefaults, overrides: AdapterOverrides
                 f"that a model could imitate, which algo.kind: {merged.algo.kind} learns from; use "
                 "jsonl, parquet or hf"
             )
+        if merged.algo.job == "preference" and merged.task.answer_field != ANSWER:
+            raise ConfigError(
+                f"{dotted}task.answer_field: {merged.task.answer_field!r} has no effect with "
+                f"algo.kind: {merged.algo.kind}, whose answers are in columns of their own; "
+                "remove it"
+            )
         reward = None
     elif reward is None:
         if isinstance(merged.task, ReasoningGymTask):
             reward = ReasoningGymReward(kind="reasoning_gym")
+        elif not merged.algo.needs_reward:
+            _refuse_scores(overrides if prefix else defaults, merged, dotted)
+            evaluation = evaluation.model_copy(update={"every": 0})
         elif merged.env.kind in _OWN_REWARD:
             reward = EnvReward(kind="env")
         else:
@@ -194,8 +204,9 @@ def resolve(name: str, defaults: ExperimentDefaults, overrides: AdapterOverrides
                 "use {kind: math_verify} or {kind: python, path: rewards.py:my_reward}"
             )
     parts = {field: getattr(merged, field) for field in fields}
+    parts |= {"name": name, "reward": reward, "eval": evaluation}
     try:
-        return Experiment.model_validate({**parts, "name": name, "reward": reward})
+        return Experiment.model_validate(parts)
     except ValidationError as error:
         raise ConfigError(describe(error, {}, prefix)) from error
 
@@ -255,6 +266,28 @@ def refuse_unused(given: Section, kind: str, dotted: str = "") -> None:
                 f"{dotted}{key}: has no effect with algo.kind: {kind}, which samples nothing; "
                 "remove it"
             )
+
+
+def _refuse_scores(
+    given: ExperimentDefaults | AdapterOverrides, merged: ExperimentDefaults, dotted: str
+) -> None:
+    """Raises ConfigError for what needs the scores of an adapter that has no reward.
+
+    given: the adapter's own sections.
+    """
+    fix = "give a reward, such as {kind: math_verify}"
+    if isinstance(merged.env, MultiTurnEnv):
+        raise ConfigError(
+            f"{dotted}env.kind: 'multi_turn' tells right answers from wrong ones by their reward, "
+            f"and there is none; {fix}, or use another environment"
+        )
+    section = given.eval if "eval" in given.model_fields_set else Raw()
+    asked = section.model_dump(exclude_unset=True) if isinstance(section, EvalConfig) else section
+    if asked and asked.get("every") != 0:
+        raise ConfigError(
+            f"{dotted}eval: has no effect without a reward, by which held-out answers are scored; "
+            f"{fix}, or set eval.every: 0"
+        )
 
 
 def _check_credit(algo: PolicyAlgorithm, rollout: RolloutConfig, env: EnvConfig) -> None:

@@ -96,12 +96,32 @@ class ChatTemplate:
         """
         before = self._written(chat, tools)
         whole = self._written([*chat, answer], tools, opening=False)
+        return self._tokens(before), self._tokens(self._behind_text(before, whole))
+
+    def turns(self, messages: Sequence[Message], tools: Tools) -> list[tuple[Ints, Ints]]:
+        """Of each assistant's message: the tokens since the one before, and its own.
+
+        Raises ValueError like `learnt`.
+        """
+        found: list[tuple[Ints, Ints]] = []
+        done = ""
+        for at, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._written(messages[:at], tools)
+            whole = self._written(messages[: at + 1], tools, opening=False)
+            between, own = self._behind_text(done, before), self._behind_text(before, whole)
+            found.append((self._tokens(between), self._tokens(own)))
+            done = whole
+        return found
+
+    def _behind_text(self, before: str, whole: str) -> str:
         if not whole.startswith(before):
             raise ValueError(
                 "the model's chat template writes the chat with the answer in another way than "
                 "without it, so that its beginning cannot be told"
             )
-        return self._tokens(before), self._tokens(whole[len(before) :])
+        return whole[len(before) :]
 
     def reply(self, turn: Turn) -> Reply:
         """What was answered, as its readers want it."""

@@ -227,14 +227,18 @@ class Renderer:
 
     def answer(self, row: Row, where: str) -> Any:
         """The gold answer. Raises ValueError where one is needed and there is none."""
-        if self.answer_field not in row:
-            raise _missing("task.answer_field", self.answer_field, row, where)
-        value = row[self.answer_field]
+        return self.held(row, self.answer_field, "task.answer_field", where)
+
+    def held(self, row: Row, column: str, field: str, where: str) -> Any:
+        """The value of a column. field: what errors begin with. Raises ValueError for none."""
+        if column not in row:
+            raise _missing(field, column, row, where)
+        value = row[column]
         needed = self.answers == "needed"
         if value is None or (needed and value in ("", [])):
-            raise _null("task.answer_field", self.answer_field, value, where)
+            raise _null(field, column, value, where)
         if needed and isinstance(value, dict):
-            raise _nested("task.answer_field", self.answer_field, cast(object, value), where)
+            raise _nested(field, column, cast(object, value), where)
         return value
 
     def _fill(self, row: Row, where: str) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorelei.algo.sft import Sft
 from lorelei.config.task import ANSWER, HfTask, JsonlTask, MixtureItem, ParquetTask, TaskConfig
 from lorelei.data.contract import PromptSource
 from lorelei.data.examples import ExampleRenderer, ExampleSource
+from lorelei.data.pairs import ComparisonRenderer, ComparisonSource
 from lorelei.data.reader import Table, read_hf, read_jsonl, read_parquet
 from lorelei.data.renderer import Renderer
 from lorelei.data.rows import RowSource, Unfit, usable
@@ -55,19 +57,51 @@ def make_examples(
     eval_size: int,
     stop_token_ids: tuple[int, ...],
     max_tokens: int,
+    algo: Sft | None = None,
 ) -> ExampleSource:
-    """The examples of a task with answers. Raises like `make_source`."""
-    if task.kind == "reasoning_gym":
-        raise ValueError(
-            "task.kind: reasoning_gym has problems, and no answers to learn from; use jsonl, "
-            "parquet or hf"
-        )
+    """The examples of a task with answers. Raises like `make_source`.
+
+    algo: what of the rows is learnt; None: the answers.
+    """
     renderer = ExampleRenderer(
+        prompts=_renderer(task, tokenizer),
+        stop_token_ids=stop_token_ids,
+        max_tokens=max_tokens,
+        all_turns=algo is not None and algo.loss_on == "assistant_turns",
+        weight_field=algo.weight_field if algo is not None else None,
+    )
+    rows = _dataset(task)
+    table = _table(rows)
+    examples, notes = usable(table, renderer.example, _unfit(rows))
+    return ExampleSource(examples, name=table.name, eval_size=eval_size, seed=seed, notes=notes)
+
+
+def make_comparisons(
+    task: TaskConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    *,
+    eval_size: int,
+    stop_token_ids: tuple[int, ...],
+    max_tokens: int,
+    paired: bool,
+) -> ComparisonSource:
+    """The comparisons of a task with preferences. Raises like `make_source`."""
+    examples = ExampleRenderer(
         prompts=_renderer(task, tokenizer), stop_token_ids=stop_token_ids, max_tokens=max_tokens
     )
-    table = _table(task)
-    examples, notes = usable(table, renderer.example, _unfit(task))
-    return ExampleSource(examples, name=table.name, eval_size=eval_size, seed=seed, notes=notes)
+    renderer = ComparisonRenderer(examples=examples, paired=paired)
+    rows = _dataset(task)
+    table = _table(rows)
+    pairs, notes = usable(table, renderer.comparison, _unfit(rows))
+    return ComparisonSource(
+        pairs,
+        name=table.name,
+        eval_size=eval_size,
+        seed=seed,
+        max_tokens=max_tokens,
+        notes=notes,
+    )
 
 
 def _renderer(
@@ -85,6 +119,16 @@ def _renderer(
         answers="needed" if needs_answer and task.kind != "reasoning_gym" else "none",
         own_tools=own_tools,
     )
+
+
+def _dataset(task: TaskConfig) -> JsonlTask | ParquetTask | HfTask:
+    """The task, which must have answers to learn from. Raises ValueError."""
+    if task.kind == "reasoning_gym":
+        raise ValueError(
+            "task.kind: reasoning_gym has problems, and no answers to learn from; use jsonl, "
+            "parquet or hf"
+        )
+    return task
 
 
 def _unfit(task: JsonlTask | ParquetTask | HfTask) -> Unfit:

@@ -9,7 +9,7 @@ from lorelei.rollout.evaluate import Scores
 from lorelei.store.run import RunStore
 
 # which of an evaluation's means stands for it; the first that is there
-HEADLINES = ("strict", "reward", "loss")
+HEADLINES = ("strict", "reward", "accuracy", "loss")
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

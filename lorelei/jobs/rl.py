@@ -38,7 +38,7 @@ class RlJob(OfExperiment):
     watched: Watched | None
     store: RunStore
     version: int = 0
-    reward: float | None = None  # of the last batch
+    reward: float | None = None  # of the last batch; None: nothing is scored
     _partly_failed: int = 0  # groups, since the last warning of them
     _warn_at: int = 1
 
@@ -63,7 +63,7 @@ class RlJob(OfExperiment):
         metrics = _rollout_metrics(groups, self.version) | _train_metrics(result)
         stale = self.collector.errors["stale"]
         errors = dict(self.collector.errors)
-        self.reward, self.version = metrics["reward"], ref.version
+        self.reward, self.version = metrics.get("reward"), ref.version
         self.collector.trained()
         self.collector.errors.clear()
         partly_failed, self.collector.partly_failed = self.collector.partly_failed, 0
@@ -143,7 +143,7 @@ def policy_work(
 ) -> Work:
     """A batch of groups as rounds, one for each minibatch, all of which step at one rate.
 
-    version: of the adapter before them. Rollouts without a reward are left out.
+    version: of the adapter before them. Rollouts that failed are left out.
     """
     longest = e.rollout.max_new_tokens
     kept = algo.penalised(_trainable(groups), longest)
@@ -181,13 +181,9 @@ def _rollout_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
     by_group = _trainable(groups)
     kept = [r for group in by_group for r in group]
     turns = [t for r in kept for t in r.turns]
-    rewards = np.array([r.reward for r in kept], dtype=np.float64)
-    flat = [len({r.reward for r in group}) <= 1 for group in by_group]
     staleness = [version - group.min_version for group in groups]
     found = {
-        "reward": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
-        "flat_groups": float(np.mean(flat)),
+        **_reward_metrics(by_group),
         "failed_rollouts": float(sum(r.error is not None for r in rollouts)),
         "generated_tokens": float(sum(r.sampled_tokens for r in rollouts)),
         "trained_tokens": float(sum(r.sampled_tokens for r in kept)),
@@ -210,19 +206,34 @@ def _rollout_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
     return found
 
 
+def _reward_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+    """Of rollouts that were scored; nothing where none was."""
+    scored = [[r.reward for r in group if r.reward is not None] for group in groups]
+    rewards = np.array([reward for own in scored for reward in own], dtype=np.float64)
+    if not len(rewards):
+        return {}
+    flat = [len(set(own)) <= 1 for own in scored]
+    return {
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "flat_groups": float(np.mean(flat)),
+    }
+
+
 def _dropped_metrics(
     dropped: Sequence[tuple[Unfit, Group]], trained: Sequence[Group]
 ) -> dict[str, float]:
     """What was sampled and not trained on, and the mean reward of all that was sampled."""
     rollouts = [r for _, group in dropped for r in group.rollouts]
     sampled = [*rollouts, *(r for group in trained for r in group.rollouts)]
+    rewards = [r.reward for r in sampled if r.reward is not None]
     reasons = Counter(why for why, _ in dropped)
     return {
         "dropped_groups": float(len(dropped)),
         **{f"dropped_groups/{why}": float(reasons[why]) for why in get_args(Unfit)},
         "dropped_rollouts": float(len(rollouts)),
         "dropped_tokens": float(sum(r.sampled_tokens for r in rollouts)),
-        "reward_sampled": float(np.mean([r.reward for r in sampled if r.reward is not None])),
+        **({"reward_sampled": float(np.mean(rewards))} if rewards else {}),
     }
 
 

@@ -18,10 +18,12 @@ from lorelei.config.rollout import EmbeddedRollout, ServerRollout, SglangRollout
 from lorelei.config.run import RunConfig
 from lorelei.config.train import MegatronTrain
 from lorelei.data.examples import ExampleSource
+from lorelei.data.pairs import ComparisonSource
 from lorelei.env.contract import Endpoint
 from lorelei.inference.contract import InferenceEngine
 from lorelei.inference.embedded.engine import EmbeddedEngine
 from lorelei.inference.server.engine import ServerEngine
+from lorelei.jobs.preference import PreferenceEvaluator
 from lorelei.jobs.registry import Registry
 from lorelei.launch.jobs import Data, DataMaker, JobMaker, Problems, Sampler
 from lorelei.loop import Loop
@@ -276,15 +278,21 @@ def _transport(
             return Xccl(engine, parts.device, publish.host or known, publish.timeout, warn)
 
 
-def evaluators(config: RunConfig, parts: RunComponents) -> dict[str, Evaluator | LossEvaluator]:
+def evaluators(
+    config: RunConfig, parts: RunComponents
+) -> dict[str, Evaluator | LossEvaluator | PreferenceEvaluator]:
     """The evaluator of every adapter that holds problems or examples out."""
-    found: dict[str, Evaluator | LossEvaluator] = {}
+    found: dict[str, Evaluator | LossEvaluator | PreferenceEvaluator] = {}
     for e in config.experiments():
         match parts.data[e.name]:
             case Problems() as problems if e.eval.every:
                 found[e.name] = parts.sampler.evaluator(e, problems, Meter())
             case ExampleSource(held_out=[_, *_] as examples):
                 found[e.name] = LossEvaluator(engine=parts.sampler.engine, prompts=examples)
+            case ComparisonSource(held_out=[_, *_] as rows, max_tokens=limit):
+                found[e.name] = PreferenceEvaluator(
+                    engine=parts.sampler.engine, algo=e.algo, prompts=rows, max_tokens=limit
+                )
             case _:
                 pass
     return found

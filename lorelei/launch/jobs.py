@@ -6,26 +6,31 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lorelei.algo.algorithm import PolicyAlgorithm
+from lorelei.algo.preference import PreferenceAlgorithm
+from lorelei.algo.sft import Sft
 from lorelei.config.experiment import Experiment
 from lorelei.config.run import RunConfig
 from lorelei.data.chat import ChatTemplate
 from lorelei.data.contract import PromptSource
 from lorelei.data.examples import ExampleSource
-from lorelei.data.source import make_examples, make_source
+from lorelei.data.pairs import ComparisonSource
+from lorelei.data.source import make_comparisons, make_examples, make_source
 from lorelei.env.contract import Endpoint, Env
 from lorelei.env.environment import make_env
 from lorelei.inference.contract import InferenceEngine
 from lorelei.jobs.evaluation import EvaluationLog
 from lorelei.jobs.job import Job
+from lorelei.jobs.preference import PreferenceJob
 from lorelei.jobs.rl import RlJob
 from lorelei.jobs.sft import SftJob
 from lorelei.model.config import ModelSizes
 from lorelei.model.tokenizer import Tokenizer
 from lorelei.obs.console import Console
 from lorelei.publish.canary import Watched, fixed_tokens
-from lorelei.reward.contract import NoReward
+from lorelei.reward.contract import NoReward, Unscored
 from lorelei.reward.pool import make_pool
 from lorelei.reward.trial import try_out
 from lorelei.rollout.admission import Admission
@@ -50,7 +55,8 @@ class Problems:
     env: Env
 
 
-Data = Problems | ExampleSource
+Given = ExampleSource | ComparisonSource
+Data = Problems | Given
 READS_ANSWER = ("math_verify", "reasoning_gym")  # rewards that compare with a gold answer
 
 
@@ -70,8 +76,8 @@ class DataMaker:
 
     def data(self, e: Experiment, endpoint: Endpoint | None) -> Data:
         """endpoint: what agents speak to. Raises ValueError for what a user can fix."""
-        if e.algo.job == "sft":
-            return self._examples(e)
+        if e.algo.job != "rl":
+            return self._given(e)
         source = make_source(
             e.task,
             self.tokenizer,
@@ -84,8 +90,12 @@ class DataMaker:
         self._check([source.prompt(0), *held_out])
         return Problems(source=source, held_out=held_out, env=self._env(e, endpoint, source))
 
-    def _examples(self, e: Experiment) -> ExampleSource:
-        source = make_examples(
+    def _given(self, e: Experiment) -> Given:
+        if isinstance(e.algo, PreferenceAlgorithm):
+            make = partial(make_comparisons, paired=e.algo.paired)
+        else:
+            make = partial(make_examples, algo=e.algo if isinstance(e.algo, Sft) else None)
+        source = make(
             e.task,
             self.tokenizer,
             e.seed,
@@ -94,12 +104,14 @@ class DataMaker:
             max_tokens=self.context,
         )
         source.evaluate_on(e.eval.n_prompts if e.eval.every else 0)
-        self._check_vocabulary(source.example(0).id, source.example(0).tokens)
+        first = source.example(0)
+        self._check_vocabulary(first.id, first.tokens)
         return source
 
     def _env(self, e: Experiment, endpoint: Endpoint | None, source: PromptSource) -> Env:
-        assert e.reward is not None, "it samples"
-        if e.reward.kind == "env":
+        if e.reward is None:
+            reward = Unscored()
+        elif e.reward.kind == "env":
             reward = NoReward()
         else:
             reward = make_pool(e.reward)
@@ -208,16 +220,8 @@ class JobMaker:
         """A job that has not begun."""
         data = self.data[e.name]
         evaluations = EvaluationLog(adapter=e.name, store=self.store, console=self.console)
-        if isinstance(data, ExampleSource):
-            examples = map(data.example, itertools.count())
-            return SftJob(
-                experiment=e,
-                algo=e.algo,
-                source=data,
-                thread=self.thread,
-                evaluations=evaluations,
-                watched=self._watched(e, (one.tokens for one in examples)),
-            )
+        if isinstance(data, Given):
+            return self._given(e, data, evaluations)
         assert isinstance(e.algo, PolicyAlgorithm), "its job is rl"
         prompts = data.held_out or map(data.source.prompt, itertools.count())
         evaluator = self.sampler.evaluator(e, data, self.meter) if e.eval.every else None
@@ -229,6 +233,21 @@ class JobMaker:
             evaluations=evaluations,
             watched=self._watched(e, (prompt.tokens for prompt in prompts)),
             store=self.store,
+        )
+
+    def _given(self, e: Experiment, data: Given, evaluations: EvaluationLog) -> Job:
+        examples = map(data.example, itertools.count())
+        make = (
+            partial(PreferenceJob, source=data, max_tokens=data.max_tokens)
+            if isinstance(data, ComparisonSource)
+            else partial(SftJob, source=data)
+        )
+        return make(
+            experiment=e,
+            algo=e.algo,
+            thread=self.thread,
+            evaluations=evaluations,
+            watched=self._watched(e, (one.tokens for one in examples)),
         )
 
     def _watched(self, e: Experiment, sequences: Iterable[Ints]) -> Watched | None:

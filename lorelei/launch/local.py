@@ -12,11 +12,12 @@ from pathlib import Path
 
 from lorelei import loop as the_loop
 from lorelei.config.run import RunConfig
-from lorelei.data.examples import ExampleSource
 from lorelei.inference.contract import EngineClosed
 from lorelei.inference.server.client import ServerTrouble
 from lorelei.launch.amend import amend, check_steps
 from lorelei.launch.assemble import RunComponents, build, make_loop, make_thread, warm_starts
+from lorelei.launch.frozen import hold_all, read_frozen
+from lorelei.launch.jobs import Problems
 from lorelei.launch.warm_start import check_warm_starts
 from lorelei.loop import Loop
 from lorelei.lora.state import AdapterSnapshot
@@ -62,7 +63,7 @@ class _Start:
 def train(config: RunConfig, accept: Sequence[str] = ()) -> None:
     """Start a new run. Raises ValueError for a user-fixable error, Stopped after a signal.
 
-    accept: fields lora.init_from that may name an adapter of another base model.
+    accept: fields such as lora.init_from that may name an adapter of another base model.
     """
     found = check_warm_starts(config, accept)
     start = _Start(changes=found.changes, warnings=found.warnings)
@@ -105,12 +106,14 @@ async def _main(config: RunConfig, folder: Path, start: _Start) -> None:
         else:
             known = {e.name for e in config.experiments()} & store.latest.adapters.keys()
             starts, origin = {name: store.load(name) for name in sorted(known)}, str(folder)
+        frozen = read_frozen(config)
         try:
             parts = await build(config, stack, folder / "logs")
         except (EngineClosed, ServerTrouble) as error:  # of servers that do not start
             raise Broken(str(error)) from error
         thread = make_thread(config, parts, stack, store)
         _restore(thread.engine, starts, origin)
+        hold_all(thread.engine, frozen)
         # not before: a data set of the hub is of the revision that was just read
         inputs = start.inputs or read_inputs(config, parts.folder)
         if store is None:  # last: what is refused before leaves nothing behind
@@ -199,7 +202,7 @@ def _opening(config: RunConfig, parts: RunComponents, loop: Loop) -> list[str]:
         task = e.task.title if e.task.kind == "reasoning_gym" else e.task.path
         lines.append(f"  {e.name}: {e.algo.kind} on {task}, {trained}, {batch}, {e.steps} steps")
         data = parts.data[e.name]
-        notes = data.notes if isinstance(data, ExampleSource) else data.source.notes
+        notes = data.source.notes if isinstance(data, Problems) else data.notes
         lines += [f"    {note}" for note in notes]
     return lines
 

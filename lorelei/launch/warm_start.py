@@ -1,13 +1,14 @@
-"""Whether adapters to start from are of the run's base model."""
+"""Whether adapters to start from, and frozen ones, are of the run's base model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorelei.config.run import RunConfig
-from lorelei.lora.origin import Origin, read_origin
+from lorelei.launch.frozen import named_adapters, origin_of
+from lorelei.lora.origin import Origin
 from lorelei.model.fingerprint import model_digests
 from lorelei.model.locate import find_model, resolve_model
 from lorelei.store.change import Change, change
@@ -22,7 +23,9 @@ class WarmStarts:
 
 
 def check_warm_starts(config: RunConfig, accept: Sequence[str]) -> WarmStarts:
-    """Compare the base models of `lora.init_from`, by what they hold where that is known.
+    """Compare the base models of `lora.init_from` and of frozen adapters with the run's.
+
+    By what they hold where that is known, else by name.
 
     accept: fields that may name an adapter of another one. Raises ValueError.
     """
@@ -30,32 +33,37 @@ def check_warm_starts(config: RunConfig, accept: Sequence[str]) -> WarmStarts:
     warnings: list[str] = []
     fields: list[str] = []
     here: Mapping[str, str] = {}
-    for e in config.experiments():
-        if e.lora.init_from is None:
-            continue
-        fields.append(f"adapters.{e.name}.lora.init_from" if config.adapters else "lora.init_from")
-        origin = read_origin(Path(e.lora.init_from))
+    for field, named in (*_starts(config), *named_adapters(config)):
+        fields.append(field)
+        origin = origin_of(named)
         here = here or model_digests(resolve_model(config.model))
         if not origin.base:
-            warnings += _by_name(fields[-1], origin, config.model, here)
+            warnings += _by_name(field, origin, config.model, here)
         elif origin.base.get("weights") != here["weights"]:
-            if fields[-1] not in accept:
+            if field not in accept:
                 raise ValueError(
-                    f"{fields[-1]}: the adapter in {e.lora.init_from!r} was trained on another base"
+                    f"{field}: the adapter in {named!r} was trained on another base"
                     f" model, {origin.name!r}, whose weights are not those of {config.model!r}; "
-                    f"use that model, or accept it with --accept-changed {fields[-1]}"
+                    f"use that model, or accept it with --accept-changed {field}"
                 )
-            changes.append(change(fields[-1], dict(origin.base), dict(here), "train"))
+            changes.append(change(field, dict(origin.base), dict(here), "train"))
         elif origin.base != here:
             odd = sorted(n for n in {**origin.base, **here} if origin.base.get(n) != here.get(n))
             warnings.append(
-                f"{fields[-1]}: the adapter was trained on these weights with other files beside "
+                f"{field}: the adapter was trained on these weights with other files beside "
                 f"them: {', '.join(odd)}"
             )
     if unknown := [field for field in accept if field not in fields]:
-        there = ", ".join(fields) or "none, no adapter starts from another"
+        there = ", ".join(fields) or "none, no adapter starts from another or names one"
         raise ValueError(f"--accept-changed: {unknown[0]!r} is not one of: {there}")
     return WarmStarts(changes=changes, warnings=warnings)
+
+
+def _starts(config: RunConfig) -> Iterator[tuple[str, str]]:
+    for e in config.experiments():
+        if e.lora.init_from is not None:
+            prefix = f"adapters.{e.name}." if config.adapters else ""
+            yield f"{prefix}lora.init_from", e.lora.init_from
 
 
 def _by_name(field: str, origin: Origin, model: str, here: Mapping[str, str]) -> list[str]:

@@ -73,6 +73,7 @@ def step_words(name: str, progress: Progress) -> list[str]:
         f"step {progress.counted(r.step)}",
         name,
         _value("reward", r.reward, ".3f") + _value(" +-", r.reward_std, ".2f", space=""),
+        _value("to teacher", r.kl_teacher, ".3f"),
         f"errors {counted(errors)}" if errors else "",
         "" if isnan(r.step_seconds) else f"{r.step_seconds:.1f}s",
         f"eta {clock(progress.seconds_left())}",

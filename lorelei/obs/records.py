@@ -22,6 +22,7 @@ class StepRecord:
     loss: float = nan
     grad_norm: float = nan
     kl_sampler: float = nan
+    kl_teacher: float = nan
     ratio_max: float = nan
     dropped_stale: float = nan  # share of finished groups that had become too old
     trainer_idle: float = nan  # share of the step that it waited for rollouts

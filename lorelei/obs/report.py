@@ -147,9 +147,11 @@ def _score_legend(axes: Axes, scores: Sequence[str]) -> None:
 
 
 def _rewards(axes: Axes, history: History) -> None:
-    axes.set_title("Training reward")
+    taught = not any(isfinite(r.reward) for rs in history.steps.values() for r in rs)
+    taught &= any(isfinite(r.kl_teacher) for rs in history.steps.values() for r in rs)
+    axes.set_title("KL student to teacher" if taught else "Training reward")
     axes.set_xlabel("step")
-    values = _curves(axes, history, lambda r: r.reward)
+    values = _curves(axes, history, lambda r: r.kl_teacher if taught else r.reward)
     if values:
         fit_y(axes, values, at_least=0.1)
 

@@ -127,7 +127,7 @@ def _adapters(adapters: Sequence[AdapterPlan]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("adapter", "task", "reward", "algo"):
         table.add_column(name, overflow="fold")
-    of_a_step = "/".join(sorted({"rollouts" if a.reward else "rows" for a in adapters}))
+    of_a_step = "/".join(sorted({"rollouts" if a.samples else "rows" for a in adapters}))
     for name in ("steps", of_a_step, "rank", "trained"):
         table.add_column(name, justify="right", no_wrap=True)
     for a in adapters:

@@ -69,6 +69,7 @@ class Footprint:
     base: int  # parameters of the base model
     stored: str  # the checkpoint's dtype
     adapters: tuple[AdapterSize, ...]
+    frozen: int = 0  # parameters of references and teachers
     on_cpu: bool
 
     @property
@@ -157,6 +158,7 @@ def _trained(run: Footprint) -> Parts:
     trained = sum(size.trained for size in run.adapters)
     return {
         "adapters": workers * trained * FP32,
+        **({"frozen adapters": workers * run.frozen * FP32} if run.frozen else {}),
         "published adapters": published_bytes(run),
         "optimizer": workers * 2 * trained * FP32,  # Adam's two moments
     }
@@ -287,9 +289,9 @@ def _step_tokens(e: Experiment, prompt: int) -> int:
 
 
 def _longest(e: Experiment) -> int:
-    """Tokens of the longest sequence; a given answer may be as long as its prompt."""
-    answer = e.rollout.max_new_tokens if e.samples else e.task.max_prompt_tokens
-    return e.task.max_prompt_tokens + answer
+    """Tokens of what is never parted; a given answer may be as long as its prompt."""
+    prompt = e.task.max_prompt_tokens
+    return prompt + (e.rollout.max_new_tokens if e.samples else e.algo.answers * prompt)
 
 
 def snapshot_bytes(run: Footprint) -> int:

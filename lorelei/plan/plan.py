@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lorelei.algo.frozen import frozen_adapters, parse_version
 from lorelei.algo.kinds import expansion, short_name
 from lorelei.config.env import AgentEnv, PythonEnv
 from lorelei.config.errors import ConfigError
@@ -23,6 +24,7 @@ from lorelei.model.config import BYTES, ModelInfo, ModelSizes
 from lorelei.model.shapes import find_shape
 from lorelei.model.turn_end import turn_end
 from lorelei.plan.adapter_size import AdapterSize, full_size, lora_size
+from lorelei.plan.frozen_size import frozen_size
 from lorelei.plan.hardware import Hardware, this_machine
 from lorelei.plan.memory import Footprint, ProcessGroup, estimate_memory
 from lorelei.plan.model_info import model_info
@@ -36,11 +38,12 @@ class AdapterPlan:
 
     name: str
     task: str
-    reward: str | None  # None: it learns from answers that are given
+    reward: str | None  # None: nothing is scored
     algo: str
     expands: str  # what the algorithm is beside grpo; empty: nothing is to be said
     steps: int
     sequences_per_step: int  # rollouts, or rows of the data
+    samples: bool  # whether they are rollouts
     rank: int  # 0: full fine-tuning
     modules: tuple[str, ...]  # the linear layers that get an adapter, or that are trained
     tied: Mapping[str, str]  # {module: the name of the A that it shares}
@@ -115,6 +118,7 @@ def plan(config: RunConfig, hardware: Hardware | None = None) -> Plan:
         base=sum(parameters.values()),
         stored=_stored(hf_config),
         adapters=sizes,
+        frozen=frozen_size(config),
         on_cpu=on_cpu,
     )
     alone = TRAIN[config.train.kind].here is not None and config.cluster.kind == "local"
@@ -167,6 +171,7 @@ def _adapter_plan(
         steps=experiment.steps,
         sequences_per_step=experiment.algo.batch_size
         * (experiment.rollout.n_samples if experiment.samples else 1),
+        samples=experiment.samples,
         rank=spec.rank,
         modules=tuple(modules),
         tied=tied,
@@ -209,6 +214,7 @@ def _check_files(config: RunConfig) -> None:
             "task.path": task.path if isinstance(task, JsonlTask | ParquetTask) else None,
             "reward.path": _file(reward.path) if isinstance(reward, PythonReward) else None,
             "lora.init_from": str(Path(start, "adapter_config.json")) if start else None,
+            **{f"algo.{k}": _adapter(v) for k, v in frozen_adapters(experiment.algo).items()},
         }
         for field, file in files.items():
             if file is not None and not Path(file).is_file():
@@ -216,6 +222,12 @@ def _check_files(config: RunConfig) -> None:
                     f"{field}: there is no file {file} (adapter {experiment.name}); a relative "
                     "path starts at the YAML file's folder"
                 )
+
+
+def _adapter(named: str) -> str:
+    """A file of a frozen adapter, or of the run that has it."""
+    version = parse_version(named)
+    return str(version.run / "run.json" if version else Path(named, "adapter_config.json"))
 
 
 def _file(path: str) -> str:

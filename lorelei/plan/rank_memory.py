@@ -49,6 +49,13 @@ def _trained(run: Footprint, share: RankShare) -> Iterator[MemoryItem]:
             bytes=copies * trained * FP32 // share.adapter_parts,
             how=f"{what}{trained:,} parameters x {FP32} bytes{share.adapter_split}",
         )
+    if run.frozen:
+        yield MemoryItem(
+            name="frozen adapters",
+            bytes=run.frozen * FP32 // share.adapter_parts,
+            how=f"{run.frozen:,} parameters of references and teachers x {FP32} bytes"
+            f"{share.adapter_split}",
+        )
 
 
 def _working(run: Footprint, share: RankShare) -> Iterator[MemoryItem]:

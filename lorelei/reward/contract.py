@@ -13,7 +13,7 @@ MOST_METRICS = 100  # of one sample; each is a column of metrics.jsonl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardResult:
-    """A finite value, or None and the reason.
+    """A finite value, or None and the reason; neither where nothing is scored.
 
     `error` starts with one of a few fixed kinds, up to the first colon: 'timeout', 'crashed',
     'not started', 'not sent', 'raised <Exception>', 'not a number'.
@@ -60,6 +60,14 @@ class NoReward:
         return RewardResult(
             value=None, error="no reward: the environment gave none, and reward.kind is env"
         )
+
+
+class Unscored:
+    """The Reward of an adapter that learns without one."""
+
+    async def score(self, prompt_data: object, completion_text: str) -> RewardResult:
+        """See Reward: neither a value nor an error."""
+        return RewardResult(value=None)
 
 
 class NotANumber(ValueError):

@@ -286,16 +286,16 @@ class Collector:
 
 def unfit(group: Group, algo: PolicyAlgorithm) -> tuple[Unfit, str] | None:
     """Why a group cannot be trained on, in a word and in words; None: it can."""
-    rewards = [r.reward for r in group.rollouts if r.trainable and r.reward is not None]
+    rewards = [r.reward for r in group.rollouts if r.trainable]
     if len(rewards) < (2 if "group" in algo.statistics else 1):
         errors = sorted({r.error for r in group.rollouts if r.error is not None})
         return "failed", f"{len(rewards)} of {len(group.rollouts)} have a reward: {errors[:1]}"
-    if algo.drop_zero_variance_groups and min(rewards) == max(rewards):
+    if algo.drop_zero_variance_groups and len(set(rewards)) == 1:
         return "flat", f"all rewards are {rewards[0]}"
     return None
 
 
 def is_partly_failed(group: Group) -> bool:
     """Whether some rollouts of a prompt have a reward, and others an error in its place."""
-    failed = [r.reward is None for r in group.rollouts if r.error != "aborted"]
+    failed = [r.error is not None for r in group.rollouts if r.error != "aborted"]
     return any(failed) and not all(failed)

@@ -70,7 +70,7 @@ class Evaluator:
         return Scores(
             means=means,
             n=total,
-            errors=tuple(str(e.error) for e in episodes if e.reward is None),
+            errors=tuple(str(e.error) for e in episodes if e.error is not None),
             seconds=time.perf_counter() - start,
         )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from lorelei.algo.frozen import RunVersion, frozen_adapters, parse_version
 from lorelei.config.env import AgentEnv, PythonEnv, ToolsEnv
 from lorelei.config.experiment import Experiment
 from lorelei.config.reward import MathVerifyReward, PythonReward, ReasoningGymReward
@@ -21,11 +22,13 @@ from lorelei.model.fingerprint import file_digest, model_digests
 from lorelei.store.change import Change, change
 from lorelei.store.durable import StoreError
 from lorelei.store.user_code import code_files
+from lorelei.store.versions import find_version
 
 Parts = Mapping[str, str]
 Inputs = Mapping[str, Parts]
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_FROZEN = (*_ADAPTER, "adapter_model.bin")
 _PACKAGES = {"reasoning_gym": "reasoning-gym", "math_verify": "math-verify"}
 
 
@@ -130,13 +133,22 @@ def _of_adapter(e: Experiment) -> Iterator[tuple[str, Parts]]:
     if ".py:" in e.algo.kind:
         yield "algo.kind", _code([e.algo.kind])
     if e.lora.init_from is not None:
-        yield "lora.init_from", _adapter(Path(e.lora.init_from))
+        yield "lora.init_from", _adapter(Path(e.lora.init_from), _ADAPTER)
+    for field, named in frozen_adapters(e.algo).items():
+        version = parse_version(named)
+        found = _version(version) if version else _adapter(Path(named), _FROZEN)
+        yield f"algo.{field}", found
 
 
-def _adapter(folder: Path) -> Parts:
+def _adapter(folder: Path, names: Sequence[str]) -> Parts:
     """Of an adapter's folder; one without its configuration is none."""
-    found = _digests(folder / name for name in _ADAPTER)
+    found = _digests(folder / name for name in names)
     return found if _ADAPTER[0] in found else {}
+
+
+def _version(version: RunVersion) -> Parts:
+    found = find_version(version)
+    return {"tensors": found.entry.ref.digest if found.entry.ref else found.sha256} if found else {}
 
 
 def _package(kind: str) -> Parts:

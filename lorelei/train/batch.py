@@ -1,4 +1,4 @@
-"""From groups of rollouts, or from examples, to a batch of segments and items. Numpy only.
+"""From groups of rollouts, examples or comparisons to a batch of segments and items. Numpy only.
 
 Shapes: P prompt tokens, T completion tokens, I items.
 """
@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from lorelei.algo.loss import item_weights
 from lorelei.train.layout import Piece, join
-from lorelei.types import Batch, Example, Floats, Ints, Items, Rollout, Segment
+from lorelei.types import Batch, Comparison, Example, Floats, Ints, Items, Rollout, Segment
 
 
 @dataclass(slots=True)
@@ -75,9 +76,10 @@ def rollout_batch(
 
 
 def example_batch(adapter: str, examples: Sequence[Example]) -> Batch:
-    """The batch of sequences that are given, each a segment of its own; all items weigh the same.
+    """The batch of sequences that are given, each a segment of its own.
 
-    Raises ValueError when no token is to be predicted.
+    An item weighs what its example does, divided by the number of all items. Raises ValueError when
+    no token is to be predicted.
     """
     segments: list[Segment] = []
     columns = _Columns()
@@ -93,8 +95,35 @@ def example_batch(adapter: str, examples: Sequence[Example]) -> Batch:
     items = _items(columns, temperature=1.0)
     if not len(items):
         raise ValueError(f"adapter {adapter!r}: the examples have no token to predict")
-    weight = np.full(len(items), 1.0 / len(items), dtype=np.float32)
+    weights = np.array([example.weight for example in examples])[items.sequence]
+    weight = (weights / len(items)).astype(np.float32)
     return Batch(segments=tuple(segments), items=replace(items, weight=weight))
+
+
+def comparison_batch(adapter: str, comparisons: Sequence[Comparison]) -> Batch:
+    """The batch of answers that are compared; every comparison weighs the same.
+
+    The answers of one share its prompt as a segment, and its sequence number: no micro-batch parts
+    them. The stream `answer` holds their signs.
+    """
+    segments: list[Segment] = []
+    columns = _Columns()
+    tokens = 0
+    for number, one in enumerate(comparisons):
+        root, root_start, shared = len(segments), tokens, len(one.prompt)
+        segments.append(Segment(tokens=one.prompt, parent=-1, start=0, adapter=adapter))
+        tokens += shared
+        for answer, sign in zip(one.answers, one.signs, strict=True):
+            whole = np.concatenate([one.prompt, answer])
+            row = _Row(whole, [(shared, len(whole), 0)])
+            signs = np.full(len(answer), sign, dtype=np.float32)
+            _add_items(columns, row, number, {"answer": signs}, (shared, root_start, tokens))
+            if len(inputs := answer[:-1]):
+                segments.append(Segment(tokens=inputs, parent=root, start=shared, adapter=adapter))
+                tokens += len(inputs)
+    items = _items(columns, temperature=1.0)
+    items = replace(items, weight=item_weights(items.sequence, "sequence"))
+    return Batch(segments=tuple(segments), items=items)
 
 
 def _items(columns: _Columns, temperature: float) -> Items:

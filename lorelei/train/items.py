@@ -80,6 +80,15 @@ def piece_losses(
     return found
 
 
+def measured(items: Items, spec: LossSpec, logprobs_I: Floats) -> dict[str, float]:
+    """The loss of one adapter's items, and what it reports, at log-probabilities that are there."""
+    current_I = torch.from_numpy(logprobs_I)
+    read = loss_items(items, slice(0, len(items)), current_I)
+    result = load_loss(spec)(current_I, read, **spec.params)
+    values = {"loss": result.total, **result.metrics}
+    return {name: float(value) for name, value in values.items()}
+
+
 def dropout_seed(steps: Mapping[str, int], part: Piece) -> int:
     """Of a micro-batch: others, and other ranks and steps, draw other masks."""
     return stable_seed(*(steps[name] for name in part.batch.adapters), *part.items[:1])

@@ -83,6 +83,10 @@ def lorelei(
     )
     limits = {"max_head_offpolicyness": 2}
     write_run(place, "async", steps=ASYNC_STEPS, eval={"every": 0}, algo=algo, rollout=limits)
+    teach = {"algo": {"kind": "sft", "lr": 1e-2}, "reward": None, "rollout": None}
+    write_run(place, "teach", steps=2, eval={"every": 0}, **teach)
+    student = {"kind": "distill", "teacher": "runs/teach:default@v1", **algo}
+    write_run(place, "distil", steps=30, algo=student, reward=None, eval=None)
     server = Lorelei(place)
     yield server
     server.close()
@@ -159,6 +163,25 @@ def stop(lorelei: Lorelei, folder: Path, steps: int) -> None:
         *start_or_resume(folder), until=lambda: committed(folder) >= enough, send=signal.SIGTERM
     )
     assert code == 128 + signal.SIGTERM, (lorelei.place / "log.txt").read_text()[-2000:]
+
+
+def test_a_killed_student_ends_with_the_adapter_of_one_left_alone(lorelei: Lorelei) -> None:
+    lorelei.finish("train", "teach.yaml")
+    lorelei.finish("train", "distil.yaml", "name=student")
+    folder = lorelei.place / "runs/distil"
+    arguments = ("train", "distil.yaml")
+    for _ in range(3):
+        until = reaches(folder, committed(folder) + 5)
+        assert lorelei.run(*arguments, until=until) == -signal.SIGKILL
+        arguments = ("resume", "runs/distil")
+    lorelei.finish(*arguments)
+    assert check_run(folder) == []
+    assert final(folder) == final(lorelei.place / "runs/student")
+    assert [r["step"] for r in records(folder, "step")] == list(range(1, 31))
+
+
+def reaches(folder: Path, step: int) -> Callable[[], bool]:
+    return lambda: committed(folder) >= step
 
 
 def test_a_flipped_byte_is_named_and_the_checkpoint_before_is_used(

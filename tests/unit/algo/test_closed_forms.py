@@ -21,6 +21,7 @@ from lorelei.algo.kinds import KINDS, algorithm
 from lorelei.algo.loss import LossItems, item_weights, load_loss
 from lorelei.types import CURRENT, Items
 from tests.episodes import rollout, turn
+from tests.unit.algo.test_preference_forms import COMPARED
 
 REWARDS = [[1.0, 0.0, 0.25], [2.0, -1.0]]  # by group
 LENGTHS = [[3, 1, 2], [2, 4]]  # tokens of the rollouts
@@ -45,6 +46,7 @@ class Token:
     behaviour: float
     proximal: float
     reference: float
+    teacher: float
     batch: list[Token] = field(repr=False)  # all there are
     answer: list[Token] = field(repr=False)  # those of its rollout
 
@@ -99,6 +101,13 @@ def least_stale(token: Token, fields: Fields) -> float:
     while fmean(map(moment, kept)) >= fields.get("m2_threshold", 0.04):
         kept.pop()
     return z_score(token, fields) * (token in kept)
+
+
+def from_teacher(token: Token, fields: Fields) -> float:
+    """Agarwal et al. (arXiv 2306.13649) with the reverse divergence, at the sampled token."""
+    student = token.proximal if fields.get("recompute_logprob") else token.behaviour
+    weight = fields.get("reward_weight", 0.0)
+    return weight * z_score(token, fields) - (student - token.teacher)
 
 
 def kl(token: Token, fields: Fields) -> float:
@@ -248,6 +257,15 @@ FORMS: Mapping[str, tuple[Form, Credit, Sequence[Fields]]] = {
         ],
     ),
     "dapo": (dapo, z_score, [{}, TWO]),
+    "distill": (
+        rloo,
+        from_teacher,
+        [
+            {"teacher": "base"},
+            {"teacher": "base", "reward_weight": 0.5, "kl_ctl": 0.5},
+            {"teacher": "folder", "recompute_logprob": True},
+        ],
+    ),
     "dr_grpo": (clip, centred, [{}, TWO]),
     "grpo": (
         clip,
@@ -294,7 +312,7 @@ CASES = [(kind, fields) for kind, (_, _, cases) in FORMS.items() for fields in c
 
 
 def test_every_kind_has_its_closed_form_here() -> None:
-    assert set(FORMS) == set(KINDS)
+    assert FORMS.keys() | COMPARED.keys() == KINDS.keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -304,7 +322,7 @@ def test_every_kind_names_its_paper(kind: str) -> None:
 
 
 def some_tokens() -> list[Token]:
-    draw = np.random.default_rng(0)
+    draw, taught = np.random.default_rng(0), np.random.default_rng(1)
     batch: list[Token] = []
     for rewards, lengths in zip(REWARDS, LENGTHS, strict=True):
         for own, length in enumerate(lengths):
@@ -317,6 +335,7 @@ def some_tokens() -> list[Token]:
                     behaviour=float(behaviour),
                     proximal=float(behaviour + draw.normal() * 0.2),
                     reference=float(behaviour + draw.normal() * 0.3),
+                    teacher=float(behaviour + taught.normal() * 0.3),
                     batch=batch,
                     answer=answer,
                 )

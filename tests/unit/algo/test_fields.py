@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -16,17 +16,23 @@ import torch
 from lorelei.algo.algorithm import PolicyAlgorithm
 from lorelei.algo.kinds import KINDS, class_of
 from lorelei.algo.loss import load_loss
+from lorelei.algo.preference import PreferenceAlgorithm
+from lorelei.algo.sft import Sft
 from lorelei.config.experiment import Experiment
 from lorelei.config.section import Section
-from lorelei.data.examples import ExampleSource
+from lorelei.data.examples import ExampleRenderer, ExampleSource
+from lorelei.data.pairs import ComparisonSource
+from lorelei.data.renderer import Renderer
+from lorelei.jobs.preference import PreferenceJob
 from lorelei.jobs.rl import RlJob
 from lorelei.jobs.sft import SftJob
 from lorelei.rollout.collector import unfit
 from lorelei.run_file import validate
 from lorelei.train.items import loss_items
 from lorelei.train.work import Round, Work
-from lorelei.types import Example, Floats, Group, Items, Prompt
+from lorelei.types import Batch, Comparison, Example, Floats, Group, ItemOutputs, Items, Prompt
 from tests.episodes import random_group
+from tests.tiny_models import make_tokenizer
 
 EXAMPLE = f"{Path(__file__).parents[3] / 'docs' / 'extend' / 'example_algorithm.py'}:Awr"
 
@@ -93,8 +99,18 @@ OTHER: dict[str, tuple[Any, Fields]] = {
     "tau_neg": (3.0, {}),
     "m2_threshold": (0.001, {}),
     "beta": (0.5, {}),
+    "gamma": (0.2, {}),
+    "loss_type": ("hinge", {}),
+    "label_smoothing": (0.2, {}),
+    "desirable_weight": (2.0, {}),
+    "undesirable_weight": (2.0, {}),
+    "loss_on": ("assistant_turns", {}),
+    "weight_field": ("worth", {}),
     "max_weight": (1.1, {}),
     "discount": (0.5, {}),
+    "reference": ("folder", {"kl_ctl": 0.5}),
+    "teacher": ("folder", {}),
+    "reward_weight": (0.5, {}),
 }
 # where a kind's own default is another
 OTHER_OF: dict[tuple[str, str], tuple[Any, Fields]] = {
@@ -112,6 +128,8 @@ OTHER_OF: dict[tuple[str, str], tuple[Any, Fields]] = {
     ("cispo", "eps_clip_higher"): (0.1, {}),
 }
 BASELINE = "leave-one-out advantages of a group have mean zero, whatever mean was subtracted before"
+# what a kind needs, or what gives the fields of rewards an effect
+BESIDE: dict[str, Fields] = {"distill": {"teacher": "base", "reward_weight": 1.0}}
 WITHOUT = {  # {(kind, field): why it needs no effect}
     ("rloo", "reward_norm.mean_level"): BASELINE,
     ("rloo", "adv_norm.mean_level"): BASELINE,
@@ -160,11 +178,52 @@ def groups_of(count: int) -> list[Group]:
     return found
 
 
-def examples_of(count: int) -> list[tuple[str, Example]]:
-    """Six tokens each, three of them to learn."""
-    tokens = np.random.default_rng(0).integers(0, 300, (count, 6)).astype(np.int32)
-    learnt = np.arange(6) > 2
-    return [(str(i), Example(id=str(i), tokens=t, predicted=learnt)) for i, t in enumerate(tokens)]
+def examples_of(count: int, algo: Sft) -> list[tuple[str, Example]]:
+    """Chats of two turns, each row with what it is worth."""
+    renderer = ExampleRenderer(
+        prompts=Renderer(tokenizer=make_tokenizer()),
+        stop_token_ids=(2,),
+        max_tokens=400,
+        all_turns=algo.loss_on == "assistant_turns",
+        weight_field=algo.weight_field,
+    )
+    words = [("user", "Hi"), ("assistant", "ab"), ("user", "Yes"), ("assistant", "c")]
+    chat = [{"role": role, "content": text} for role, text in words]
+    rows = [{"messages": chat, "worth": 1 + number} for number in range(count)]
+    return [renderer.example(str(number), row) for number, row in enumerate(rows)]
+
+
+def comparisons_of(count: int, paired: bool) -> list[tuple[str, Comparison]]:
+    """Two answers to each prompt, or one of either sign."""
+    draw = np.random.default_rng(0)
+    prompts, answers = (draw.integers(0, 300, (count, n)).astype(np.int32) for n in (3, 5))
+    return [
+        (
+            str(i),
+            Comparison(
+                id=str(i),
+                prompt=prompt,
+                answers=(own[:2], own[2:]) if paired else (own,),
+                signs=(1, -1) if paired else (1 if i % 2 else -1,),
+            ),
+        )
+        for i, (prompt, own) in enumerate(zip(prompts, answers, strict=True))
+    ]
+
+
+class Still:
+    """An engine, in a thread of its own, in which every policy says something else."""
+
+    @property
+    def engine(self) -> Still:
+        return self
+
+    async def call(self, function: Any, *args: Any) -> Any:
+        return function(*args)
+
+    def logprobs(self, batch: Batch, policy: str) -> ItemOutputs:
+        values = np.full(len(batch.items), -1.0 if policy == "current" else -1.1, np.float32)
+        return ItemOutputs(logprobs=values, entropy=values)
 
 
 def work_of(e: Experiment) -> Work:
@@ -174,8 +233,15 @@ def work_of(e: Experiment) -> Work:
     if isinstance(e.algo, PolicyAlgorithm):
         collected: Any = Collected(groups_of(e.algo.batch_size))
         return asyncio.run(RlJob(collector=collected, evaluator=None, store=None, **common).work())
-    source = ExampleSource(examples_of(16), name="rows", eval_size=0, seed=0)
-    return asyncio.run(SftJob(source=source, thread=None, **common).work())
+    rows: Fields = {"name": "rows", "eval_size": 0, "seed": 0}
+    if isinstance(e.algo, PreferenceAlgorithm):
+        compared = comparisons_of(16, e.algo.paired)
+        pairs, thread = ComparisonSource(compared, max_tokens=20, **rows), cast(Any, Still())
+        job = PreferenceJob(source=pairs, max_tokens=20, thread=thread, **common)
+        return asyncio.run(job.work())
+    assert isinstance(e.algo, Sft)
+    source = ExampleSource(examples_of(16, e.algo), **rows)
+    return asyncio.run(SftJob(source=source, thread=cast(Any, None), **common).work())
 
 
 def totals(work: Work) -> list[float]:
@@ -204,7 +270,7 @@ def near(one: Round, policies: Collection[str]) -> tuple[Items, torch.Tensor]:
         return (sampled + draw.normal(size=len(items)) * 0.3).astype(np.float32)
 
     current, others = torch.from_numpy(moved()).double(), {"proximal": moved()}
-    others["reference"] = moved()
+    others["reference"], others["teacher"] = moved(), moved()
     filled = {name: others[name] for name in policies}
     return replace(items, streams={**items.streams, **filled}), current
 
@@ -249,6 +315,7 @@ def test_every_field_has_an_effect(kind: str, path: str) -> None:
     if excused and path not in OTHER:
         return
     value, beside = OTHER_OF.get((kind, path)) or OTHER[path]
+    beside = {**BESIDE.get(kind, {}), **beside}
     known = class_of(name).model_fields
     beside = {key: held for key, held in beside.items() if key in known}
     usual, changed = (effects(name, f) for f in (beside, with_field(beside, path, value)))

@@ -183,7 +183,8 @@ def test_what_an_adapter_does_not_use_is_not_written_into_run_json(write):
     plain = to_plain(load_config(write(BOTH)))
     assert plain["adapters"]["sums"]["reward"]["kind"] == "reasoning_gym"
     assert "reward" not in plain["adapters"]["taught"]
-    assert set(plain["adapters"]["taught"]["algo"]) == {"kind", "batch_size"}
+    fields = {"kind", "batch_size", "loss_on", "weight_field"}
+    assert set(plain["adapters"]["taught"]["algo"]) == fields
 
 
 @pytest.mark.parametrize("text", [SHORT, TWO, TAUGHT, BOTH])

@@ -18,17 +18,18 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerFast
 
+from lorelei.algo.sft import Sft
 from lorelei.config.task import TaskConfig
 from lorelei.data.chat import ChatTemplate
 from lorelei.data.contract import PromptSource
 from lorelei.data.reply import Reply
-from lorelei.data.source import make_examples, make_source
+from lorelei.data.source import make_comparisons, make_examples, make_source
 from lorelei.data.tool_call import FORMATS, parse_calls
 from lorelei.types import Completion, Turn
 from tests.fuzz import fuzz
 from tests.tiny_models import CHATML, make_tokenizer
 
-FIELD = re.compile(r"(task|model|env|reward)[a-z_.]*: ")
+FIELD = re.compile(r"(task|model|env|reward|algo)[a-z_.]*: ")
 
 PIECES = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>", "<tool_call>",
           "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<function=f>", "</function>", "<parameter=a>",
@@ -56,6 +57,11 @@ columns = {
     "prompt": chats | texts,
     "tools": values,
     "completion_answer": texts,
+    "completion": chats | texts,
+    "label": st.booleans() | values,
+    "chosen": chats | texts,
+    "rejected": chats | texts,
+    "worth": values,
 }
 odd = st.fixed_dictionaries({}, optional=columns)
 # rows that are read to the end, and one fault at most
@@ -68,7 +74,11 @@ talks = st.fixed_dictionaries(
     {"prompt": st.lists(messages, max_size=3).map(lambda said: [*said, asked]),
      "answer": st.just("1")}
 )  # fmt: skip
-rows = plain | plain | talks | odd
+compared = st.fixed_dictionaries(
+    {"prompt": st.just("Q") | st.just([asked]), "chosen": chats | st.just("1"),
+     "rejected": chats | st.just("2"), "completion": texts | st.just("3"), "label": st.booleans()}
+)  # fmt: skip
+rows = plain | plain | talks | compared | odd
 written = rows.map(json.dumps).map(str.encode)
 noise = st.binary(max_size=12) | texts.map(lambda text: text.encode("utf-8", "surrogatepass"))
 lines = st.lists(written, min_size=1, max_size=3) | st.lists(written | noise, max_size=4)
@@ -94,6 +104,7 @@ tasks = st.fixed_dictionaries(
         "max_prompt_tokens": st.sampled_from([8, 1024]),
     },
 )
+LEARNT = ("", "answers", "turns", "pairs", "labels")  # of rows; "": they are prompts
 TOKENIZER = make_tokenizer()
 
 
@@ -118,11 +129,18 @@ def task_of(kind: str, path: Path, options: dict[str, Any]) -> Any:
         return None
 
 
-def read(task: Any, template: str, learns: bool, needs_answer: bool) -> None:
+def read(task: Any, template: str, learns: str, needs_answer: bool) -> None:
     """Make prompts or examples of a task, and use each once."""
     made = tokenizer(template)
+    limits: Any = {"eval_size": 0, "stop_token_ids": (2,), "max_tokens": 2000}
+    if learns in ("pairs", "labels"):
+        compared = make_comparisons(task, made, 0, **limits, paired=learns == "pairs")
+        assert all(map(len, compared.example(0).answers))
+        return
     if learns:
-        examples = make_examples(task, made, 0, eval_size=0, stop_token_ids=(2,), max_tokens=2000)
+        worth = Sft(kind="sft", loss_on="assistant_turns", weight_field="worth")
+        algo = worth if learns == "turns" else None
+        examples = make_examples(task, made, 0, **limits, algo=algo)
         assert len(examples.example(0).tokens)
         return
     source = make_source(task, made, 0, eval_size=0, needs_answer=needs_answer)
@@ -150,7 +168,7 @@ def check_prompts(source: PromptSource, made: PreTrainedTokenizerFast, task: Any
             chat.follow(after, len(prompt.messages), turn, prompt.tools)
 
 
-def is_read_or_refused(task: Any, template: str, learns: bool, needs_answer: bool) -> None:
+def is_read_or_refused(task: Any, template: str, learns: str, needs_answer: bool) -> None:
     """task: None when its options are refused already."""
     if task is None:
         return
@@ -163,10 +181,10 @@ def is_read_or_refused(task: Any, template: str, learns: bool, needs_answer: boo
 
 
 @fuzz(150)
-@given(lines, templates, tasks, st.booleans(), st.booleans())
+@given(lines, templates, tasks, st.sampled_from(LEARNT), st.booleans())
 def test_lines_of_json(
     tmp_path_factory: Any, content: list[bytes], template: str, options: dict[str, Any],
-    learns: bool, needs_answer: bool,
+    learns: str, needs_answer: bool,
 ) -> None:  # fmt: skip
     path = tmp_path_factory.getbasetemp() / "rows.jsonl"
     path.write_bytes(b"\n".join(content))
@@ -188,7 +206,7 @@ def test_tables(
     place = at % len(damaged)
     damaged[place : place + len(noise)] = noise
     path.write_bytes(damaged)
-    is_read_or_refused(task_of("parquet", path, options), CHATML, False, False)
+    is_read_or_refused(task_of("parquet", path, options), CHATML, "", False)
 
 
 @fuzz(150)

@@ -215,6 +215,9 @@ def test_a_micro_batch_of_given_answers_counts_them_as_long_as_prompts_may_be(fo
     sft = {"task": task, "algo": {"kind": "sft", "batch_size": 3}}
     assert memory.micro_batch_tokens(footprint(folder, **sft)) == 3 * (40 + 40)
     assert memory.in_flight(footprint(folder, **sft), evaluating=True) == (0, 0)
+    for kind, answers in (("dpo", 2), ("kto", 1)):
+        compared = footprint(folder, task=task, algo={"kind": kind, "batch_size": 3})
+        assert memory.micro_batch_tokens(compared) == 3 * (40 + answers * 40)
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,14 @@ def test_a_wrong_target_of_one_adapter_names_the_adapter(config_of):
         ("rollout.max_context=9000", "rollout.max_context: 9000 is more than the model's 8192"),
         ("rollout.max_new_tokens=8192", "rollout.max_new_tokens: 8192 .* leaves no room"),
         ("eval.max_new_tokens=8192", "leaves no room"),
+        (
+            "algo={kind: distill, teacher: absent}",
+            "algo.teacher: there is no file .*absent/adapter_config.json",
+        ),
+        (
+            "algo={kind: grpo, kl_ctl: 0.1, reference: 'absent:a@v3'}",
+            "algo.reference: there is no file .*absent/run.json",
+        ),
         ("lora.init_from=absent", "lora.init_from: there is no file .*adapter_config.json"),
         ("reward={kind: python, path: absent.py:f}", "reward.path: there is no file .*absent.py "),
     ],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lorelei.train.batch import concatenate, rollout_batch
-from lorelei.types import Batch, Rollout
+from lorelei.train.batch import comparison_batch, concatenate, example_batch, rollout_batch
+from lorelei.types import Batch, Comparison, Example, Rollout
 from tests.episodes import constant, random_group, rollout, turn
 
 
@@ -158,3 +158,38 @@ def test_batches_of_several_adapters_keep_their_items_and_get_distinct_sequences
     assert sorted(set(whole.items.sequence.tolist())) == list(range(6))
     behaviour = np.concatenate([b.items.streams["behaviour"] for b in batches])
     np.testing.assert_array_equal(whole.items.streams["behaviour"], behaviour)
+
+
+def test_answers_of_a_comparison_share_their_prompt_and_their_sequence() -> None:
+    def ids(*tokens: int) -> np.ndarray:
+        return np.array(tokens, np.int32)
+
+    pairs = [
+        Comparison(id="0", prompt=ids(1, 2, 3), answers=(ids(4, 5), ids(6)), signs=(1, -1)),
+        Comparison(id="1", prompt=ids(7), answers=(ids(8), ids(9, 10, 11)), signs=(1, -1)),
+    ]
+    batch = comparison_batch("a", pairs)
+    assert [s.tokens.tolist() for s in batch.segments] == [[1, 2, 3], [4], [7], [9, 10]]
+    assert_positions_continue(batch)
+    expected = [
+        (tuple([*pair.prompt.tolist(), *answer[:i].tolist()]), int(token))
+        for pair in pairs
+        for answer in pair.answers
+        for i, token in enumerate(answer)
+    ]
+    assert predictions(batch) == expected
+    items = batch.items
+    assert items.streams["answer"].tolist() == [1, 1, -1, 1, -1, -1, -1]
+    assert items.sequence.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    # each comparison weighs the same, however long its answers are
+    np.testing.assert_allclose(items.weight, [1 / 6] * 3 + [1 / 8] * 4, rtol=1e-6)
+
+
+def test_examples_weigh_what_they_say_over_the_number_of_all_items() -> None:
+    learnt = np.array([False, True, True])
+    examples = [
+        Example(id=str(n), tokens=np.arange(3, dtype=np.int32), predicted=learnt, weight=weight)
+        for n, weight in enumerate((1.0, 2.0))
+    ]
+    batch = example_batch("a", examples)
+    assert batch.items.weight.tolist() == [0.25, 0.25, 0.5, 0.5]
