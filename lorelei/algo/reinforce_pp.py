@@ -1,7 +1,7 @@
 """REINFORCE++: rewards normalised over the whole batch, and the clipped surrogate.
 
-Source: Hu et al., 2025 (arXiv 2501.03262). A preset of grpo's settings; with `baseline_of: group` each
-reward is less its group's mean first (REINFORCE++-baseline). Unlike there, no divergence is
+Source: Hu et al., 2025 (arXiv 2501.03262). A preset of grpo's settings; with `baseline_of: group`
+each reward is less its group's mean first (REINFORCE++-baseline). Unlike there, no divergence is
 subtracted by itself: that is `kl_ctl: 0.01, use_kl_in_reward: true, kl_estimator: k1`, and of the
 baseline form `kl_ctl: 0.01, kl_estimator: k2`.
 """
