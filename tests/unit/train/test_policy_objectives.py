@@ -33,7 +33,9 @@ WHOLE_ANSWERS: dict[str, Any] = {
     "kl_ctl": 0.2,
     "kl_estimator": "k2",
 }
-CASES: list[dict[str, Any]] = [{"kind": kind} for kind in POLICIES] + [WHOLE_ANSWERS]
+NEEDED = {"distill": {"teacher": "base", "reward_weight": 1.0}}  # at the start it is the student
+CASES: list[dict[str, Any]] = [{"kind": kind, **NEEDED.get(kind, {})} for kind in POLICIES]
+CASES.append(WHOLE_ANSWERS)
 
 
 @pytest.fixture(scope="module")
