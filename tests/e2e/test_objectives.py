@@ -17,6 +17,7 @@ from tests.tiny_runs import lorelei, make_workplace, records, write_run
 POLICIES = [kind for kind, made in KINDS.items() if made.job == "rl"]
 MORE: dict[str, dict[str, Any]] = {
     "dapo": {"max_dropped_groups": 1},
+    "distill": {"teacher": "base", "reward_weight": 1.0},
     "m2po": {"kl_ctl": 0.1, "use_kl_in_reward": True},
     "reinforce_pp": {"baseline_of": "group"},
 }
