@@ -7,8 +7,9 @@ BIN := .venv/bin
 CACHE := $(or $(LORELEI_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lorelei)
 MODEL := $(CACHE)/models/HuggingFaceTB--SmolLM2-135M-Instruct/config.json
 
-# in two processes with a thread each: as many cores as CI has
-PYTEST := $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadgroup
+# in two processes with a thread each: as many cores as CI has; in the order of the folders, which
+# has the long tests of servers and whole runs first, so that both processes end at once
+PYTEST := $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: train test test-all unit lint curve bench page peers setup model vllm sglang megatron acceptance clean
 
