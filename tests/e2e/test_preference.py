@@ -68,6 +68,7 @@ def test_preferences_are_learnt_and_scored_alike_by_both_engines(place: Path, ki
     assert scored["base"] == pytest.approx(first, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_a_preference_run_that_was_stopped_ends_with_the_same_bits(place: Path, kind: str) -> None:
     for name in ("whole", "parts"):

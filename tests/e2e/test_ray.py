@@ -40,6 +40,7 @@ def place(
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_worker_and_then_a_node_are_killed_and_the_adapter_is_that_of_a_run_left_alone(
     place: Path, nodes: RayNodes

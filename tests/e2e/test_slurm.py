@@ -71,6 +71,7 @@ def test_the_template_for_skypilot_is_one_that_bash_accepts() -> None:
     assert set(task["envs"]) == {"RAY_AUTH_TOKEN", "RUN"} and (root / task["envs"]["RUN"]).is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_job_trains_on_two_hosts_and_ends_with_the_adapter_of_this_machine(
     place: Path, tmp_path: Path
