@@ -38,6 +38,7 @@ def test_an_example_trains_and_says_what_its_keys_became(place):
     assert [step["adapter"] for step in steps] == ["lora-gsm8k"] * 3
 
 
+@pytest.mark.slow
 def test_what_is_converted_trains_to_the_same_adapter(place):
     file = str(example("gsm8k_grpo_lora"))
     here = [o for o in HERE if "name=" not in o]

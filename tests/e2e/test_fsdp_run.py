@@ -50,6 +50,7 @@ def test_a_run_killed_and_resumed_ends_as_one_left_alone(place: Path) -> None:
     assert final(killed) == final(alone)
 
 
+@pytest.mark.slow
 def test_all_weights_train_on_two_processes_as_on_archon(place: Path) -> None:
     full = {"steps": 2, "lora": {"use_lora": False}, "algo": {"lr": 1e-3, "kl_ctl": 0.05}}
     write_run(place, "full", train=TWO, **full)

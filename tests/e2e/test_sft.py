@@ -58,6 +58,7 @@ def test_a_supervised_run_learns_is_published_when_it_is_evaluated_and_can_be_us
     assert lorelei(place, "export", "runs/taught").strip().endswith("default-v2")
 
 
+@pytest.mark.slow
 def test_a_supervised_run_that_was_stopped_ends_with_the_same_bits(place: Path) -> None:
     for name in ("whole", "parts"):
         write(place, name, steps=40)
