@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadgroup --no-lo
 train: setup model
 	$(BIN)/lorelei train recipes/chain_sum/run.yaml $(ARGS)
 
-# every part of it, in less than 12 minutes on 2 cores
+# every part of it, in about 12 minutes on 2 cores
 test: lint setup model
 	$(PYTEST) -m "not slow and not matrix" $(ARGS)
 

@@ -33,11 +33,13 @@ def run_works(engine: TrainEngine, works: Sequence[Work]) -> list[Result]:
         present = [n for n, own in rounds.items() if number < len(own) and n not in errors]
         try:
             found = _round(engine, {name: rounds[name][number] for name in present})
-        except ValueError:
+        except ValueError as mixed:
             found = {}
             for name in present:
                 before = rounds[name][:number]
                 try:
+                    if len(present) == 1:
+                        raise mixed  # it was alone
                     found |= _alone(engine, name, before, rounds[name][number])
                 except ValueError as error:
                     if any(one.step is not None for one in before):
